@@ -1,0 +1,66 @@
+# One command each: see README. Everything installs into $(VENV); nothing outside the clone is changed,
+# except that `make test` installs Debian's chromium where it may.
+
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 8501
+MLFLOW_PORT ?= 5001
+HOME_DIR ?= .quire
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c deploy/constraints.txt
+CHECKED := engine workbench pages tests docs
+
+export PORT MLFLOW_PORT HOME_DIR
+
+.PHONY: up test test-full check format map bench bench-gpu browser clean
+
+up: $(VENV)/.installed
+	@exec $(BIN)/quire up
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Quire needs Python 3.11 or newer; set PYTHON=…" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python -m venv failed; on Debian: apt install python3-venv" >&2; exit 2; }
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml deploy/constraints.txt
+	@echo "Installing Quire into $(VENV) (once; a few minutes)"
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "Installing the test tools into $(VENV) (once)"
+	@$(PIP_INSTALL) -e '.[test,notebooks]'
+	@touch $@
+
+browser:
+	@sh tests/browser/install_chromium.sh
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+map: $(VENV)/.installed
+	$(BIN)/python docs/module_map.py
+
+test: check browser
+	$(BIN)/python -m pytest -m "not full" --durations=15
+
+test-full: check browser
+	$(BIN)/python -m pytest --durations=25
+
+bench: $(VENV)/.installed-test browser
+	$(BIN)/python -m engine.bench overhead
+	$(BIN)/python -m engine.bench cpu
+	$(BIN)/python -m workbench.bench live
+
+# Runs with any Python that has torch, triton and transformers: make bench-gpu BIN=/path/to/its/bin
+bench-gpu:
+	$(BIN)/python -m pytest tests/gpu -p no:cacheprovider
+	$(BIN)/python -m engine.bench gpu --save
+
+clean:
+	rm -rf $(VENV) .quire .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

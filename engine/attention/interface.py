@@ -1,0 +1,63 @@
+"""The attention interface: what a backend gets and gives, in one layout for all of them.
+
+Boundary: paged causal attention over a block table, grouped query heads, optional sliding window. Rotary embedding and
+projections belong to the model.
+
+Shapes: T tokens of the step, S sequences (rows), H query heads, K KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where each token of the step sits. All tensors on the compute device; made once a step, shared by all layers."""
+
+    query_start: Tensor  # [S + 1] int32, first token of each row in the flat step
+    seq_lens: Tensor  # [S] int32, tokens of the row including this step's
+    block_tables: Tensor  # [S, max_blocks] int32; entries past a row's last block are undefined
+    slot_mapping: Tensor  # [T] int64, block_id * block_size + offset of each token
+    max_query_len: int
+    max_seq_len: int
+    num_decode_rows: int  # rows [0, num_decode_rows) have one query token each; prefill rows follow
+
+
+class AttentionBackend(Protocol):
+    """One implementation of paged attention."""
+
+    name: str
+
+    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+        """Write k, v [T, K, D] to their slots of k_cache, v_cache [num_blocks, K, block_size, D]."""
+        ...
+
+    def forward(
+        self,
+        q: Tensor,  # [T, H, D]
+        k_cache: Tensor,
+        v_cache: Tensor,
+        meta: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of each token over its row's keys at positions ≤ its own; returns [T, H, D] in q's dtype.
+
+        With `sliding_window` w a token at position p sees positions p - w + 1 … p.
+        """
+        ...
+
+
+def check_layout(k_cache: Tensor, v_cache: Tensor) -> None:
+    """Assert the cache layout of ``engine.plan.KVSpec``: [num_blocks, K, block_size, D], contiguous."""
+    assert k_cache.ndim == 4 and k_cache.is_contiguous(), f"k_cache {tuple(k_cache.shape)} is not contiguous HND"
+    assert v_cache.shape == k_cache.shape and v_cache.is_contiguous(), "v_cache differs from k_cache in layout"
+    assert k_cache.dtype == v_cache.dtype, (k_cache.dtype, v_cache.dtype)
+    assert isinstance(k_cache, torch.Tensor)

@@ -1,0 +1,87 @@
+"""EngineConfig: every setting of one engine, frozen and validated once.
+
+``None`` or ``"auto"`` means: resolved from the model and the device when the engine is built, into a NEW object
+(``engine.build.resolve_config``) that can be printed. Nothing here looks at a device or a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from engine.errors import ConfigError
+
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+ATTENTION_BACKENDS = ("auto", "reference", "triton", "cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine; names and meanings follow vLLM's where vLLM has them.
+
+    Raises:
+        ConfigError: naming the setting, its value and what is accepted.
+    """
+
+    model: str  # a folder or a hub id
+    dtype: str = "auto"  # compute dtype; auto: bfloat16 where the device multiplies it natively, else float32
+    device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: the first GPU, else the CPU
+    block_size: int = 16  # tokens a KV block
+    num_blocks: int | None = None  # KV blocks in the pool; None: from kv_memory_bytes or the free memory
+    kv_memory_bytes: int | None = None
+    max_batched_tokens: int | None = None  # token budget of one step
+    max_num_seqs: int = 256  # rows: sequences that run at once
+    max_model_len: int | None = None  # prompt and output tokens of one sequence; None: the model's own
+    enable_prefix_cache: bool = True
+    deterministic: bool = False  # bitwise the same tokens whatever shares the batch
+    quantization: str | None = None
+    attention_backend: str = "auto"
+    num_threads: int | None = None  # CPU threads of the forward pass
+    seed: int = 0  # draws the seeds of requests that bring none
+    trust_remote_code: bool = False
+    version_digest: str = ""  # content identity of the weights; part of every prefix-cache key
+    record_seconds: int = 600  # how far back StepRecords stay in memory
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("model is empty", value=self.model, remedy="Name a folder or a hub id.", param="model")
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        for name in ("block_size", "max_num_seqs", "record_seconds"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("num_blocks", "kv_memory_bytes", "max_batched_tokens", "max_model_len", "num_threads"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        if self.block_size & (self.block_size - 1) or self.block_size > 256:
+            raise ConfigError(
+                f"block_size must be a power of two up to 256, got {self.block_size}",
+                value=self.block_size,
+                limit="1, 2, 4, 8, 16, 32, 64, 128, 256",
+                param="block_size",
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
+        """Build from plain values; an unknown key raises instead of being dropped."""
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(
+                    f"unknown engine setting {key!r}", value=key, limit=sorted(known), param=key,
+                    remedy="See engine.EngineConfig for the settings that exist.",
+                )
+        return cls(**values)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(allowed)}, got {value!r}", value=value, limit=allowed, param=name
+        )
+
+
+def _at_least(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(
+            f"{name} must be an integer of at least {low}, got {value!r}", value=value, limit=low, param=name
+        )

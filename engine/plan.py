@@ -1,0 +1,152 @@
+"""StepPlan, StepResult and the Runner protocol: the narrow waist between scheduler and model.
+
+A plan is a struct of arrays and costs O(scheduled rows) to build, whatever the contexts' lengths. It carries deltas:
+a row's prompt, block table and sampling state travel once, with its admission; later steps name only new blocks. It
+carries no token ids: a runner keeps each row's tokens on its device, writes the token that a step samples there itself,
+and so can run step N+1 before the host knows step N's tokens.
+
+Boundary: no torch, no Sequence. Row order is result order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.sampling_params import SamplingParams
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """The KV cache of one group of layers that share a block table.
+
+    Layout of each layer's K and V tensor: ``[num_blocks, num_kv_heads, block_size, head_size]``, contiguous, so that one
+    head's block is one run of ``block_size * head_size`` values. Kernels assert these strides.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+    dtype_bytes: int
+    sliding_window: int | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * self.dtype_bytes
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.bytes_per_token * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class RowAdmission:
+    """A sequence takes a row: everything the runner must know of it, sent once.
+
+    `token_ids` are all tokens known now (the prompt and, after a preemption, the outputs so far); positions below
+    `num_computed` are already in the blocks (prefix cache).
+    """
+
+    row: int
+    request_id: str
+    token_ids: tuple[int, ...] | list[int]
+    num_prompt_tokens: int
+    num_computed: int
+    block_ids: tuple[tuple[int, ...], ...]  # one table per KV group, including the blocks of this step
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step computes. S scheduled rows.
+
+    Row ``rows[i]`` computes tokens at positions ``start[i] … start[i] + num_tokens[i] - 1``. `logit_rows` are the
+    indices i whose last position is the sequence's last token: they sample one token, written by the runner at position
+    ``start[i] + num_tokens[i]`` of that row. Order within a step: `finished`, `admitted`, `new_block_ids`, compute. Rows that
+    compute one token (decode) come first, rows that compute several (prefill) after them.
+    """
+
+    step_id: int
+    rows: Int32  # [S]
+    start: Int32  # [S]
+    num_tokens: Int32  # [S]
+    num_draft: Int32  # [S] speculative tokens among num_tokens
+    logit_rows: Int32  # indices into the S rows, ascending
+    # Per KV group: blocks appended to the table of rows[i] are block_ids[offsets[i]:offsets[i + 1]]. The blocks of a row
+    # admitted in this very plan are in its admission, not here.
+    new_block_offsets: tuple[Int32, ...]  # each [S + 1]
+    new_block_ids: tuple[Int32, ...]
+    admitted: tuple[RowAdmission, ...] = ()
+    finished: tuple[int, ...] = ()  # rows given back before this step; their buffers may be reused
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def total_tokens(self) -> int:
+        return int(self.num_tokens.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the chosen token and of the most likely ones, best first."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the most likely token
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step chose, in the plan's order.
+
+    `token_ids[j]` belongs to ``plan.logit_rows[j]``. `logprobs` maps j to its entry for rows that asked; `prompt_logprobs`
+    maps the row index i to the log-probabilities of the tokens at positions ``start[i] + 1 … start[i] + num_tokens[i]``
+    that are prompt tokens, for rows that asked.
+    """
+
+    step_id: int
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    prepare_ms: float = 0.0
+    forward_ms: float = 0.0
+    sample_ms: float = 0.0
+    graph_size: int = 0  # rows of the captured graph that ran; 0: none
+    bytes_needed: int = 0  # weights and KV that the step must read
+    flops_needed: int = 0
+
+
+class Runner(Protocol):
+    """The model on its device. Steps run in submission order on one stream."""
+
+    @property
+    def max_inflight(self) -> int:
+        """Steps that may be submitted before the oldest is collected; 1 means that nothing overlaps."""
+        ...
+
+    def submit(self, plan: StepPlan) -> None:
+        """Start a step without waiting for it."""
+        ...
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest submitted step. Raises what the step raised; the step then counts as collected."""
+        ...
+
+    def reset_rows(self) -> None:
+        """Forget every row and every step in flight (after a failed step; the scheduler re-admits what goes on)."""
+        ...
+
+    def close(self) -> None:
+        """Give the device's memory back. A second call does nothing."""
+        ...

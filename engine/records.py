@@ -1,0 +1,208 @@
+"""What the outside may see of an engine: deltas of a stream, finished completions, records of steps and requests.
+
+All types here are immutable and picklable; pages, metrics and benchmarks read them and never the engine itself. Times
+named ``_ns`` are ``time.monotonic_ns()``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from engine.plan import TokenLogprobs
+from engine.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class StreamDelta:
+    """What one step added to one request.
+
+    The engine fills `text` only for requests with stop texts (it must know them); for others the stream's reader
+    detokenizes (`engine.worker`), so that the engine thread does not.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop text or stop token that ended it
+    error: str | None = None
+    num_cached_tokens: int = 0
+    created_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]  # of prompt tokens 1 … n-1, when asked for
+    num_cached_tokens: int
+    seed: int
+    ttft_ms: float | None  # arrival to first token; None when there was none
+    tpot_ms: float | None  # mean time per output token after the first; None below two tokens
+    e2e_ms: float
+    error: str | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+class BlockEventKind(str, Enum):
+    ACQUIRE = "acquire"  # fresh blocks for a request; whatever was cached in them is gone
+    SHARE = "share"  # cached or running blocks that a request now also holds
+    PUBLISH = "publish"  # blocks that became matchable
+    RELEASE = "release"  # the request gave up all its blocks (block_ids is empty)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEvent:
+    kind: BlockEventKind
+    request_id: str
+    block_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKeyframe:
+    """The whole ownership at one step, from which the deltas count on."""
+
+    owners: dict[str, tuple[int, ...]]  # request_id -> its block table
+    published: frozenset[int]  # matchable blocks, owned or not
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step as it happened. Appended by the engine thread, read by anyone."""
+
+    step_id: int
+    started_ns: int
+    ended_ns: int
+    schedule_ms: float
+    prepare_ms: float
+    forward_ms: float
+    sample_ms: float
+    rows: tuple[tuple[str, int], ...]  # (request_id, num_tokens) in row order
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_waiting: int
+    num_running: int
+    num_free_blocks: int  # free and cached: what can be allocated
+    num_cached_blocks: int  # matchable among them
+    preempted: tuple[str, ...] = ()
+    prefix_hits: tuple[tuple[str, int], ...] = ()  # (request_id, cached tokens) of rows admitted in this step
+    finished: tuple[str, ...] = ()
+    block_events: tuple[BlockEvent, ...] = ()
+    keyframe: BlockKeyframe | None = None  # every 256 steps: ownership AFTER this step's events
+    graph_size: int = 0
+    bytes_needed: int = 0
+    flops_needed: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One finished request's figures (no text)."""
+
+    request_id: str
+    arrival_ns: int
+    admitted_ns: int | None
+    first_token_ns: int | None
+    finished_ns: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_preemptions: int
+    finish_reason: FinishReason
+    token_ns: tuple[int, ...] = ()  # when each output token was committed
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEvent:
+    """Something worth telling that is not a step: started, stopped, step failed, dead."""
+
+    kind: str
+    at_ns: int
+    message: str = ""
+    request_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLedger:
+    """Bytes by purpose on the engine's device."""
+
+    weights_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    total_bytes: int  # what the device has
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since start and gauges of now."""
+
+    model: str
+    version_digest: str
+    num_waiting: int
+    num_running: int
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_model_len: int
+    max_batched_tokens: int
+    steps: int
+    step_errors: int
+    prompt_tokens: int
+    output_tokens: int
+    cached_prompt_tokens: int
+    preemptions: int
+    finished: dict[str, int] = field(default_factory=dict)  # by FinishReason value
+    memory: MemoryLedger | None = None
+    dtype: str = ""
+    device: str = ""
+    attention_backend: str = ""
+    deterministic: bool = False
+
+
+class HealthState(str, Enum):
+    STARTING = "starting"
+    HEALTHY = "healthy"  # idle, or a step succeeded lately
+    STALLED = "stalled"  # work is waiting and no step succeeded for too long
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    state: HealthState
+    last_step_ns: int | None
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.state is HealthState.HEALTHY
+
+
+class Sink(Protocol):
+    """Receives every record, losslessly, on the engine thread: be quick, never block."""
+
+    def on_step(self, record: StepRecord) -> None: ...
+
+    def on_request(self, record: RequestRecord) -> None: ...
+
+    def on_event(self, event: EngineEvent) -> None: ...

@@ -1,0 +1,78 @@
+"""Request (what was asked, immutable) and Sequence (how far it is, owned by the scheduler).
+
+A Sequence is the one mutable object of the flow. Only the scheduler writes to it; a runner never sees one.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from engine.sampling_params import SamplingParams
+
+PENDING = -1  # a token that a step in flight is choosing: known on the device, not yet on the host
+
+
+class FinishReason(str, enum.Enum):
+    """Why a request ended; the first two are OpenAI's names."""
+
+    STOP = "stop"  # end-of-sequence token, stop token or stop text
+    LENGTH = "length"  # max_tokens or the context's end
+    ABORT = "abort"  # the caller, or the caller's connection, went away
+    ERROR = "error"  # the step that served it failed
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation request, tokenized and checked."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int = 0  # always set: the caller's, or drawn by the engine
+    arrival_ns: int = 0  # time.monotonic_ns() at submission
+    cache_salt: str = ""  # requests share prefix blocks only under the same salt
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's progress. Written by the scheduler alone.
+
+    Tokens known, pending and computed are three counts: `num_tokens` = ``len(token_ids)`` includes PENDING entries;
+    `num_scheduled` of them have their KV computed or are being computed by a step in flight; `num_computed` of them
+    by steps that have been committed.
+    """
+
+    request: Request
+    token_ids: list[int]  # prompt, then output; may end in PENDING
+    num_prompt_tokens: int
+    max_total_tokens: int  # prompt + max_tokens, clipped to max_model_len
+    status: SequenceStatus = SequenceStatus.WAITING
+    row: int = -1  # the runner's row while RUNNING
+    epoch: int = 0  # raised by preemption; results of older epochs are dropped
+    num_scheduled: int = 0
+    num_computed: int = 0
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache at first admission
+    num_preemptions: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # digest chain of the full blocks known so far
+    finish_reason: FinishReason | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Tokens chosen so far and known on the host."""
+        return [t for t in self.token_ids[self.num_prompt_tokens :] if t != PENDING]
