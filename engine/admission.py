@@ -1,0 +1,111 @@
+"""Admission: turns a prompt into a Request, or refuses it with value, limit and remedy, before any work is done.
+
+Boundary: what can never run is refused here; what only has to wait is not (the scheduler queues and preempts).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from uuid import uuid4
+
+from engine.errors import InvalidRequestError, PromptTooLongError
+from engine.request import Request
+from engine.request import Sequence as RequestSequence
+from engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask of this engine."""
+
+    max_model_len: int  # prompt and output tokens together
+    num_slots: int  # KV positions in the whole pool; the last output token needs none
+    vocab_size: int
+    can_detokenize: bool
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raises: InvalidRequestError, PromptTooLongError."""
+        self._check_prompt(prompt)
+        if params.stop and not self.can_detokenize:
+            raise InvalidRequestError(
+                "stop texts need a tokenizer, and this engine has none",
+                value=params.stop, remedy="Use stop_token_ids.", param="stop",
+            )
+        if params.max_tokens is not None:
+            total = min(len(prompt) + params.max_tokens, self.max_model_len)
+            if total - 1 > self.num_slots:
+                raise PromptTooLongError(
+                    f"prompt and max_tokens need {total - 1} KV positions, the whole cache has {self.num_slots}",
+                    value=total - 1, limit=self.num_slots, param="max_tokens",
+                    remedy=f"Lower max_tokens to {self.num_slots + 1 - len(prompt)}, or raise num_blocks.",
+                )
+
+    def max_total_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """Prompt and output tokens that the request may reach."""
+        ceiling = min(self.max_model_len, self.num_slots + 1)
+        return ceiling if params.max_tokens is None else min(num_prompt_tokens + params.max_tokens, ceiling)
+
+    def _check_prompt(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise InvalidRequestError(
+                "the prompt has no tokens", value=0, limit=1, remedy="Send at least one token.", param="prompt"
+            )
+        if len(prompt) >= self.max_model_len:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt)} tokens, the context holds {self.max_model_len} with at least one of output",
+                value=len(prompt), limit=self.max_model_len - 1, param="prompt",
+                remedy=f"Shorten the prompt to at most {self.max_model_len - 1} tokens.",
+            )
+        if len(prompt) > self.num_slots:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt)} tokens, the whole KV cache holds {self.num_slots}",
+                value=len(prompt), limit=self.num_slots, param="prompt",
+                remedy="Shorten the prompt, or raise num_blocks.",
+            )
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= self.vocab_size:
+            raise InvalidRequestError(
+                f"token id {low if low < 0 else high} is outside the vocabulary",
+                value=low if low < 0 else high, limit=self.vocab_size - 1, param="prompt",
+                remedy=f"Use ids from 0 to {self.vocab_size - 1}.",
+            )
+
+
+def make_request(
+    prompt: Sequence[int],
+    params: SamplingParams,
+    limits: Limits,
+    seeds: Random,
+    *,
+    request_id: str | None = None,
+    cache_salt: str = "",
+) -> Request:
+    """A checked request with its seed drawn. Safe to call from any thread.
+
+    Raises:
+        InvalidRequestError, PromptTooLongError: naming value, limit and remedy.
+    """
+    token_ids = tuple(prompt)
+    limits.check(token_ids, params)
+    return Request(
+        request_id=request_id or uuid4().hex,
+        prompt_token_ids=token_ids,
+        params=params,
+        seed=seeds.getrandbits(63) if params.seed is None else params.seed,
+        arrival_ns=time.monotonic_ns(),
+        cache_salt=cache_salt,
+    )
+
+
+def make_sequence(request: Request, limits: Limits) -> RequestSequence:
+    """The scheduler's state of a request that has computed nothing yet."""
+    num_prompt_tokens = len(request.prompt_token_ids)
+    return RequestSequence(
+        request=request,
+        token_ids=list(request.prompt_token_ids),
+        num_prompt_tokens=num_prompt_tokens,
+        max_total_tokens=limits.max_total_tokens(num_prompt_tokens, request.params),
+    )

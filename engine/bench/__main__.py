@@ -1,0 +1,54 @@
+"""``python -m engine.bench NAME [options]``: runs one benchmark and ends with one line of JSON.
+
+Modules of this package with a ``run`` function are benchmarks, named as they are, with ``-`` for ``_``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import engine.bench
+from engine.bench.record import make_record, save, to_json
+
+NOT_BENCHMARKS = frozenset({"__main__", "record"})
+RESULTS = Path("data/results")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark that `argv` names; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    names = sorted(m.name for m in pkgutil.iter_modules(engine.bench.__path__) if m.name not in NOT_BENCHMARKS)
+    parser = argparse.ArgumentParser(prog="python -m engine.bench", description=__doc__)
+    parser.add_argument("name", choices=[name.replace("_", "-") for name in names], help="the benchmark to run")
+    chosen = parser.parse_args(arguments[:1]).name
+    module = importlib.import_module(f"engine.bench.{chosen.replace('-', '_')}")
+    figures = module.run(_options(chosen, module, arguments[1:]))
+    record = make_record(chosen, figures)
+    if _SAVE in arguments[1:]:
+        print(f"saved to {save(record, RESULTS)}")
+    print(to_json(record))
+    return 0
+
+
+_SAVE = "--save"
+
+
+def _options(name: str, module: ModuleType, arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m engine.bench {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(_SAVE, action="store_true", help=f"keep the record in {RESULTS}/")
+    if hasattr(module, "add_arguments"):
+        module.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

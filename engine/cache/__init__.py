@@ -1,0 +1,1 @@
+"""The KV cache's accounting: which block belongs to whom, which can be matched, which is free. No tensors."""

@@ -1,0 +1,137 @@
+"""SequenceBlocks: the block tables of sequences, on top of one BlockPool, and the events that tell of them.
+
+It knows when a sequence's blocks may be matched by others: when their tokens are known and the step that computed them
+was committed. Until then their digests are *announced*: a sequence that would compute the same block can wait for it.
+
+Boundary: it reads a Sequence's tokens and writes its `block_ids` and `block_hashes`; when to call what is the scheduler's
+decision.
+"""
+
+from __future__ import annotations
+
+from engine.cache.block_hash import extend_chain, root_digest
+from engine.cache.block_pool import BlockPool
+from engine.records import BlockEvent, BlockEventKind
+from engine.request import Sequence
+
+ACQUIRE, SHARE, PUBLISH, RELEASE = (
+    BlockEventKind.ACQUIRE,
+    BlockEventKind.SHARE,
+    BlockEventKind.PUBLISH,
+    BlockEventKind.RELEASE,
+)
+
+
+class SequenceBlocks:
+    """Gives blocks to sequences, shares those that match, takes them back.
+
+    `events` grows by one entry per change; whoever records steps takes the list with `take_events`.
+    """
+
+    __slots__ = ("_announced", "_enabled", "_roots", "_version_digest", "block_size", "events", "pool")
+
+    def __init__(self, pool: BlockPool, block_size: int, *, version_digest: str, enable_prefix_cache: bool) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.events: list[BlockEvent] = []
+        self._enabled = enable_prefix_cache
+        self._version_digest = version_digest
+        self._announced: dict[bytes, Sequence] = {}  # digest of a block being computed -> who computes it
+        self._roots: dict[str, bytes] = {"": root_digest(version_digest, "", block_size)}
+
+    def match(self, seq: Sequence) -> list[int]:
+        """Matchable blocks that hold the beginning of `seq`, leaving at least one token to compute."""
+        if not self._reads_cache(seq):
+            return []
+        limit = (len(seq.token_ids) - 1) // self.block_size
+        self._hash_until(seq, limit)
+        return self.pool.match(seq.block_hashes, limit)
+
+    def is_announced(self, seq: Sequence, num_matched: int) -> bool:
+        """Whether a running sequence is computing the block that `seq` needs after its `num_matched` matched ones."""
+        if not self._reads_cache(seq) or num_matched >= (len(seq.token_ids) - 1) // self.block_size:
+            return False
+        return seq.block_hashes[num_matched] in self._announced
+
+    def admit(self, seq: Sequence, matched: list[int], num_tokens: int) -> None:
+        """Start the table of `seq`: the matched blocks, then fresh ones up to `num_tokens` tokens."""
+        assert not seq.block_ids, f"{seq.request_id} already has blocks"
+        if matched:
+            self.pool.share(matched)
+            seq.block_ids.extend(matched)
+            self.events.append(BlockEvent(SHARE, seq.request_id, tuple(matched)))
+        if self._enabled:
+            self._hash_until(seq, len(seq.token_ids) // self.block_size)
+            for digest in seq.block_hashes[len(matched) :]:
+                self._announced.setdefault(digest, seq)
+        self.grow(seq, num_tokens)
+
+    def num_missing(self, seq: Sequence, num_tokens: int) -> int:
+        """Blocks that `seq` lacks to hold `num_tokens` tokens; negative when it has more."""
+        return -(-num_tokens // self.block_size) - len(seq.block_ids)
+
+    def grow(self, seq: Sequence, num_tokens: int) -> list[int]:
+        """Append fresh blocks until `num_tokens` tokens fit; returns them. The pool must have enough."""
+        missing = self.num_missing(seq, num_tokens)
+        if missing <= 0:
+            return []
+        allocate = self.pool.allocate
+        fresh = [allocate() for _ in range(missing)]
+        seq.block_ids.extend(fresh)
+        self.events.append(BlockEvent(ACQUIRE, seq.request_id, tuple(fresh)))
+        return fresh
+
+    def publish(self, seq: Sequence, first_token: int, end_token: int) -> None:
+        """Make matchable the blocks of `seq` that became full between these counts of committed tokens."""
+        if not self._enabled:
+            return
+        first, end = first_token // self.block_size, end_token // self.block_size
+        self._hash_until(seq, end)
+        pool, digests, table = self.pool, seq.block_hashes, seq.block_ids
+        published = [table[i] for i in range(first, end) if pool.publish(table[i], digests[i])]
+        for digest in digests[first:end]:
+            self._announced.pop(digest, None)
+        if published:
+            self.events.append(BlockEvent(PUBLISH, seq.request_id, tuple(published)))
+
+    def release(self, seq: Sequence) -> None:
+        """Give all blocks of `seq` back; published ones stay matchable until they are reused."""
+        for digest in seq.block_hashes[seq.num_computed // self.block_size :]:
+            if self._announced.get(digest) is seq:
+                del self._announced[digest]
+        if seq.block_ids:
+            self.pool.release(seq.block_ids)
+            seq.block_ids.clear()
+            self.events.append(BlockEvent(RELEASE, seq.request_id))
+
+    def check_integrity(self, running: list[Sequence]) -> None:
+        """Prove that what is announced is being computed, and that tables and digests agree.
+
+        Raises:
+            AssertionError: naming the sequence.
+        """
+        for seq in self._announced.values():
+            assert any(seq is other for other in running), f"{seq.request_id} announces blocks but does not run"
+        for seq in running:
+            assert len(set(seq.block_ids)) == len(seq.block_ids), f"{seq.request_id} holds a block twice"
+
+    def take_events(self) -> tuple[BlockEvent, ...]:
+        """The events since the last call, oldest first."""
+        events = tuple(self.events)
+        self.events.clear()
+        return events
+
+    def _reads_cache(self, seq: Sequence) -> bool:
+        return self._enabled and not seq.request.params.prompt_logprobs  # those need the logits of every position
+
+    def _hash_until(self, seq: Sequence, num_blocks: int) -> None:
+        if len(seq.block_hashes) < num_blocks:
+            extend_chain(seq.block_hashes, self._root(seq.request.cache_salt), seq.token_ids, num_blocks, self.block_size)
+
+    def _root(self, salt: str) -> bytes:
+        root = self._roots.get(salt)
+        if root is None:
+            if len(self._roots) > 1024:  # salts are the callers' to choose: bound what they make us remember
+                self._roots.clear()
+            root = self._roots[salt] = root_digest(self._version_digest, salt, self.block_size)
+        return root

@@ -1,0 +1,413 @@
+"""Engine: one model's scheduler and runner, driven step by step; deterministic given its inputs.
+
+``step()`` plans and submits the next step while earlier ones run on the device, then takes in the oldest one once
+`runner.max_inflight` steps are in flight. A step that fails takes its own requests with it; the others are recomputed and
+go on. A broken device takes the engine.
+
+Boundary: no thread, no queue, no history (``engine.worker``, ``engine.record_log``); text only where a stop text asks for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from engine import admission
+from engine.admission import Limits
+from engine.cache.block_pool import BlockPool
+from engine.cache.sequence_blocks import SequenceBlocks
+from engine.config import EngineConfig
+from engine.errors import ConfigError, EngineDeadError, InvalidRequestError
+from engine.plan import KVSpec, Runner, StepResult, TokenLogprobs
+from engine.recording import Recorder, RequestTrack, StepTiming
+from engine.records import EngineStats, MemoryLedger, RequestRecord, StepRecord, StreamDelta
+from engine.request import FinishReason, Request
+from engine.request import Sequence as RequestSequence
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Commit, PlannedStep, Scheduler
+from engine.tokenizer import TokenizerLike
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one call of ``Engine.step`` gave to the outside."""
+
+    deltas: tuple[StreamDelta, ...] = ()
+    record: StepRecord | None = None  # of the step taken in by this call, if there was one
+    requests: tuple[RequestRecord, ...] = ()  # those that ended
+
+
+class Engine:
+    """Runs requests on one model. Not thread-safe, but for `make_request` and `stats`.
+
+    Args:
+        config: resolved: no value of it is None that a step needs.
+        kv_spec: the KV cache that the runner holds.
+        memory: bytes by purpose, passed on to `stats`.
+
+    Raises:
+        ConfigError: a setting is unresolved or contradicts the runner's cache.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        *,
+        kv_spec: KVSpec,
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+        tokenizer: TokenizerLike | None = None,
+        memory: MemoryLedger | None = None,
+    ) -> None:
+        if kv_spec.block_size != config.block_size:
+            raise ConfigError(
+                f"block_size is {config.block_size}, the runner's cache has {kv_spec.block_size}",
+                value=config.block_size, limit=kv_spec.block_size, param="block_size",
+            )
+        num_blocks = _resolved("num_blocks", config.num_blocks)
+        max_model_len = _resolved("max_model_len", config.max_model_len)
+        max_batched_tokens = _resolved("max_batched_tokens", config.max_batched_tokens)
+        self.config = config
+        self.tokenizer = tokenizer
+        self._runner = runner
+        self._memory = memory
+        self._limits = Limits(max_model_len, num_blocks * config.block_size, vocab_size, tokenizer is not None)
+        self._seeds = Random(config.seed)
+        blocks = SequenceBlocks(
+            BlockPool(num_blocks),
+            config.block_size,
+            version_digest=config.version_digest,
+            enable_prefix_cache=config.enable_prefix_cache,
+        )
+        self._scheduler = Scheduler(
+            blocks,
+            max_batched_tokens=max_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            eos_token_ids=eos_token_ids,
+        )
+        self._recorder = Recorder(self._scheduler)
+        self._tracks: dict[str, RequestTrack] = {}
+        self._timings: deque[StepTiming] = deque()  # of the steps in flight
+        self._submit_error: Exception | None = None  # of the newest step in flight
+        self._dead: str | None = None
+        self._deltas: list[StreamDelta] = []
+        self._requests: list[RequestRecord] = []
+
+    # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def make_request(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        cache_salt: str = "",
+    ) -> Request:
+        """A checked request with its seed drawn; it is not queued yet. Safe to call from any thread.
+
+        Raises:
+            InvalidRequestError, PromptTooLongError: naming value, limit and remedy.
+            EngineDeadError: nothing can be run any more.
+        """
+        self._require_alive()
+        return admission.make_request(
+            prompt_token_ids, params, self._limits, self._seeds, request_id=request_id, cache_salt=cache_salt
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request made by `make_request`.
+
+        Raises:
+            InvalidRequestError: its id belongs to a request that has not ended.
+            EngineDeadError: nothing can be run any more.
+        """
+        self._require_alive()
+        if request.request_id in self._tracks:
+            raise InvalidRequestError(
+                f"request id {request.request_id!r} is in use",
+                value=request.request_id, remedy="Use an id of its own for each request.", param="request_id",
+            )
+        detokenizer = None
+        if request.params.stop:
+            assert self.tokenizer is not None, "stop texts were admitted without a tokenizer"
+            detokenizer = self.tokenizer.detokenizer(request.params.skip_special_tokens)
+        self._tracks[request.request_id] = RequestTrack(request, detokenizer)
+        self._scheduler.add(admission.make_sequence(request, self._limits))
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; its last delta comes with the next step. An id that is not live is ignored."""
+        seq = self._scheduler.abort(request_id)
+        if seq is not None:
+            self._end_without_token(seq, FinishReason.ABORT, None, time.monotonic_ns())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to hand out."""
+        return self._scheduler.has_work or bool(self._deltas)
+
+    # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def step(self) -> StepOutput:
+        """Plan and submit one step, then take in the oldest if enough are in flight or nothing can be planned.
+
+        Raises:
+            EngineDeadError: the device is broken; every live request is lost, and so is the engine.
+        """
+        self._require_alive()
+        planned = self._submit_error is None and self._submit_next()
+        inflight = len(self._scheduler.inflight)
+        record = None
+        if inflight and (not planned or inflight >= self._runner.max_inflight):
+            record = self._take_oldest()
+        elif not inflight and self._scheduler.blocks.events:
+            record = self._record_idle()
+        output = StepOutput(tuple(self._deltas), record, tuple(self._requests))
+        self._deltas.clear()
+        self._requests.clear()
+        return output
+
+    def _submit_next(self) -> bool:
+        """Plan and submit. False if nothing could be planned or the runner refused the step."""
+        started_ns = time.monotonic_ns()
+        plan = self._scheduler.plan()
+        if plan is None:
+            return False
+        self._timings.append(StepTiming(started_ns, time.monotonic_ns() - started_ns))
+        for seq in self._scheduler.inflight[-1].admitted:
+            self._recorder.admitted(self._tracks[seq.request_id], seq.num_cached_tokens, started_ns)
+        try:
+            self._runner.submit(plan)
+        except EngineDeadError as error:
+            self._die(error)
+            raise
+        except Exception as error:  # noqa: BLE001 - the step boundary: it fails when its turn to be taken in comes
+            self._submit_error = error
+            return False
+        return True
+
+    def _take_oldest(self) -> StepRecord:
+        """Collect and commit the oldest step in flight, or fail it."""
+        step = self._scheduler.inflight[0]
+        timing = self._timings.popleft()
+        try:
+            result = self._collect()
+        except EngineDeadError as error:
+            self._die(error)
+            raise
+        except Exception as error:  # noqa: BLE001 - the step boundary: recorded with its requests
+            return self._fail(step, timing, error)
+        collected_ns = time.monotonic_ns()
+        commit = self._scheduler.commit(result)
+        now_ns = time.monotonic_ns()
+        timing.schedule_ns += now_ns - collected_ns
+        finished = self._emit(commit, now_ns)
+        return self._recorder.step(step, timing, now_ns, result, finished=finished)
+
+    def _collect(self) -> StepResult:
+        if self._submit_error is not None and len(self._scheduler.inflight) == 1:
+            raise self._submit_error
+        return self._runner.collect()
+
+    def _record_idle(self) -> StepRecord:
+        """A record without rows: blocks were given back while no step was in flight."""
+        now_ns = time.monotonic_ns()
+        step = PlannedStep(self._scheduler.take_step_id())
+        return self._recorder.step(step, StepTiming(now_ns, 0), now_ns)
+
+    # ── what a step gave ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _emit(self, commit: Commit, now_ns: int) -> tuple[str, ...]:
+        """Deltas of a committed step; returns the ids of the requests that ended."""
+        for seq, first, entries in commit.prompt_logprobs:
+            self._tracks[seq.request_id].prompt_logprobs.update(enumerate(entries, first))
+        self._recorder.num_output_tokens += len(commit.token_ids)
+        special = {finish.seq.request_id for finish in commit.finished}
+        special.update(commit.logprobs)
+        tracks, deltas = self._tracks, self._deltas
+        remaining: list[tuple[RequestSequence, int]] = []
+        for seq, token in zip(commit.sequences, commit.token_ids, strict=True):
+            request_id = seq.request.request_id
+            track = tracks[request_id]
+            track.token_ns.append(now_ns)
+            if track.matcher is not None or request_id in special:
+                remaining.append((seq, token))
+            else:
+                deltas.append(
+                    StreamDelta(request_id, (token,), None, (), None, None, None, track.num_cached_tokens, now_ns)
+                )
+        return self._emit_special(commit, remaining, now_ns) if remaining else ()
+
+    def _emit_special(
+        self, commit: Commit, sampled: list[tuple[RequestSequence, int]], now_ns: int
+    ) -> tuple[str, ...]:
+        """Deltas that carry more than a token: an end, log-probabilities, or text watched for stop texts."""
+        ends = {finish.seq.request_id: finish for finish in commit.finished}
+        finished = []
+        for seq, token in sampled:
+            request_id = seq.request_id
+            track, end = self._tracks[request_id], ends.get(request_id)
+            reason = end.reason if end else None
+            stop_reason: str | int | None = end.stop_reason if end else None
+            text = None
+            if track.matcher is not None:
+                text = self._watch(track, token, reason)
+                if track.matcher.matched is not None:
+                    reason, stop_reason = FinishReason.STOP, track.matcher.matched
+                    if end is None:
+                        self._scheduler.finish(seq, reason)
+            self._deltas.append(
+                StreamDelta(
+                    request_id,
+                    (token,),
+                    text,
+                    _as_tuple(commit.logprobs.get(request_id)),
+                    reason,
+                    stop_reason,
+                    num_cached_tokens=track.num_cached_tokens,
+                    created_ns=now_ns,
+                    prompt_logprobs=_in_order(track) if reason else (),
+                )
+            )
+            if reason is not None:
+                finished.append(request_id)
+                self._forget(seq, reason, now_ns, None)
+        return tuple(finished)
+
+    def _watch(self, track: RequestTrack, token: int, reason: FinishReason | None) -> str:
+        """Text that this token makes certain, watched for stop texts. A stop token's own text is not output."""
+        params, matcher, detokenizer = track.request.params, track.matcher, track.detokenizer
+        assert matcher is not None
+        assert detokenizer is not None
+        text = ""
+        if reason is not FinishReason.STOP or params.include_stop_str_in_output:
+            text = detokenizer.push((token,))
+        if reason is not None:
+            text += detokenizer.flush()
+        if len(track.token_ns) < params.min_tokens:
+            return matcher.pass_over(text)
+        text = matcher.push(text)
+        if reason is not None and matcher.matched is None:
+            text += matcher.flush()
+        return text
+
+    def _end_without_token(
+        self, seq: RequestSequence, reason: FinishReason, error: str | None, now_ns: int
+    ) -> None:
+        """The last delta of a request that ended otherwise than by its own tokens."""
+        track = self._tracks[seq.request_id]
+        text = None
+        if track.matcher is not None:
+            assert track.detokenizer is not None
+            text = track.matcher.flush() + track.detokenizer.flush()
+        self._deltas.append(
+            StreamDelta(
+                seq.request_id,
+                (),
+                text,
+                finish_reason=reason,
+                error=error,
+                num_cached_tokens=track.num_cached_tokens,
+                created_ns=now_ns,
+                prompt_logprobs=_in_order(track),
+            )
+        )
+        self._forget(seq, reason, now_ns, error)
+
+    def _forget(self, seq: RequestSequence, reason: FinishReason, now_ns: int, error: str | None) -> None:
+        track = self._tracks.pop(seq.request_id)
+        self._requests.append(self._recorder.request(track, reason, now_ns, seq.num_preemptions, error))
+
+    # ── failure ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _fail(self, step: PlannedStep, timing: StepTiming, error: Exception) -> StepRecord:
+        """End the requests of a failed step; put the others back to be recomputed."""
+        message = f"step {step.step_id} failed: {type(error).__name__}: {error}"
+        self._submit_error = None
+        self._timings.clear()
+        lost = self._scheduler.fail(step)
+        try:
+            self._runner.reset_rows()
+        except Exception as reset_error:
+            self._die(reset_error)
+            raise EngineDeadError(f"the device did not recover after {message}") from reset_error
+        now_ns = time.monotonic_ns()
+        for seq in lost:
+            self._end_without_token(seq, FinishReason.ERROR, message, now_ns)
+        finished = tuple(seq.request_id for seq in lost)
+        return self._recorder.step(step, timing, now_ns, finished=finished, error=message)
+
+    def _die(self, error: Exception) -> None:
+        self._dead = f"{type(error).__name__}: {error}"
+
+    def _require_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"the engine takes no requests any more ({self._dead})", remedy="Restart it.")
+
+    # ── from outside ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def stats(self) -> EngineStats:
+        """Counters since start and gauges of now. O(1); safe to call from any thread."""
+        config, scheduler, recorder, limits = self.config, self._scheduler, self._recorder, self._limits
+        pool = scheduler.blocks.pool
+        return EngineStats(
+            model=config.model,
+            version_digest=config.version_digest,
+            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running),
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_free,
+            num_cached_blocks=pool.num_cached,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=limits.max_model_len,
+            max_batched_tokens=scheduler.max_batched_tokens,
+            steps=recorder.num_steps,
+            step_errors=recorder.num_step_errors,
+            prompt_tokens=recorder.num_prompt_tokens,
+            output_tokens=recorder.num_output_tokens,
+            cached_prompt_tokens=recorder.num_cached_prompt_tokens,
+            preemptions=scheduler.num_preemptions,
+            finished=dict(recorder.num_finished),
+            memory=self._memory,
+            dtype=config.dtype,
+            device=config.device,
+            attention_backend=config.attention_backend,
+            deterministic=config.deterministic,
+        )
+
+    def check_integrity(self) -> None:
+        """Prove the accounting of rows, blocks and tokens. O(blocks + live tokens).
+
+        Raises:
+            AssertionError: naming what does not hold.
+        """
+        self._scheduler.check_integrity()
+        live = {seq.request_id for seq in self._scheduler.sequences()}
+        assert live == set(self._tracks), f"tracked {set(self._tracks)}, live {live}"
+        assert len(self._timings) == len(self._scheduler.inflight), "a step in flight without its timing"
+
+    def close(self) -> None:
+        """Give the device's memory back. Live requests are lost. A second call does nothing."""
+        if self._dead is None:
+            self._dead = "closed"
+        self._runner.close()
+
+
+def _resolved(name: str, value: int | None) -> int:
+    if value is None:
+        raise ConfigError(
+            f"{name} is not resolved", value=None, param=name, remedy="Resolve it with engine.build.resolve_config."
+        )
+    return value
+
+
+def _as_tuple(entry: TokenLogprobs | None) -> tuple[TokenLogprobs, ...]:
+    return () if entry is None else (entry,)
+
+
+def _in_order(track: RequestTrack) -> tuple[TokenLogprobs, ...]:
+    return tuple(track.prompt_logprobs[position] for position in sorted(track.prompt_logprobs))

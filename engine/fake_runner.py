@@ -1,0 +1,360 @@
+"""FakeRunner and FakeTokenizer: an engine without a model, for tests, demonstrations and measurements of the host side.
+
+FakeRunner computes tokens that anybody can work out by hand (`next_token`), answers as late as a device does, and checks
+each plan as strictly as a device would punish it: tables must cover positions, slots must be written before they are read,
+nobody writes to a block that others use. Its KV cache holds one number per slot that depends on the whole past, so that a
+wrongly shared or reused block changes the tokens that follow. FakeTokenizer's tokens are bytes.
+
+Boundary: no torch, no randomness. Sampling parameters other than log-probabilities are ignored.
+"""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.plan import RowAdmission, StepPlan, StepResult, TokenLogprobs
+
+STATE_MODULUS = 65521
+UNWRITTEN = -1
+
+Choose = Callable[[str, int], int | None]  # (request_id, index of the output token) -> token id; None: by the rule
+
+
+class PlanViolation(AssertionError):
+    """A plan that would make a real device read garbage or overwrite what others need."""
+
+
+def next_state(state: int, token_id: int) -> int:
+    """What a slot holds: the past's state (0 before the first token) and this token."""
+    return (3 * state + token_id + 1) % STATE_MODULUS
+
+
+def next_token(state: int, position: int, vocab_size: int) -> int:
+    """The token that follows position `position`, whose slot holds `state`."""
+    return (state + 7 * position) % vocab_size
+
+
+def expected_tokens(prompt: Sequence[int], num_tokens: int, vocab_size: int) -> list[int]:
+    """The first `num_tokens` output tokens for `prompt`, worked out without engine, blocks or batches."""
+    state = 0
+    for token in prompt:
+        state = next_state(state, token)
+    output: list[int] = []
+    for position in range(len(prompt) - 1, len(prompt) - 1 + num_tokens):
+        output.append(next_token(state, position, vocab_size))
+        state = next_state(state, output[-1])
+    return output
+
+
+def fake_logprobs(token_id: int, num_top: int, vocab_size: int) -> TokenLogprobs:
+    """Log-probabilities that depend on the token alone: the chosen one first, then its successors."""
+    top = [(token_id + i) % vocab_size for i in range(min(num_top, vocab_size))]
+    logprob = -0.125 * (1 + token_id % 8)
+    return TokenLogprobs(token_id, logprob, 1, tuple(top), tuple(logprob - 0.5 * i for i in range(len(top))))
+
+
+def scripted(text: str | bytes, eos_token_id: int = 256) -> Choose:
+    """Makes every request answer `text`, byte by byte, and then the end-of-sequence token."""
+    data = text.encode() if isinstance(text, str) else text
+    return lambda _request_id, index: data[index] if index < len(data) else eos_token_id
+
+
+class _Row:
+    """A row as the device keeps it: its tokens and its block table."""
+
+    __slots__ = ("admission", "blocks", "num_tokens", "slots", "states", "tokens")
+
+    def __init__(self, admission: RowAdmission) -> None:
+        self.admission = admission
+        self.tokens: list[int] = list(admission.token_ids)
+        self.blocks: list[int] = []
+        self.slots = np.zeros(0, np.int64)  # slot of each position that the table covers
+        self.states = np.zeros(0, np.int64)  # what those slots must hold
+
+
+class FakeRunner:
+    """A Runner whose tokens follow `next_token`.
+
+    Args:
+        num_blocks, block_size: the KV cache; plans may not leave it.
+        vocab_size: output tokens are below it.
+        max_inflight: steps that may be submitted before one is collected.
+        delay_s: how long a step takes on this device, after the step before it.
+        choose: overrides the rule, for an end of sequence or a text of one's own.
+        verify: check every plan and read the whole context; False costs less and only counts (`next_token` of state 0),
+            for measuring the host side.
+        fail_at: step_id -> exception that collecting this step raises; `fail_next` does the same without a number.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        *,
+        vocab_size: int = 256,
+        max_inflight: int = 2,
+        delay_s: float = 0.0,
+        choose: Choose | None = None,
+        verify: bool = True,
+        fail_at: dict[int, Exception] | None = None,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.delay_s = delay_s
+        self.choose = choose
+        self.fail_at = dict(fail_at or {})
+        self.violations: list[str] = []
+        self.plans: deque[StepPlan] = deque(maxlen=1024)  # the latest ones, for tests to look at
+        self.closed = False
+        self._max_inflight = max_inflight
+        self._verify = verify
+        self._kv = np.full(num_blocks * block_size if verify else 0, UNWRITTEN, np.int64)
+        self._rows: dict[int, _Row] = {}
+        self._users: Counter[int] = Counter()  # rows whose table holds a block
+        self._inflight: deque[tuple[float, StepResult | Exception]] = deque()
+        self._device_free_at = 0.0
+        self._fail_submit: Exception | None = None
+        self._fail_collect: Exception | None = None
+        self._is_broken = False  # a step in flight failed: what follows it computes on garbage until `reset_rows`
+
+    @property
+    def max_inflight(self) -> int:
+        return self._max_inflight
+
+    def fail_next(self, error: Exception, *, in_submit: bool = False) -> None:
+        """Make the next submitted step raise `error`: when it is collected, or already while it is submitted."""
+        if in_submit:
+            self._fail_submit = error
+        else:
+            self._fail_collect = error
+
+    def submit(self, plan: StepPlan) -> None:
+        """Compute the step, as a stream would in order, and keep its result until it is collected."""
+        assert not self.closed, "the runner is closed"
+        assert len(self._inflight) < self._max_inflight, f"more than {self._max_inflight} steps in flight"
+        if self._fail_submit is not None:
+            error, self._fail_submit = self._fail_submit, None
+            self._is_broken = True
+            raise error
+        self._device_free_at = max(self._device_free_at, time.monotonic()) + self.delay_s
+        self._inflight.append((self._device_free_at, self._run(plan)))
+
+    def _run(self, plan: StepPlan) -> StepResult | Exception:
+        failure = self.fail_at.pop(plan.step_id, None) or self._fail_collect
+        self._fail_collect = None
+        if self._is_broken:
+            return RuntimeError("a step before this one failed")
+        if failure is None:
+            return self._compute(plan)
+        self._is_broken = True
+        if self._verify:
+            self._scribble(plan)
+        return failure
+
+    def _scribble(self, plan: StepPlan) -> None:
+        """What a step that dies half-way may leave behind: garbage in every slot that it was to write."""
+        self._apply_row_events(plan)
+        for row_id, start, count in zip(
+            plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True
+        ):
+            self._kv[self._rows[row_id].slots[start : start + count]] = STATE_MODULUS
+
+    def collect(self) -> StepResult:
+        """The oldest step's result, not before the device is done with it."""
+        ready_at, result = self._inflight.popleft()
+        if self.delay_s and (wait := ready_at - time.monotonic()) > 0:
+            time.sleep(wait)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def reset_rows(self) -> None:
+        self._rows.clear()
+        self._users.clear()
+        self._inflight.clear()
+        self._is_broken = False
+
+    def close(self) -> None:
+        self.closed = True
+        self.reset_rows()
+        self._kv = np.zeros(0, np.int64)
+
+    # ── the device ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        if not self._verify:
+            return StepResult(plan.step_id, ((plan.start[plan.logit_rows] * 7) % self.vocab_size).tolist())
+        self.plans.append(plan)
+        self._apply_row_events(plan)
+        self._check_shape(plan)
+        result = StepResult(plan.step_id, [])
+        sampling = set(plan.logit_rows.tolist())
+        for i, (row_id, start, count) in enumerate(
+            zip(plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True)
+        ):
+            row = self._rows[row_id]
+            self._write(row, start, start + count)
+            if row.admission.params.prompt_logprobs:
+                result.prompt_logprobs[i] = self._score(row, start, count)
+            if i in sampling:
+                self._sample(row, start + count, result)
+        return result
+
+    def _apply_row_events(self, plan: StepPlan) -> None:
+        for row_id in plan.finished:
+            row = self._rows.pop(row_id, None)
+            self._check(row is not None, f"row {row_id} finished but was never admitted")
+            if row is not None:
+                self._users.subtract(row.blocks)
+        for admission in plan.admitted:
+            self._check(admission.row not in self._rows, f"row {admission.row} admitted twice")
+            row = self._rows[admission.row] = _Row(admission)
+            self._extend(row, admission.block_ids[0])
+        offsets, ids = plan.new_block_offsets[0].tolist(), plan.new_block_ids[0].tolist()
+        self._check(len(offsets) == plan.num_rows + 1 and offsets[-1] == len(ids), "new block offsets do not add up")
+        for i, row_id in enumerate(plan.rows.tolist()):
+            self._check(row_id in self._rows, f"row {row_id} computes but was never admitted")
+            if offsets[i + 1] > offsets[i]:
+                self._extend(self._rows[row_id], ids[offsets[i] : offsets[i + 1]])
+
+    def _extend(self, row: _Row, block_ids: Iterable[int]) -> None:
+        new = list(block_ids)
+        self._check(all(0 <= b < self.num_blocks for b in new), f"blocks {new} outside of the cache")
+        row.blocks += new
+        self._users.update(new)
+        offsets = np.arange(self.block_size)
+        fresh = (np.array(new, np.int64)[:, None] * self.block_size + offsets).ravel()
+        row.slots = np.concatenate((row.slots, fresh))
+        row.states = np.concatenate((row.states, np.zeros(len(fresh), np.int64)))
+        if len(row.states) == len(fresh):  # admission: what the cached positions must hold
+            state = 0
+            for position, token in enumerate(row.tokens[: row.admission.num_computed]):
+                row.states[position] = state = next_state(state, token)
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        rows = plan.rows.tolist()
+        self._check(len(set(rows)) == len(rows), f"a row twice in one step: {rows}")
+        counts = plan.num_tokens.tolist()
+        self._check(all(count > 0 for count in counts), f"a row without tokens: {counts}")
+        several = [count > 1 for count in counts]
+        self._check(several == sorted(several), f"one-token rows do not come first: {counts}")
+        logit_rows = plan.logit_rows.tolist()
+        self._check(logit_rows == sorted(set(logit_rows)), f"logit rows are not ascending: {logit_rows}")
+
+    def _write(self, row: _Row, start: int, end: int) -> None:
+        """Read the context through the table, then write positions start … end - 1."""
+        name = row.admission.request_id
+        self._check(end <= len(row.slots), f"{name}: position {end - 1} is behind its {len(row.blocks)} blocks")
+        self._check(end <= len(row.tokens), f"{name}: position {end - 1} has no token yet")
+        context = self._kv[row.slots[:start]]
+        self._check(bool((context == row.states[:start]).all()), f"{name}: context at {start} is not its own past")
+        for block in set(row.blocks[start // self.block_size : -(-end // self.block_size)]):
+            self._check(self._users[block] == 1, f"{name}: writes to block {block}, which others use")
+        state = int(context[-1]) if start else 0
+        for position in range(start, end):
+            state = next_state(state, row.tokens[position])
+            self._kv[row.slots[position]] = row.states[position] = state
+
+    def _sample(self, row: _Row, end: int, result: StepResult) -> None:
+        name, params = row.admission.request_id, row.admission.params
+        self._check(end == len(row.tokens), f"{name}: samples at {end} of {len(row.tokens)} tokens")
+        token = None
+        if self.choose is not None:
+            token = self.choose(name, end - row.admission.num_prompt_tokens)
+        if token is None:
+            token = next_token(int(self._kv[row.slots[end - 1]]), end - 1, self.vocab_size)
+        if params.logprobs is not None:
+            result.logprobs[len(result.token_ids)] = fake_logprobs(token, params.logprobs, self.vocab_size)
+        result.token_ids.append(token)
+        row.tokens.append(token)
+
+    def _score(self, row: _Row, start: int, count: int) -> list[TokenLogprobs]:
+        end = min(start + count + 1, row.admission.num_prompt_tokens)
+        num_top = row.admission.params.logprobs or 0
+        return [fake_logprobs(token, num_top, self.vocab_size) for token in row.tokens[start + 1 : end]]
+
+    def _check(self, holds: bool, message: str) -> None:
+        if not holds:
+            self.violations.append(message)
+            raise PlanViolation(message)
+
+
+class FakeTokenizer:
+    """Bytes as tokens 0 … 255, then the special tokens. The surface of ``engine.tokenizer.Tokenizer``."""
+
+    SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+    EOS = 256
+
+    def __init__(self) -> None:
+        self.eos_token_ids: frozenset[int] = frozenset({self.EOS})
+        self.vocab_size = 256 + len(self.SPECIAL)
+        self.has_chat_template = True
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The text's UTF-8 bytes; special tokens are recognised by their text."""
+        del add_special_tokens  # there is nothing that would be added
+        ids: list[int] = []
+        while text:
+            at, special = min((text.find(s), i) if s in text else (len(text), -1) for i, s in enumerate(self.SPECIAL))
+            ids += text[:at].encode()
+            if special < 0:
+                break
+            ids.append(256 + special)
+            text = text[at + len(self.SPECIAL[special]) :]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        detokenizer = self.detokenizer(skip_special_tokens)
+        return detokenizer.push(ids) + detokenizer.flush()
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """``<|role|>content<|end|>`` for each message; tools travel as a system message."""
+        text = f"<|system|>{list(tools)!r}<|end|>" if tools else ""
+        for message in messages:
+            text += f"<|{message['role']}|>{message.get('content') or ''}<|end|>"
+        return self.encode(text + "<|assistant|>" * add_generation_prompt)
+
+    def token_text(self, token_id: int) -> str:
+        if token_id >= 256:
+            return self.SPECIAL[token_id - 256]
+        return bytes([token_id]).decode(errors="replace")
+
+    def detokenizer(self, skip_special_tokens: bool = True) -> FakeDetokenizer:
+        return FakeDetokenizer(self, skip_special_tokens)
+
+
+class FakeDetokenizer:
+    """Bytes to text, never half a character."""
+
+    def __init__(self, tokenizer: FakeTokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The characters that these tokens complete."""
+        text = ""
+        for token_id in ids:
+            if token_id < 256:
+                text += self._decoder.decode(bytes([token_id]))
+            elif not self._skip:
+                text += self.flush() + self._tokenizer.token_text(token_id)
+        return text
+
+    def flush(self) -> str:
+        """What is left of an incomplete character, as U+FFFD."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text

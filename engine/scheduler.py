@@ -1,0 +1,530 @@
+"""Scheduler: decides what each step computes, and takes in what it chose.
+
+``plan()`` makes the next StepPlan while earlier steps may still be in flight; ``commit(result)`` takes in the oldest step's
+result. One token budget a step, for running sequences first, then for waiting ones; prefill is chunked and mixed with
+decode. A sequence computes its tokens in order: `num_scheduled` chases ``len(token_ids)``, which includes the token that a
+step in flight is choosing (PENDING). Out of blocks, the tail of the running list is preempted and recomputed later; the
+head always gets its blocks, so that every sequence finishes.
+
+Boundary: pure Python over counts and ids. No model, no clock, no text (stop texts are the engine's). What can never fit is
+refused before it comes here (``engine.admission``). Costs O(scheduled rows), whatever the contexts' lengths.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from engine.cache.sequence_blocks import SequenceBlocks
+from engine.plan import Int32, RowAdmission, StepPlan, StepResult, TokenLogprobs
+from engine.request import PENDING, FinishReason, Sequence, SequenceStatus
+
+MAX_DEFERRED = 16  # waiting sequences passed by in one plan: bounds what a plan may cost
+
+
+@dataclass(slots=True)
+class Finish:
+    """A sequence that ended in a commit."""
+
+    seq: Sequence
+    reason: FinishReason
+    stop_reason: int | None = None
+
+
+@dataclass(slots=True)
+class PlannedStep:
+    """What the host remembers of a step in flight: whose rows it computes, in plan order."""
+
+    step_id: int
+    # Rows [0, len(decoding)) compute one token and sample; `ends[i]` is the position that row i's token will take.
+    decoding: list[Sequence] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)  # the other rows, in order
+    growth: list[tuple[int, list[int]]] = field(default_factory=list)  # (row index, blocks appended), ascending
+    num_decode_tokens: int = 0  # tokens behind the prompt, one a row
+    preempted: list[Sequence] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    prefix_hits: list[tuple[str, int]] = field(default_factory=list)  # (request_id, cached tokens) of those admitted
+    dropped: set[Sequence] = field(default_factory=set)  # finished or preempted since: their results are not taken
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decoding) + sum(chunk.num_tokens for chunk in self.chunks)
+
+    def rows(self) -> tuple[tuple[str, int], ...]:
+        """(request_id, num_tokens) of each row, in plan order."""
+        rows = [(seq.request.request_id, 1) for seq in self.decoding]
+        rows += [(chunk.seq.request_id, chunk.num_tokens) for chunk in self.chunks]
+        return tuple(rows)
+
+    def sequences(self) -> Iterator[Sequence]:
+        yield from self.decoding
+        for chunk in self.chunks:
+            yield chunk.seq
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A row that computes several tokens, or one that is not its sequence's last."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+    fresh: list[int]  # blocks appended to its table; empty with its admission, which names them all
+
+
+@dataclass(slots=True)
+class Commit:
+    """What a committed step added. `token_ids[i]` is the new token of `sequences[i]`."""
+
+    step: PlannedStep
+    sequences: list[Sequence] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finished: list[Finish] = field(default_factory=list)
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # by request_id
+    prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprobs]]] = field(default_factory=list)  # (…, first position, …)
+
+
+class Scheduler:
+    """Owner of all sequences. Not thread-safe: one thread plans and commits."""
+
+    def __init__(
+        self,
+        blocks: SequenceBlocks,
+        *,
+        max_batched_tokens: int,
+        max_num_seqs: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self.blocks = blocks
+        self.max_batched_tokens = max_batched_tokens
+        self.max_num_seqs = max_num_seqs
+        self.waiting: OrderedDict[str, Sequence] = OrderedDict()  # first come, first served; preempted ones in front
+        self.running: list[Sequence] = []  # in order of admission: the tail is preempted first
+        self.inflight: deque[PlannedStep] = deque()
+        self.num_preemptions = 0
+        self._live: dict[str, Sequence] = {}
+        self._eos = eos_token_ids
+        self._stop_ids = set(eos_token_ids)  # every id that may stop some sequence
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._finished_rows: list[int] = []  # rows given back since the last plan
+        self._next_step_id = 0
+        self._blocked: tuple[str, int] | None = None  # (request_id, free blocks) when the queue's head did not fit
+        # Constant columns of every plan: runners read them and never write to them.
+        self._zeros = np.zeros(max_num_seqs + 1, np.int32)
+        self._ones = np.ones(max_num_seqs, np.int32)
+        self._indices = np.arange(max_num_seqs, dtype=np.int32)
+
+    # ── in and out ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence behind all others."""
+        request_id = seq.request_id
+        assert request_id not in self._live, f"request {request_id} is already here"
+        self._live[request_id] = self.waiting[request_id] = seq
+        self._stop_ids.update(seq.request.params.stop_token_ids)
+
+    def get(self, request_id: str) -> Sequence | None:
+        """The live sequence of that request."""
+        return self._live.get(request_id)
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+        """End a live sequence now: its blocks and row are free for the next plan, results in flight are dropped."""
+        if seq.status is SequenceStatus.WAITING:
+            del self.waiting[seq.request_id]
+        else:
+            self.running.remove(seq)
+            self._leave_row(seq)
+        self._end(seq, reason)
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """End a request because its caller went away. None if it is not live (any more)."""
+        seq = self._live.get(request_id)
+        if seq is not None:
+            self.finish(seq, FinishReason.ABORT)
+        return seq
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live or self.inflight)
+
+    def sequences(self) -> list[Sequence]:
+        """All live sequences: running ones, then waiting ones."""
+        return [*self.running, *self.waiting.values()]
+
+    def take_step_id(self) -> int:
+        """The next step's number."""
+        step_id = self._next_step_id
+        self._next_step_id += 1
+        return step_id
+
+    # ── plan ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None if nothing can be computed before a step in flight is committed."""
+        step = PlannedStep(self._next_step_id)
+        budget = self._plan_running(step)
+        admitted: list[RowAdmission] = []
+        if budget > 0 and self.waiting and not step.preempted:
+            admitted = self._plan_waiting(step, budget)
+        if not step.decoding and not step.chunks:
+            assert self.inflight or not self._live, "live sequences, nothing in flight, and nothing can be planned"
+            return None
+        self._next_step_id += 1
+        self.inflight.append(step)
+        return self._build(step, admitted)
+
+    def _plan_running(self, step: PlannedStep) -> int:
+        """Give running sequences their tokens, in order of admission; returns the budget left."""
+        budget = self.max_batched_tokens
+        mask = self.blocks.block_size - 1
+        decoding, ends = step.decoding, step.ends
+        for seq in self.running:  # preemption shortens this list from its tail
+            start = seq.num_scheduled
+            tokens = seq.token_ids
+            end = len(tokens)
+            if end - start == 1:
+                if end == seq.max_total_tokens:
+                    continue  # its last token is chosen or being chosen: nothing is left to compute
+                if not start & mask:
+                    fresh = self._make_room(seq, end, step)
+                    if fresh is None:
+                        break
+                    step.growth.append((len(decoding), fresh))
+                if start < seq.num_prompt_tokens:
+                    step.num_decode_tokens -= 1
+                tokens.append(PENDING)
+                seq.num_scheduled = end
+                decoding.append(seq)
+                ends.append(end)
+                budget -= 1
+            else:
+                num_tokens = min(end - start, budget)
+                fresh = self._make_room(seq, start + num_tokens, step)
+                if fresh is None:
+                    break
+                step.chunks.append(self._schedule_chunk(seq, start, num_tokens, fresh))
+                budget -= num_tokens
+            if not budget:
+                break
+        step.num_decode_tokens += len(decoding)
+        return budget
+
+    def _schedule_chunk(self, seq: Sequence, start: int, num_tokens: int, fresh: list[int]) -> Chunk:
+        end = start + num_tokens
+        samples = end == len(seq.token_ids)
+        if samples:
+            seq.token_ids.append(PENDING)
+        seq.num_scheduled = end
+        return Chunk(seq, start, num_tokens, samples, fresh)
+
+    def _make_room(self, seq: Sequence, num_tokens: int, step: PlannedStep) -> list[int] | None:
+        """Fresh blocks, so that `seq` holds `num_tokens` tokens, preempting from the tail. None: it had to go itself."""
+        missing = self.blocks.num_missing(seq, num_tokens)
+        while self.blocks.pool.num_free < missing:
+            victim = self.running[-1]
+            self._preempt(victim)
+            step.preempted.append(victim)
+            if victim is seq:
+                return None
+        return self.blocks.grow(seq, num_tokens)
+
+    def _plan_waiting(self, step: PlannedStep, budget: int) -> list[RowAdmission]:
+        """Admit waiting sequences while rows, blocks and budget last.
+
+        A sequence whose next block a running one is about to publish stays where it is and is passed by: waiting a step
+        or two costs less than computing the same prefix again.
+        """
+        admitted: list[RowAdmission] = []
+        deferred = 0
+        if not self._free_rows or self._is_blocked():
+            return admitted
+        for seq in list(islice(self.waiting.values(), len(self._free_rows) + MAX_DEFERRED)):
+            if not budget or not self._free_rows or not self.blocks.pool.num_free:
+                break
+            matched = self.blocks.match(seq)
+            if self.blocks.is_announced(seq, len(matched)):
+                deferred += 1
+                if deferred > MAX_DEFERRED:
+                    break
+                continue
+            if not self._fits(seq, matched):
+                self._blocked = (seq.request_id, self.blocks.pool.num_free)
+                break
+            admitted.append(self._admit(seq, matched, step, budget))
+            budget -= step.chunks[-1].num_tokens
+        return admitted
+
+    def _is_blocked(self) -> bool:
+        """Whether the queue's head is known not to fit: asking again before blocks came free would cost its whole match."""
+        if self._blocked is None:
+            return False
+        request_id, num_free = self._blocked
+        if next(iter(self.waiting)) == request_id and self.blocks.pool.num_free <= num_free and self.running:
+            return True
+        self._blocked = None
+        return False
+
+    def _fits(self, seq: Sequence, matched: list[int]) -> bool:
+        """Whether the free blocks hold all tokens known of `seq`: a prefill that starts should also end."""
+        pool = self.blocks.pool
+        missing = self.blocks.num_missing(seq, len(seq.token_ids)) - len(matched)
+        return missing <= pool.num_free - pool.count_free(matched)
+
+    def _admit(self, seq: Sequence, matched: list[int], step: PlannedStep, budget: int) -> RowAdmission:
+        """Give `seq` a row, its matched blocks and its first chunk."""
+        num_cached = len(matched) * self.blocks.block_size
+        tokens = list(seq.token_ids)
+        num_tokens = min(len(tokens) - num_cached, budget)
+        self.blocks.admit(seq, matched, num_cached + num_tokens)
+        del self.waiting[seq.request_id]
+        self.running.append(seq)
+        seq.status = SequenceStatus.RUNNING
+        seq.row = self._free_rows.pop()
+        seq.num_scheduled = seq.num_computed = num_cached
+        if not seq.epoch:
+            seq.num_cached_tokens = num_cached
+        step.admitted.append(seq)
+        if num_cached:
+            step.prefix_hits.append((seq.request_id, num_cached))
+        step.chunks.append(self._schedule_chunk(seq, num_cached, num_tokens, []))
+        request = seq.request
+        return RowAdmission(
+            row=seq.row,
+            request_id=request.request_id,
+            token_ids=tokens,
+            num_prompt_tokens=seq.num_prompt_tokens,
+            num_computed=num_cached,
+            block_ids=(tuple(seq.block_ids),),
+            params=request.params,
+            seed=request.seed,
+        )
+
+    def _build(self, step: PlannedStep, admitted: list[RowAdmission]) -> StepPlan:
+        """The struct of arrays; one-token rows first."""
+        chunks = step.chunks
+        if chunks:
+            chunks.sort(key=_computes_several)  # stable: one-token chunks before longer ones
+        num_decoding = len(step.decoding)
+        num_rows = num_decoding + len(chunks)
+        rows = [seq.row for seq in step.decoding]
+        start = np.array(step.ends, np.int32)
+        start -= 1
+        num_tokens: Int32 = self._ones[:num_rows]
+        logit_rows: Int32 = self._indices[:num_rows]
+        if chunks:
+            rows += [chunk.seq.row for chunk in chunks]
+            start = np.concatenate((start, np.array([chunk.start for chunk in chunks], np.int32)))
+            num_tokens = num_tokens.copy()
+            num_tokens[num_decoding:] = [chunk.num_tokens for chunk in chunks]
+            sampling = [num_decoding + i for i, chunk in enumerate(chunks) if chunk.samples]
+            logit_rows = np.concatenate((self._indices[:num_decoding], np.array(sampling, np.int32)))
+        offsets, block_ids = self._block_arrays(step, num_rows)
+        finished = tuple(self._finished_rows)
+        self._finished_rows.clear()
+        return StepPlan(
+            step_id=step.step_id,
+            rows=np.array(rows, np.int32),
+            start=start,
+            num_tokens=num_tokens,
+            num_draft=self._zeros[:num_rows],
+            logit_rows=logit_rows,
+            new_block_offsets=(offsets,),
+            new_block_ids=(block_ids,),
+            admitted=tuple(admitted),
+            finished=finished,
+        )
+
+    def _block_arrays(self, step: PlannedStep, num_rows: int) -> tuple[Int32, Int32]:
+        """Blocks appended to each row's table, as offsets and ids."""
+        growth, num_decoding = step.growth, len(step.decoding)
+        growth += [(num_decoding + i, chunk.fresh) for i, chunk in enumerate(step.chunks) if chunk.fresh]
+        if not growth:
+            return self._zeros[: num_rows + 1], self._zeros[:0]
+        offsets = np.zeros(num_rows + 1, np.int32)
+        for i, fresh in growth:
+            offsets[i + 1] = len(fresh)
+        np.cumsum(offsets, out=offsets)
+        return offsets, np.array([block for _, fresh in growth for block in fresh], np.int32)
+
+    # ── commit ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def commit(self, result: StepResult) -> Commit:
+        """Take in the oldest step in flight: its tokens become known, its full blocks matchable.
+
+        Rows whose sequence was finished or preempted meanwhile are dropped. Sequences that end here have given back
+        their blocks and rows when this returns.
+        """
+        step = self.inflight.popleft()
+        assert result.step_id == step.step_id, f"result of step {result.step_id}, expected {step.step_id}"
+        sampling = [chunk for chunk in step.chunks if chunk.samples]
+        expected = len(step.decoding) + len(sampling)
+        assert len(result.token_ids) == expected, f"{len(result.token_ids)} tokens for {expected} rows that sample"
+        commit = Commit(step)
+        self._commit_decoding(commit, result.token_ids)
+        if step.chunks:
+            self._commit_chunks(commit, result.token_ids[len(step.decoding) :])
+        if result.logprobs:
+            sampled = [*step.decoding, *(chunk.seq for chunk in sampling)]
+            commit.logprobs = {sampled[j].request_id: entry for j, entry in result.logprobs.items()}
+        if result.prompt_logprobs:
+            self._commit_prompt_logprobs(commit, result)
+        return commit
+
+    def _commit_decoding(self, commit: Commit, token_ids: list[int]) -> None:
+        step = commit.step
+        sequences, ends = step.decoding, step.ends
+        if step.dropped:
+            kept = [i for i, seq in enumerate(sequences) if seq not in step.dropped]
+            sequences, ends = [sequences[i] for i in kept], [ends[i] for i in kept]
+            token_ids = [token_ids[i] for i in kept]
+        elif len(token_ids) != len(sequences):
+            token_ids = token_ids[: len(sequences)]
+        commit.sequences, commit.token_ids = sequences, token_ids
+        mask, stop_ids = self.blocks.block_size - 1, self._stop_ids
+        for seq, end, token in zip(sequences, ends, token_ids, strict=True):
+            seq.token_ids[end] = token
+            seq.num_computed = end
+            if not end & mask:
+                self.blocks.publish(seq, end - 1, end)
+            if token in stop_ids or end + 1 == seq.max_total_tokens:
+                self._finish_if_over(commit, seq, token)
+
+    def _commit_chunks(self, commit: Commit, token_ids: list[int]) -> None:
+        step = commit.step
+        commit.sequences, commit.token_ids = list(commit.sequences), list(commit.token_ids)
+        tokens = iter(token_ids)
+        for chunk in step.chunks:
+            seq, end = chunk.seq, chunk.start + chunk.num_tokens
+            token = next(tokens) if chunk.samples else PENDING
+            if seq in step.dropped:
+                continue
+            seq.num_computed = end
+            self.blocks.publish(seq, chunk.start, end)
+            if chunk.samples:
+                seq.token_ids[end] = token
+                commit.sequences.append(seq)
+                commit.token_ids.append(token)
+                self._finish_if_over(commit, seq, token)
+
+    def _commit_prompt_logprobs(self, commit: Commit, result: StepResult) -> None:
+        step = commit.step
+        rows = [(seq, end - 1) for seq, end in zip(step.decoding, step.ends, strict=True)]
+        rows += [(chunk.seq, chunk.start) for chunk in step.chunks]
+        for i, entries in result.prompt_logprobs.items():
+            seq, start = rows[i]
+            if seq not in step.dropped:
+                commit.prompt_logprobs.append((seq, start + 1, entries))
+
+    def _finish_if_over(self, commit: Commit, seq: Sequence, token: int) -> None:
+        """End `seq` if its newest token stops it or is its last."""
+        num_tokens = seq.num_computed + 1
+        params = seq.request.params
+        reason: FinishReason | None = None
+        stop_reason: int | None = None
+        if num_tokens - seq.num_prompt_tokens >= params.min_tokens:
+            if token in params.stop_token_ids:
+                reason, stop_reason = FinishReason.STOP, token
+            elif token in self._eos and not params.ignore_eos:
+                reason = FinishReason.STOP
+        if reason is None and num_tokens == seq.max_total_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            self.finish(seq, reason)
+            commit.finished.append(Finish(seq, reason, stop_reason))
+
+    def fail(self, step: PlannedStep) -> list[Sequence]:
+        """Forget all steps in flight after `step` failed: its sequences end with ERROR and are returned.
+
+        The other running ones return to the front of the queue in their order; the runner must forget all rows too.
+        """
+        lost = [seq for seq in step.sequences() if seq not in step.dropped]
+        self.inflight.clear()
+        for seq in lost:
+            self.finish(seq, FinishReason.ERROR)
+        while self.running:
+            self._requeue(self.running[-1])
+        self._finished_rows.clear()
+        return lost
+
+    # ── leaving ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._requeue(seq)
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _requeue(self, seq: Sequence) -> None:
+        """Take the tail of the running list back to the front of the queue; its tokens are recomputed later."""
+        assert self.running[-1] is seq, "only the tail of the running list may be put back"
+        self.running.pop()
+        self._leave_row(seq)
+        self.blocks.release(seq)
+        tokens = seq.token_ids
+        while tokens[-1] == PENDING:
+            tokens.pop()
+        seq.num_scheduled = seq.num_computed = 0
+        seq.epoch += 1
+        seq.status = SequenceStatus.WAITING
+        self.waiting[seq.request_id] = seq
+        self.waiting.move_to_end(seq.request_id, last=False)
+
+    def _leave_row(self, seq: Sequence) -> None:
+        self._free_rows.append(seq.row)
+        self._finished_rows.append(seq.row)
+        seq.row = -1
+        for step in self.inflight:
+            step.dropped.add(seq)
+
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        self.blocks.release(seq)
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason = reason
+        del self._live[seq.request_id]
+
+    # ── proof ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def check_integrity(self) -> None:
+        """Prove that rows, blocks, tokens and queues agree. O(blocks + live tokens).
+
+        Raises:
+            AssertionError: naming what does not hold.
+        """
+        refs: Counter[int] = Counter()
+        for seq in self.running:
+            refs.update(seq.block_ids)
+            self._check_running(seq)
+        for request_id, seq in self.waiting.items():
+            assert seq.status is SequenceStatus.WAITING, f"{request_id} waits as {seq.status}"
+            assert seq.row == -1, f"{request_id} waits with row {seq.row}"
+            assert not seq.block_ids, f"{request_id} waits with blocks"
+            assert PENDING not in seq.token_ids, f"{request_id} waits with a pending token"
+        self.blocks.pool.check_integrity(refs)
+        self.blocks.check_integrity(self.running)
+        rows = sorted([*self._free_rows, *(seq.row for seq in self.running)])
+        assert rows == list(range(self.max_num_seqs)), f"rows are lost or given twice: {rows}"
+        live = {seq.request_id for seq in self.sequences()}
+        assert live == set(self._live), f"live {set(self._live)} but queued {live}"
+
+    def _check_running(self, seq: Sequence) -> None:
+        name, size = seq.request_id, self.blocks.block_size
+        assert seq.status is SequenceStatus.RUNNING, f"{name} runs as {seq.status}"
+        num_tokens = len(seq.token_ids)
+        assert 0 <= seq.num_computed <= seq.num_scheduled < num_tokens <= seq.max_total_tokens, f"{name}: counts"
+        assert len(seq.block_ids) == -(-seq.num_scheduled // size), f"{name}: {len(seq.block_ids)} blocks"
+        pending = [i for i, token in enumerate(seq.token_ids) if token == PENDING]
+        assert pending == list(range(num_tokens - len(pending), num_tokens)), f"{name}: PENDING amid known tokens"
+        assert len(pending) <= len(self.inflight), f"{name}: {len(pending)} pending, {len(self.inflight)} in flight"
+        for i, block in enumerate(seq.block_ids):
+            if (i + 1) * size > seq.num_computed:
+                assert self.blocks.pool.ref_count(block) == 1, f"{name}: unfinished block {block} is shared"
+                assert not self.blocks.pool.is_published(block), f"{name}: unfinished block {block} is matchable"
+
+
+def _computes_several(chunk: Chunk) -> bool:
+    return chunk.num_tokens > 1

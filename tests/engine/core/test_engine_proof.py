@@ -1,0 +1,415 @@
+"""The engine against a model of it that has no batch, no blocks, no cache and no steps in flight.
+
+One harness, driven twice: by Hypothesis, which shrinks what it finds, and by a plain random driver over a million operations
+(`make test-full`; QUIRE_PROOF_SEED and QUIRE_PROOF_OPERATIONS override its seed and length). After every operation the
+accounting is proven, every plan was checked by the FakeRunner, and each request's tokens are those computed alone.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from engine.config import EngineConfig
+from engine.engine import Engine, StepOutput
+from engine.errors import OutOfMemoryError
+from engine.fake_runner import FakeRunner, FakeTokenizer, next_state, next_token
+from engine.plan import KVSpec
+from engine.records import BlockEventKind
+from engine.request import FinishReason
+from engine.sampling_params import SamplingParams
+
+VOCAB_SIZE = 11
+EOS = 7
+MAX_MODEL_LEN = 40
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A pool and budgets small enough that everything collides."""
+
+    num_blocks: int
+    block_size: int
+    max_batched_tokens: int
+    max_num_seqs: int
+    max_inflight: int
+    enable_prefix_cache: bool = True
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What a request gives when it is computed by itself."""
+
+    token_ids: tuple[int, ...]
+    reason: FinishReason
+    stop_reason: str | int | None
+    text: str | None
+
+
+def alone(prompt: list[int], params: SamplingParams, max_total_tokens: int) -> Alone:
+    """Brute force: one token after the other, looking at the whole output each time."""
+    state, tokens = 0, []
+    for token in prompt:
+        state = next_state(state, token)
+    while True:
+        token = next_token(state, len(prompt) + len(tokens) - 1, VOCAB_SIZE)
+        tokens.append(token)
+        state = next_state(state, token)
+        may_stop = len(tokens) >= params.min_tokens
+        by_id = may_stop and token in params.stop_token_ids
+        if by_id or (may_stop and token == EOS and not params.ignore_eos):
+            shown = tokens if params.include_stop_str_in_output else tokens[:-1]
+            text = bytes(shown).decode() if params.stop else None
+            if params.stop and (hit := first_stop(text, params, len(tokens))) is not None:
+                return Alone(tuple(tokens), FinishReason.STOP, *hit)
+            return Alone(tuple(tokens), FinishReason.STOP, token if by_id else None, text)
+        text = bytes(tokens).decode() if params.stop else None
+        if params.stop and may_stop and (hit := first_stop(text, params, len(tokens))) is not None:
+            return Alone(tuple(tokens), FinishReason.STOP, *hit)
+        if len(prompt) + len(tokens) == max_total_tokens:
+            return Alone(tuple(tokens), FinishReason.LENGTH, None, text)
+
+
+def first_stop(text: str, params: SamplingParams, num_tokens: int) -> tuple[str, str] | None:
+    """(stop text, output) of the earliest stop text that begins at or after token `min_tokens`."""
+    free = min(max(params.min_tokens - 1, 0), num_tokens)  # one byte a token: so many characters are passed over
+    hits = [(at, -len(stop), stop) for stop in params.stop if (at := text.find(stop, free)) >= 0]
+    if not hits:
+        return None
+    at, _, stop = min(hits)
+    return stop, text[: at + len(stop)] if params.include_stop_str_in_output else text[:at]
+
+
+class Harness:
+    """One engine, what was asked of it, and what must come out."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.runner = FakeRunner(
+            shape.num_blocks, shape.block_size, vocab_size=VOCAB_SIZE, max_inflight=shape.max_inflight
+        )
+        config = EngineConfig(
+            model="fake",
+            block_size=shape.block_size,
+            num_blocks=shape.num_blocks,
+            max_batched_tokens=shape.max_batched_tokens,
+            max_num_seqs=shape.max_num_seqs,
+            max_model_len=MAX_MODEL_LEN,
+            enable_prefix_cache=shape.enable_prefix_cache,
+        )
+        self.engine = Engine(
+            config,
+            self.runner,
+            kv_spec=KVSpec(1, 1, 8, shape.block_size, 4),
+            eos_token_ids=frozenset({EOS}),
+            vocab_size=VOCAB_SIZE,
+            tokenizer=FakeTokenizer(),
+        )
+        self.expected: dict[str, Alone] = {}  # of live requests
+        self.tokens: dict[str, list[int]] = {}
+        self.texts: dict[str, str] = {}
+        self.prompts: list[list[int]] = []
+        self.aborted: set[str] = set()
+        self.owners: dict[str, list[int]] = {}  # replayed from the records alone
+        self.published: set[int] = set()
+        self.num_added = self.num_finished = 0
+        self.head_waits = 0
+        self.seen: set[str] = set()  # what has happened at least once
+
+    @property
+    def capacity(self) -> int:
+        return self.shape.num_blocks * self.shape.block_size
+
+    def add(self, prompt: list[int], params: SamplingParams, salt: str = "") -> None:
+        room = min(MAX_MODEL_LEN - 1, self.capacity)
+        if not prompt or len(prompt) > room:
+            return
+        total = min(len(prompt) + params.max_tokens, MAX_MODEL_LEN) if params.max_tokens else MAX_MODEL_LEN
+        if params.max_tokens is not None and total - 1 > self.capacity:
+            return
+        request_id = f"r{self.num_added}"
+        self.engine.add(self.engine.make_request(prompt, params, request_id=request_id, cache_salt=salt))
+        self.num_added += 1
+        self.prompts = [*self.prompts[-7:], prompt]
+        self.expected[request_id] = alone(prompt, params, min(total, self.capacity + 1))
+        self.tokens[request_id] = []
+        self.texts[request_id] = ""
+        self.check()
+
+    def abort(self, index: int) -> None:
+        live = sorted(set(self.expected) - self.aborted)
+        if not live:
+            return
+        request_id = live[index % len(live)]
+        self.engine.abort(request_id)
+        self.aborted.add(request_id)
+        assert request_id not in self.running(), "an aborted request holds a row"
+        self.check()
+
+    def fail_next(self, error: Exception, *, in_submit: bool) -> None:
+        self.runner.fail_next(error, in_submit=in_submit)
+
+    def running(self) -> dict[str, tuple[int, ...]]:
+        return {seq.request_id: tuple(seq.block_ids) for seq in self.engine._scheduler.running}
+
+    def step(self) -> None:
+        head = next(iter(self.running()), None)
+        before = self._progress(head)
+        output = self.engine.step()
+        self._check_progress(head, before, output)
+        self._take(output)
+        self.check()
+
+    def _progress(self, request_id: str | None) -> int:
+        seq = self.engine._scheduler.get(request_id) if request_id else None
+        return seq.num_scheduled + seq.num_computed if seq else -1
+
+    def _check_progress(self, head: str | None, before: int, output: StepOutput) -> None:
+        """The oldest running sequence advances in every step: nothing can starve or livelock."""
+        if head is None or (output.record is not None and output.record.error is not None):
+            return
+        after = self._progress(head)
+        assert after == -1 or after > before or head in self.aborted, f"{head} did not advance: {before} → {after}"
+
+    def _take(self, output: StepOutput) -> None:
+        failed = set()
+        for delta in output.deltas:
+            request_id = delta.request_id
+            expected = self.expected[request_id]
+            self.tokens[request_id] += delta.token_ids
+            self.texts[request_id] += delta.text or ""
+            got = tuple(self.tokens[request_id])
+            assert got == expected.token_ids[: len(got)], f"{request_id}: {got}, alone {expected.token_ids}"
+            if delta.finish_reason is None:
+                assert len(got) < len(expected.token_ids), f"{request_id} runs on after its last token"
+                continue
+            if delta.finish_reason is FinishReason.ERROR:
+                assert delta.error
+                failed.add(request_id)
+            elif delta.finish_reason is FinishReason.ABORT:
+                assert request_id in self.aborted
+            else:
+                ended = (delta.finish_reason, delta.stop_reason, got)
+                assert ended == (expected.reason, expected.stop_reason, expected.token_ids), request_id
+                if expected.text is not None:
+                    assert self.texts[request_id] == expected.text, request_id
+            if expected.text is not None and delta.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+                whole = bytes(t for t in got if t != EOS).decode()
+                shown = self.texts[request_id]
+                assert whole.startswith(shown) or bytes(got).decode().startswith(shown), request_id
+            self.seen.add(delta.finish_reason.value)
+            self.num_finished += 1
+            for known in (self.expected, self.tokens, self.texts):
+                del known[request_id]
+            self.aborted.discard(request_id)
+        assert {record.request_id for record in output.requests} == {
+            delta.request_id for delta in output.deltas if delta.finish_reason is not None
+        }
+        self._take_record(output, failed)
+
+    def _take_record(self, output: StepOutput, failed: set[str]) -> None:
+        record = output.record
+        if record is None:
+            assert not failed
+            return
+        assert bool(record.error) == ("fail" in (record.error or "")), record.error
+        if record.error:
+            self.seen.add("failed step")
+            assert failed <= {request_id for request_id, _ in record.rows}, "a request failed that was not in the step"
+        else:
+            assert not failed
+        if record.preempted:
+            self.seen.add("preemption")
+        if record.prefix_hits:
+            self.seen.add("prefix hit")
+        if record.num_prefill_tokens and record.num_decode_tokens:
+            self.seen.add("mixed step")
+        assert record.num_prefill_tokens + record.num_decode_tokens == sum(n for _, n in record.rows)
+        assert sum(n for _, n in record.rows) <= self.shape.max_batched_tokens
+        for event in record.block_events:
+            if event.kind is BlockEventKind.RELEASE:
+                del self.owners[event.request_id]
+            elif event.kind is BlockEventKind.PUBLISH:
+                assert not self.published & set(event.block_ids)
+                self.published |= set(event.block_ids)
+            else:
+                self.owners.setdefault(event.request_id, []).extend(event.block_ids)
+                if event.kind is BlockEventKind.ACQUIRE:
+                    self.published -= set(event.block_ids)
+        replayed = {request_id: tuple(table) for request_id, table in self.owners.items()}
+        assert replayed == self.running(), "the records tell of other block tables"
+        assert self.published == self.engine._scheduler.blocks.pool.published_ids()
+        if record.keyframe is not None:
+            self.seen.add("keyframe")
+            assert record.keyframe.owners == replayed
+            assert record.keyframe.published == self.published
+
+    def check(self) -> None:
+        assert not self.runner.violations, self.runner.violations
+        self.engine.check_integrity()
+
+    def drain(self) -> None:
+        """Everything that was asked for ends, within as many steps as it can need at one token a step."""
+        limit = 50 + 4 * (MAX_MODEL_LEN + 4) * (len(self.expected) + 2)
+        for _ in range(limit):
+            if not self.engine.has_work:
+                break
+            self.step()
+        assert not self.engine.has_work, f"{sorted(self.expected)} still live after {limit} steps"
+        assert not self.expected
+        stats = self.engine.stats()
+        assert stats.num_free_blocks == self.shape.num_blocks, "blocks are lost"
+        assert stats.num_running == stats.num_waiting == 0
+        assert sum(stats.finished.values()) == self.num_added == self.num_finished
+
+
+SHAPES = st.builds(
+    Shape,
+    num_blocks=st.integers(2, 14),
+    block_size=st.sampled_from([1, 2, 4]),
+    max_batched_tokens=st.integers(1, 16),
+    max_num_seqs=st.integers(1, 5),
+    max_inflight=st.integers(1, 3),
+    enable_prefix_cache=st.sampled_from([True, True, True, False]),
+)
+TOKENS = st.integers(0, 3)
+STOP_TEXTS = st.lists(st.text("\x00\x01\x02\x03\x04\x05", min_size=1, max_size=2), max_size=2)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Any order of adding, stepping, aborting and failing."""
+
+    harness: Harness
+
+    @initialize(shape=SHAPES)
+    def start(self, shape: Shape) -> None:
+        self.harness = Harness(shape)
+
+    @rule(
+        prompt=st.lists(TOKENS, min_size=1, max_size=24),
+        reuse=st.none() | st.tuples(st.integers(0, 7), st.integers(1, 24)),
+        max_tokens=st.none() | st.integers(1, 12),
+        min_tokens=st.integers(0, 3),
+        ignore_eos=st.booleans(),
+        stop_token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2),
+        stop=STOP_TEXTS,
+        include=st.booleans(),
+        salt=st.sampled_from(["", "", "", "other"]),
+        score=st.sampled_from([False, False, False, True]),
+    )
+    def add(self, prompt, reuse, max_tokens, min_tokens, ignore_eos, stop_token_ids, stop, include, salt, score) -> None:
+        if reuse is not None and self.harness.prompts:
+            old = self.harness.prompts[reuse[0] % len(self.harness.prompts)]
+            prompt = (old[: reuse[1]] + prompt)[:24]
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min(min_tokens, max_tokens or min_tokens),
+            ignore_eos=ignore_eos,
+            stop_token_ids=tuple(stop_token_ids),
+            stop=tuple(stop),
+            include_stop_str_in_output=include,
+            prompt_logprobs=score,
+        )
+        self.harness.add(prompt, params, salt)
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.harness.step()
+
+    @rule(index=st.integers(0, 9))
+    def abort(self, index: int) -> None:
+        self.harness.abort(index)
+
+    @precondition(lambda self: self.harness.engine.has_work)
+    @rule(in_submit=st.booleans(), memory=st.booleans())
+    def fail(self, in_submit: bool, memory: bool) -> None:
+        error = OutOfMemoryError("no memory left") if memory else RuntimeError("a kernel raised")
+        self.harness.fail_next(error, in_submit=in_submit)
+
+    def teardown(self) -> None:
+        if hasattr(self, "harness"):
+            self.harness.drain()
+
+
+EngineMachine.TestCase.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestEngineMachine = EngineMachine.TestCase
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    max_tokens = rng.choice([None, *range(1, 13)])
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=rng.randint(0, min(3, max_tokens or 3)),
+        ignore_eos=rng.random() < 0.5,
+        stop_token_ids=tuple(rng.sample(range(VOCAB_SIZE), rng.choice([0, 0, 1]))),
+        stop=tuple("".join(rng.choices("\x00\x01\x02\x03\x04", k=2)) for _ in range(rng.choice([0, 0, 0, 2]))),
+        include_stop_str_in_output=rng.random() < 0.3,
+        prompt_logprobs=rng.random() < 0.1,
+    )
+
+
+def random_prompt(rng: random.Random, known: list[list[int]]) -> list[int]:
+    """Half of the prompts continue the beginning of an earlier one."""
+    ending = [rng.randint(0, 3) for _ in range(rng.randint(1, 16))]
+    if known and rng.random() < 0.6:
+        old = rng.choice(known)
+        return (old[: rng.randint(1, len(old))] + ending[: rng.randint(0, 4)])[:30]
+    return ending
+
+
+def drive(seed: int, num_operations: int, operations_per_engine: int = 400) -> set[str]:
+    """`num_operations` random operations, over engines of random shapes; returns what has happened on the way."""
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    done = 0
+    while done < num_operations:
+        harness = Harness(
+            Shape(
+                num_blocks=rng.randint(2, 16),
+                block_size=rng.choice([1, 2, 4]),
+                max_batched_tokens=rng.randint(1, 20),
+                max_num_seqs=rng.randint(1, 6),
+                max_inflight=rng.randint(1, 3),
+                enable_prefix_cache=rng.random() < 0.85,
+            )
+        )
+        for _ in range(operations_per_engine):
+            done += 1
+            roll = rng.random()
+            if roll < 0.22:
+                harness.add(random_prompt(rng, harness.prompts), random_params(rng), rng.choice(["", "", "other"]))
+            elif roll < 0.26:
+                harness.abort(rng.randrange(16))
+            elif roll < 0.265:
+                harness.fail_next(RuntimeError("a kernel raised"), in_submit=rng.random() < 0.5)
+            else:
+                harness.step()
+        harness.drain()
+        seen |= harness.seen
+    return seen
+
+
+EVERYTHING = {"stop", "length", "abort", "error", "failed step", "preemption", "prefix hit", "mixed step", "keyframe"}
+
+
+def test_random_operations_reach_every_kind_of_event() -> None:
+    assert drive(seed=1, num_operations=8_000) == EVERYTHING
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_a_million_operations_keep_every_promise() -> None:
+    seed = int(os.environ.get("QUIRE_PROOF_SEED", time.time_ns() % 2**32))
+    num_operations = int(os.environ.get("QUIRE_PROOF_OPERATIONS", 1_000_000))
+    print(f"QUIRE_PROOF_SEED={seed} QUIRE_PROOF_OPERATIONS={num_operations}")
+    assert drive(seed, num_operations) == EVERYTHING
