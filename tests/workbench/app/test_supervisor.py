@@ -1,0 +1,216 @@
+"""`quire up` as a process: ready, restarted after SIGKILL, gone without a trace, two of them side by side."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from workbench import exit_codes
+from workbench.ports import free_port
+
+NO_MLFLOW = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9/none"}  # an MLflow of one's own: no child for it
+
+
+def test_two_run_side_by_side_with_pages_api_and_mlflow_and_leave_nothing(
+    quire: Callable[..., Any], proc: Any
+) -> None:
+    one = quire("up", home="one")
+    two = quire("up", home="two", **NO_MLFLOW)
+    for each in (one, two):
+        assert each.url in each.wait_line("Quire is at")
+        each.wait_line("is ready")
+        page = each.get("/")
+        assert (page.status_code, page.headers["content-type"].split(";")[0]) == (200, "text/html")
+        assert each.get("/v1/models").json()["data"][0]["id"] == "fake-echo"
+        assert each.get("/v1/nothing").status_code == 404  # not the page's HTML
+        assert each.app()["url"] == each.url
+    one.wait_line("MLflow is at", 180)
+    mlflow = f"http://127.0.0.1:{one.mlflow_port}/mlflow"
+    assert httpx.get(f"{mlflow}/health", timeout=30).status_code == 200
+    assert "<html" in httpx.get(f"{mlflow}/", timeout=30).text.lower()
+    assert (one.home / "mlflow" / "mlflow.db").is_file()
+    assert proc.is_free(two.mlflow_port), "an MLflow was named, so none is started"
+    children = {each: each.descendants() for each in (one, two)}
+    assert len(children[one]) >= 3  # app, guard, MLflow
+    for each in (one, two):
+        assert each.stop() < 10
+        assert each.process.returncode == 0
+        assert not proc.alive(children[each])
+        assert proc.is_free(each.port)
+        assert proc.is_free(each.mlflow_port)
+        assert not (each.home / "run" / "app.json").exists()
+
+
+def test_a_killed_app_is_started_again_on_the_same_port(quire: Callable[..., Any]) -> None:
+    running = quire("up", **NO_MLFLOW)
+    running.wait_line("is ready")
+    before = running.app()["pid"]
+    os.kill(before, signal.SIGKILL)
+    # The supervisor holds the port: this request waits for the new app instead of being refused.
+    assert running.get("/v1/models").status_code == 200
+    assert "SIGKILL" in running.wait_line("ended")
+    running.wait_line("is ready")
+    assert running.app()["pid"] != before
+    answer = httpx.post(
+        f"{running.url}/v1/completions", json={"prompt": "hi", "max_tokens": 4}, timeout=60
+    ).json()
+    assert answer["usage"]["completion_tokens"] == 4
+    assert running.stop() < 10
+
+
+def test_a_killed_supervisor_takes_its_children_with_it(quire: Callable[..., Any], proc: Any) -> None:
+    running = quire("up", **NO_MLFLOW)
+    running.wait_line("is ready")
+    children = running.descendants()
+    assert children
+    running.stop(signal.SIGKILL)
+    assert proc.eventually(lambda: not proc.alive(children))
+    assert proc.is_free(running.port)
+
+
+def test_a_running_stream_ends_in_order_when_the_app_is_told_to_stop(quire: Callable[..., Any]) -> None:
+    running = quire("serve")
+    running.wait_line("is ready")
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 60}
+    with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body, timeout=30) as response:
+        lines = response.iter_lines()
+        assert "assistant" in next(lines)
+        running.process.send_signal(signal.SIGTERM)
+        rest = list(lines)
+    assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"
+    assert running.process.wait(10) == 0
+
+
+DYING_APP = """
+from functools import partial
+import sys
+from engine.errors import EngineDeadError
+from workbench import app, settings
+from workbench.host import fake_worker
+from workbench.ports import bind
+
+chosen = settings.load()
+settings.prepare_home(chosen)
+factory = partial(fake_worker, delay_s=0.0, fail_at={0: EngineDeadError("device lost")})
+announce = lambda event, **facts: print(event, flush=True)
+sys.exit(app.serve(chosen, with_ui=False, listener=bind(chosen.host, chosen.port), announce=announce, factory=factory))
+"""
+
+
+def test_the_app_leaves_with_its_own_code_when_the_engine_dies(tmp_path: Path) -> None:
+    port = free_port()
+    env = {**os.environ, "PORT": str(port), "HOME_DIR": str(tmp_path / "home"), "QUIRE_FAKE": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", DYING_APP], env=env, stdout=subprocess.PIPE, text=True
+    ) as app:
+        assert app.stdout is not None
+        assert [app.stdout.readline().strip() for _ in range(2)] == ["listening", "loaded"]
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "hi"}, timeout=30)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert "device lost" in answer.json()["error"]["message"]
+        assert app.wait(20) == exit_codes.ENGINE_DEAD
+
+
+def test_serve_has_the_api_and_no_pages(quire: Callable[..., Any]) -> None:
+    running = quire("serve", "--json")
+    running.wait_line('"event": "loaded"')
+    assert running.get("/readyz").status_code == 200
+    assert running.get("/").status_code == 404
+    assert running.stop(signal.SIGINT) < 10
+
+
+def test_pages_refuse_web_sockets_of_other_sites(up: Any) -> None:
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    address = f"ws://127.0.0.1:{up.port}/_stcore/stream"
+    with connect(address, origin=up.url):
+        pass
+    with pytest.raises(InvalidStatus) as caught:
+        connect(address, origin="https://evil.example")
+    assert caught.value.response.status_code == 403
+
+
+def test_pages_refuse_other_host_names(up: Any) -> None:
+    assert httpx.get(up.url, headers={"host": "evil.example"}).status_code == 403
+
+
+def test_streams_pass_the_pages_middleware_token_by_token(up: Any) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 60}
+    headers = {"accept-encoding": "gzip"}
+    with httpx.stream(
+        "POST", f"{up.url}/v1/chat/completions", json=body, headers=headers, timeout=30
+    ) as response:
+        assert "content-encoding" not in response.headers
+        pieces = list(response.iter_raw())
+    assert len(pieces) > 2  # 60 tokens, 5 ms apart: some may share a packet, all never
+
+
+def test_a_client_that_leaves_is_noticed_behind_the_pages(up: Any, proc: Any) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "stream": True,
+        "max_tokens": 1500,
+        "ignore_eos": True,
+    }
+    with httpx.stream("POST", f"{up.url}/v1/chat/completions", json=body, timeout=30) as response:
+        pieces = response.iter_raw()  # kept: its end would close the connection
+        next(pieces)
+        assert proc.eventually(lambda: running_requests(up) == 1)
+    assert proc.eventually(lambda: running_requests(up) == 0, 3.0)
+
+
+def running_requests(up: Any) -> int:
+    for line in up.get("/metrics").text.splitlines():
+        if line.startswith("quire:num_requests_running{"):
+            return int(float(line.split()[-1]))
+    raise AssertionError("no such metric")
+
+
+def test_a_home_in_use_is_refused_with_the_owner(up: Any) -> None:
+    env = {**os.environ, "HOME_DIR": str(up.home), "PORT": str(free_port()), "QUIRE_FAKE": "1", **NO_MLFLOW}
+    command = [sys.executable, "-m", "workbench.cli", "up"]
+    second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert second.returncode == 2
+    assert str(up.process.pid) in second.stderr
+    assert "Traceback" not in second.stderr
+    assert up.get("/healthz").status_code == 200
+
+
+def test_the_guard_ends_a_whole_tree(proc: Any) -> None:
+    tree = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(1, flush=True); time.sleep(60)"
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "workbench.guard", str(os.getpid()), "--", sys.executable, "-c", tree],
+        stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert guard.stdout is not None
+    assert guard.stdout.readline()
+    pids = {guard.pid} | _group(guard.pid)
+    assert len(pids) == 3
+    guard.terminate()
+    guard.wait(10)
+    guard.stdout.close()
+    assert proc.eventually(lambda: not proc.alive(pids))
+
+
+def _group(pgid: int) -> set[int]:
+    return {
+        int(entry.name)
+        for entry in os.scandir("/proc")
+        if entry.name.isdigit() and _pgid(int(entry.name)) == pgid
+    }
+
+
+def _pgid(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return -1

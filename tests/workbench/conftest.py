@@ -1,0 +1,107 @@
+"""A tiny random model with a real tokenizer and chat template, made once per run, for tests that need true arithmetic.
+
+Written file by file (no torch, no transformers): making it costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from workbench.versions.demo.chat_format import BOS, CHAT_TEMPLATE, END, PAD, SPECIAL_TOKENS
+
+VOCAB, HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD = 384, 64, 128, 2, 4, 2, 16
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers and a vocabulary of 384, context 1024, tied embeddings, fp32."""
+    from safetensors.numpy import save_file
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    folder.mkdir()
+    save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(_config()))
+    (folder / "tokenizer.json").write_text(_tokenizer_json())
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": END, "pad_token": PAD,
+        "chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return folder
+
+
+def _config() -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def _weights() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return (generator.standard_normal((rows, columns)) * 0.1).astype(np.float32)
+
+    weights = {
+        "model.embed_tokens.weight": matrix(VOCAB, HIDDEN),
+        "model.norm.weight": np.ones(HIDDEN, np.float32),
+    }
+    for layer in range(LAYERS):
+        name = f"model.layers.{layer}"
+        weights[f"{name}.self_attn.q_proj.weight"] = matrix(HEADS * HEAD, HIDDEN)
+        weights[f"{name}.self_attn.k_proj.weight"] = matrix(KV_HEADS * HEAD, HIDDEN)
+        weights[f"{name}.self_attn.v_proj.weight"] = matrix(KV_HEADS * HEAD, HIDDEN)
+        weights[f"{name}.self_attn.o_proj.weight"] = matrix(HIDDEN, HEADS * HEAD)
+        weights[f"{name}.mlp.gate_proj.weight"] = matrix(INTERMEDIATE, HIDDEN)
+        weights[f"{name}.mlp.up_proj.weight"] = matrix(INTERMEDIATE, HIDDEN)
+        weights[f"{name}.mlp.down_proj.weight"] = matrix(HIDDEN, INTERMEDIATE)
+        weights[f"{name}.input_layernorm.weight"] = np.ones(HIDDEN, np.float32)
+        weights[f"{name}.post_attention_layernorm.weight"] = np.ones(HIDDEN, np.float32)
+    return weights
+
+
+def _tokenizer_json() -> str:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_sentences(), trainer)
+    text: str = backend.to_str()
+    return text
+
+
+def _sentences() -> Iterator[str]:
+    words = ["the", "a", "cat", "dog", "house", "tree", "reads", "writes", "small", "large", "over", "under"]
+    generator = random.Random(0)
+    for _ in range(200):
+        yield " ".join(generator.choices(words, k=12))

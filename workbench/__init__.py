@@ -1,0 +1,1 @@
+"""The ops workbench: versions, prompts, evaluations, runs and people around the engine."""

@@ -1,0 +1,262 @@
+"""/v1/chat/completions, /v1/completions and /v1/models: from a checked body to a running response.
+
+Boundary: what a request means in engine terms. Formats are in `wire`, running requests in `generation`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from workbench.api.errors import json_response
+from workbench.api.generation import GenerationResponse, submit_choices
+from workbench.api.intake import read_json, take_request_id
+from workbench.api.schema import ChatRequest, CompletionRequest, Message, parse
+from workbench.api.tool_calls import ToolCallMarkers, find_markers
+from workbench.api.wire import ChatWire, CompletionWire, Head
+from workbench.errors import ApiError, UnknownModelError, UnsupportedFieldError
+from workbench.host import EngineHost, ModelCard
+from workbench.settings import Settings
+
+if TYPE_CHECKING:
+    from engine.tokenizer import TokenizerLike
+    from engine.worker import EngineWorker
+
+MAX_PROMPTS = 256  # of one /v1/completions request
+_INLINE_CHARS = 20_000  # longer prompts are tokenized in a thread, beside the event loop
+_DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+T = TypeVar("T")
+
+
+class Endpoints:
+    """The handlers, with what they need."""
+
+    def __init__(self, host: EngineHost, settings: Settings) -> None:
+        self._host = host
+        self._max_body_bytes = settings.max_body_bytes
+        self._started = int(time.time())
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        request_id = take_request_id(request)
+        body = parse(ChatRequest, await read_json(request, self._max_body_bytes))
+        worker = self._host.worker(body.model)
+        tokenizer = _tokenizer_of(worker)
+        params, include_usage = _chat_params(body), _include_usage(body)
+        messages = [_template_message(message) for message in body.messages]
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        if body.tool_choice == "none":
+            tools = []
+        markers = _markers_for(tokenizer, tools)
+        if markers is not None:  # the call's own tokens must be seen to be parsed
+            params = params.with_(skip_special_tokens=False)
+        size = sum(len(message["content"]) for message in messages)
+        prompt = await _maybe_off_loop(
+            size, lambda: tokenizer.apply_chat_template(messages, tools=tools or None)
+        )
+        wire = ChatWire(
+            self._head("chatcmpl", request_id, body.model), tokenizer.token_text,
+            wants_logprobs=bool(body.logprobs), include_usage=include_usage,
+        )  # fmt: skip
+        choices = submit_choices(  # the last thing that can refuse: nothing runs that is not answered
+            worker, [prompt], params, num_choices=body.n or 1, request_id=request_id,
+            cache_salt=body.cache_salt or "", markers=markers,
+        )  # fmt: skip
+        return GenerationResponse(
+            choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage
+        )
+
+    async def completion(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        request_id = take_request_id(request)
+        body = parse(CompletionRequest, await read_json(request, self._max_body_bytes))
+        worker = self._host.worker(body.model)
+        tokenizer = _tokenizer_of(worker)
+        params = _common_params(body, body.max_tokens, _DEFAULT_COMPLETION_TOKENS, body.logprobs)
+        include_usage = _include_usage(body)
+        given = _prompt_list(body.prompt)
+        size = sum(len(p) for p in given if isinstance(p, str))
+        prompts = await _maybe_off_loop(
+            size, lambda: [tokenizer.encode(p) if isinstance(p, str) else p for p in given]
+        )
+        wire = CompletionWire(
+            self._head("cmpl", request_id, body.model), tokenizer.token_text,
+            wants_logprobs=body.logprobs is not None, include_usage=include_usage,
+        )  # fmt: skip
+        choices = submit_choices(
+            worker,
+            prompts,
+            params,
+            num_choices=body.n or 1,
+            request_id=request_id,
+            cache_salt=body.cache_salt or "",
+        )
+        return GenerationResponse(
+            choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage
+        )
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        request_id = take_request_id(request)
+        data = [self._model(card) for card in self._host.models()]
+        return json_response({"object": "list", "data": data}, headers={"x-request-id": request_id})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{id}."""
+        request_id = take_request_id(request)
+        model_id = request.path_params["model_id"]
+        cards = self._host.models()
+        for card in cards:
+            if card.id == model_id:
+                return json_response(self._model(card), headers={"x-request-id": request_id})
+        known = ", ".join(card.id for card in cards)
+        raise UnknownModelError(
+            f"model {model_id!r} does not exist",
+            value=model_id,
+            param="model",
+            remedy=f"Models here: {known}.",
+        )
+
+    def _head(self, prefix: str, request_id: str, model: str | None) -> Head:
+        return Head(f"{prefix}-{request_id}", int(time.time()), model or self._host.models()[0].id)
+
+    def _model(self, card: ModelCard) -> dict[str, Any]:
+        return {
+            "id": card.id,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "quire",
+            "root": card.path or card.id,
+            "max_model_len": card.context,
+            "digest": card.digest or None,
+        }
+
+
+def _tokenizer_of(worker: EngineWorker) -> TokenizerLike:
+    if worker.tokenizer is None:
+        raise ApiError(
+            "this model has no tokenizer, so it cannot read or write text", param="model",
+            remedy="Add tokenizer.json to the model's folder.",
+        )  # fmt: skip
+    return worker.tokenizer
+
+
+def _markers_for(tokenizer: TokenizerLike, tools: list[dict[str, Any]]) -> ToolCallMarkers | None:
+    """The model's tool-call markers where tools are given; a model without any refuses them."""
+    markers = find_markers(tokenizer) if tools else None
+    if tools and markers is None:
+        raise UnsupportedFieldError(
+            "this model's tokenizer has no tool-call tokens", value=len(tools), param="tools",
+            remedy="Leave tools out, or load a model that was trained to call tools.",
+        )  # fmt: skip
+    return markers
+
+
+def _chat_params(body: ChatRequest) -> SamplingParams:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(
+            f"top_logprobs={body.top_logprobs} needs logprobs=true", value=body.top_logprobs, param="top_logprobs",
+            remedy="Send logprobs=true, or leave top_logprobs out.",
+        )  # fmt: skip
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
+        raise ApiError(
+            f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {body.top_logprobs}", value=body.top_logprobs,
+            limit=MAX_LOGPROBS, param="top_logprobs", remedy="Ask for fewer.",
+        )  # fmt: skip
+    given = {v for v in (body.max_tokens, body.max_completion_tokens) if v is not None}
+    if len(given) > 1:
+        raise ApiError(
+            f"max_tokens={body.max_tokens} and max_completion_tokens={body.max_completion_tokens} contradict each other",
+            value=sorted(given), param="max_completion_tokens", remedy="Send one of them.",
+        )  # fmt: skip
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return _common_params(body, next(iter(given), None), None, logprobs)
+
+
+def _common_params(
+    body: ChatRequest | CompletionRequest,
+    max_tokens: int | None,
+    default_max: int | None,
+    logprobs: int | None,
+) -> SamplingParams:
+    """Sampling parameters of a body; a null means the default, as OpenAI has it. Raises InvalidParamsError."""
+    given: dict[str, Any] = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "min_p": body.min_p,
+        "seed": body.seed,
+        "stop": body.stop,
+        "stop_token_ids": body.stop_token_ids,
+        "ignore_eos": body.ignore_eos,
+        "min_tokens": body.min_tokens,
+        "skip_special_tokens": body.skip_special_tokens,
+        "include_stop_str_in_output": body.include_stop_str_in_output,
+    }
+    values = {name: value for name, value in given.items() if value is not None}
+    return SamplingParams(
+        max_tokens=max_tokens if max_tokens is not None else default_max, logprobs=logprobs, **values
+    )
+
+
+def _include_usage(body: ChatRequest | CompletionRequest) -> bool:
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(
+            "stream_options needs stream=true",
+            param="stream_options",
+            remedy="Send stream=true, or leave it out.",
+        )
+    return bool(body.stream_options and body.stream_options.include_usage)
+
+
+def _template_message(message: Message) -> dict[str, Any]:
+    """A message as chat templates read it: text parts joined, `developer` as the system it replaced."""
+    content = message.content
+    if isinstance(content, list):
+        content = "\n".join(part.text for part in content)
+    if content is None and not message.tool_calls:
+        raise ApiError(
+            f"a {message.role} message has no content",
+            param="messages",
+            remedy="Send content as text; it may be empty.",
+        )
+    plain: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": content or "",
+    }
+    if message.tool_calls:
+        plain["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        plain["name"] = message.name
+    return plain
+
+
+def _prompt_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str] | list[list[int]]:
+    """The prompts of one request; a list of token ids is one prompt."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise ApiError(
+            "prompt is an empty list", value=prompt, param="prompt", remedy="Send a text or token ids."
+        )
+    if isinstance(prompt[0], int):
+        return [prompt]
+    if len(prompt) > MAX_PROMPTS:
+        raise ApiError(
+            f"prompt holds {len(prompt)} prompts, the limit is {MAX_PROMPTS}", value=len(prompt), limit=MAX_PROMPTS,
+            param="prompt", remedy="Send them in several requests.",
+        )  # fmt: skip
+    return prompt
+
+
+async def _maybe_off_loop(size: int, work: Callable[[], T]) -> T:
+    """Run `work` here when it is small, else in a thread: other streams must not wait for a long prompt."""
+    return work() if size < _INLINE_CHARS else await asyncio.to_thread(work)

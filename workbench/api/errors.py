@@ -1,0 +1,117 @@
+"""Errors on the wire: every failure under /v1 is JSON in OpenAI's shape with a fitting status.
+
+``{"error": {"message", "type", "param", "code"}}``. Status codes are decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.errors import (
+    EngineDeadError,
+    EngineError,
+    InvalidRequestError,
+    OutOfMemoryError,
+    StepFailedError,
+)
+from workbench.errors import ApiError, BodyTooLargeError, NotReadyError, UnknownModelError, WorkbenchError
+
+log = logging.getLogger(__name__)
+_STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (BodyTooLargeError, 413),
+    (ApiError, 400),
+    (UnknownModelError, 404),
+    (NotReadyError, 503),
+    (InvalidRequestError, 400),
+    (EngineDeadError, 503),
+    (OutOfMemoryError, 503),
+    (StepFailedError, 500),
+)
+_RETRY_AFTER_S = "2"
+
+
+class MediaTypeError(ApiError):
+    """The body is not declared as JSON."""
+
+    code = "unsupported_media_type"
+
+
+class RequestFailedError(WorkbenchError):
+    """The request was accepted and then failed in the engine."""
+
+    code = "request_failed"
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status of a typed error; 500 for everything else."""
+    if isinstance(error, MediaTypeError):
+        return 415
+    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+
+
+def error_body(error: Exception, status: int) -> dict[str, Any]:
+    """OpenAI's error object. An untyped error shows its type alone: its text may hold what is not the caller's."""
+    if isinstance(error, EngineError | WorkbenchError):
+        message, param, code = str(error), error.param, error.code
+    else:
+        message, param, code = (
+            f"internal error ({type(error).__name__}); the server's log has it",
+            None,
+            "internal_error",
+        )
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: Exception, request_id: str | None = None) -> Response:
+    """The whole HTTP response of an error."""
+    status = status_of(error)
+    headers = {"x-request-id": request_id} if request_id else {}
+    if status == 503:
+        headers["retry-after"] = _RETRY_AFTER_S
+    return json_response(error_body(error, status), status, headers)
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(
+        json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"),
+        status,
+        headers,
+        media_type="application/json",
+    )
+
+
+async def on_typed_error(request: Request, error: Exception) -> Response:
+    return error_response(error, getattr(request.state, "request_id", None))
+
+
+async def on_unexpected_error(request: Request, error: Exception) -> Response:
+    """The boundary: what nobody expected is logged with its cause and told without it."""
+    log.error("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
+    return error_response(error, getattr(request.state, "request_id", None))
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods under /v1, in the same shape."""
+    assert isinstance(error, HTTPException)
+    path = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        message, code = f"{path} does not exist. Paths here: {', '.join(PATHS)}.", "unknown_path"
+    elif error.status_code == 405:
+        message, code = (
+            f"{path} is not allowed. Allowed: {(error.headers or {}).get('Allow', '')}.",
+            "method_not_allowed",
+        )
+    else:
+        message, code = str(error.detail), "http_error"
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+    return json_response(body, error.status_code, dict(error.headers or {}))
+
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")

@@ -1,0 +1,231 @@
+"""One API answer: its engine requests, streamed or whole, ended early when the client goes away.
+
+`GenerationResponse` is the ASGI response of both endpoints. It watches for the client's disconnect itself and aborts the
+engine requests then, so that their blocks are free within a step.
+
+Boundary: from RequestStreams to bytes; the format is the wire's, the checks were made before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from engine.errors import EngineError
+from engine.records import Completion, StreamDelta
+from engine.request import FinishReason
+from engine.sampling_params import SamplingParams
+from workbench.api.errors import RequestFailedError, error_body, error_response, json_response, status_of
+from workbench.api.tool_calls import ToolCallMarkers, ToolCallParser
+from workbench.api.wire import DONE, ChoicePart, Usage, Wire, error_chunk
+from workbench.errors import WorkbenchError
+
+if TYPE_CHECKING:
+    from engine.stream import RequestStream
+    from engine.worker import EngineWorker
+
+
+@dataclass(slots=True)
+class Choice:
+    """One engine request of an answer, and how far it has been told."""
+
+    index: int
+    stream: RequestStream
+    markers: ToolCallMarkers | None = None
+    counts_prompt: bool = True  # of n answers to one prompt, the first counts it
+    parser: ToolCallParser | None = field(init=False)
+    num_tokens: int = 0
+    num_cached: int = 0
+    num_chars: int = 0
+    num_calls: int = 0
+    started: bool = False
+
+    def __post_init__(self) -> None:
+        self.parser = ToolCallParser(self.markers) if self.markers else None
+
+    def part(self, delta: StreamDelta) -> ChoicePart:
+        """What `delta` adds to the answer."""
+        part = ChoicePart(
+            self.index,
+            text=delta.text or "",
+            token_ids=delta.token_ids,
+            logprobs=delta.logprobs,
+            text_offset=self.num_chars,
+            is_first=not self.started,
+            first_call=self.num_calls,
+            stop_reason=delta.stop_reason,
+        )
+        if delta.finish_reason is not None:
+            part.finish_reason = delta.finish_reason.value
+        if self.parser is not None:
+            self._split_calls(part)
+        self.num_cached = max(self.num_cached, delta.num_cached_tokens)
+        self.num_tokens += len(delta.token_ids)
+        self.num_chars += len(part.text)
+        self.num_calls += len(part.tool_calls)
+        self.started = True
+        return part
+
+    def whole(self, completion: Completion) -> ChoicePart:
+        """The finished request as one part."""
+        return self.part(
+            StreamDelta(
+                completion.request_id,
+                completion.token_ids,
+                completion.text,
+                completion.logprobs,
+                completion.finish_reason,
+                completion.stop_reason,
+                num_cached_tokens=completion.num_cached_tokens,
+            )
+        )
+
+    def _split_calls(self, part: ChoicePart) -> None:
+        assert self.parser is not None
+        part.text, part.tool_calls = self.parser.push(part.text)
+        if part.finish_reason is not None:
+            part.text += self.parser.flush()
+            if part.finish_reason == FinishReason.STOP.value and self.num_calls + len(part.tool_calls):
+                part.finish_reason = "tool_calls"
+
+
+def submit_choices(
+    worker: EngineWorker,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    num_choices: int,
+    request_id: str,
+    cache_salt: str = "",
+    markers: ToolCallMarkers | None = None,
+) -> list[Choice]:
+    """Submit `num_choices` requests a prompt; all of them or none.
+
+    Choice i of a prompt gets the seed plus i, so that n answers with a seed differ and repeat.
+    """
+    choices: list[Choice] = []
+    try:
+        for prompt in prompts:
+            for i in range(num_choices):
+                seed = None if params.seed is None else params.seed + i
+                stream = worker.submit(
+                    prompt,
+                    params if seed == params.seed else replace(params, seed=seed),
+                    request_id=f"{request_id}-{len(choices)}" if choices else request_id,
+                    cache_salt=cache_salt,
+                )
+                choices.append(Choice(len(choices), stream, markers, counts_prompt=i == 0))
+    except BaseException:
+        for choice in choices:
+            choice.stream.abort()
+        raise
+    return choices
+
+
+class GenerationResponse(Response):
+    """Answers from running requests; `stream` says how."""
+
+    def __init__(
+        self, choices: list[Choice], wire: Wire, *, request_id: str, stream: bool, include_usage: bool
+    ) -> None:
+        super().__init__()
+        self._choices = choices
+        self._wire = wire
+        self._request_id = request_id
+        self._stream = stream
+        self._include_usage = include_usage
+        self._gone = False
+        self._failed = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watch = asyncio.create_task(self._watch(receive))
+        try:
+            if self._stream:
+                await self._send_stream(send)
+            else:
+                await self._send_whole(scope, receive, send)
+        finally:
+            watch.cancel()
+            self._abort()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._abort()
+
+    def _abort(self) -> None:
+        for choice in self._choices:
+            if choice.stream.completion is None:
+                choice.stream.abort()
+
+    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            completions = await asyncio.gather(*(choice.stream.aresult() for choice in self._choices))
+            for completion in completions:
+                _raise_if_failed(completion.finish_reason, completion.error)
+        except (EngineError, WorkbenchError) as error:
+            if not self._gone:
+                await error_response(error, self._request_id)(scope, receive, send)
+            return
+        parts = [choice.whole(c) for choice, c in zip(self._choices, completions)]
+        body = self._wire.whole(parts, self._usage())
+        await json_response(body, headers={"x-request-id": self._request_id})(scope, receive, send)
+
+    async def _send_stream(self, send: Send) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+            (b"x-request-id", self._request_id.encode()),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if len(self._choices) == 1:
+            await self._pump(self._choices[0], send)
+        else:
+            await asyncio.gather(*(self._pump(choice, send) for choice in self._choices))
+        rest = b""
+        if self._include_usage and not self._failed:
+            rest += self._wire.usage_chunk(self._usage())
+        await send({"type": "http.response.body", "body": rest + DONE})
+
+    async def _pump(self, choice: Choice, send: Send) -> None:
+        try:
+            async for delta in choice.stream:
+                if delta.finish_reason is not None:
+                    _raise_if_failed(delta.finish_reason, delta.error)
+                chunk = self._wire.chunk(choice.part(delta))
+                if chunk and not self._gone:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except (EngineError, WorkbenchError) as error:
+            self._failed = True
+            if not self._gone:
+                body = error_chunk(error_body(error, status_of(error)))
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    def _usage(self) -> Usage:
+        usage = Usage()
+        for choice in self._choices:
+            usage.completion_tokens += choice.num_tokens
+            if choice.counts_prompt:
+                usage.prompt_tokens += len(choice.stream.prompt_token_ids)
+                usage.cached_tokens += choice.num_cached
+        return usage
+
+
+def _raise_if_failed(reason: FinishReason, error: str | None) -> None:
+    if reason is FinishReason.ERROR:
+        raise RequestFailedError(
+            f"the step that served this request failed: {error}", value=error,
+            remedy="Send it again; if it fails again, the server's log has the cause.",
+        )  # fmt: skip
+    if reason is FinishReason.ABORT:
+        raise RequestFailedError(
+            f"the request was aborted{f': {error}' if error else ''}",
+            remedy="The server may be stopping; send it again.",
+        )

@@ -1,0 +1,76 @@
+"""From an HTTP request to a decoded JSON body and a request id, with every refusal typed."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from typing import Any
+
+from starlette.requests import Request
+
+from workbench.api.errors import MediaTypeError
+from workbench.errors import ApiError, BodyTooLargeError
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def take_request_id(request: Request) -> str:
+    """The caller's ``x-request-id`` where it is usable, else a new one; kept for error handlers."""
+    given = request.headers.get("x-request-id", "")
+    request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    request.state.request_id = request_id
+    return request_id
+
+
+async def read_json(request: Request, max_bytes: int) -> Any:
+    """The decoded body.
+
+    Raises:
+        MediaTypeError: it is not declared as JSON (which also keeps plain HTML forms of other sites out).
+        BodyTooLargeError: more than `max_bytes`; reading stops there.
+        ApiError: it is not JSON.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise MediaTypeError(
+            f"content-type {media_type or 'missing'!r} is not accepted", value=media_type, limit="application/json",
+            param="content-type", remedy="Send the header content-type: application/json.",
+        )  # fmt: skip
+    body = await _read(request, max_bytes)
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise ApiError("the body is nested too deeply", limit="some hundred levels") from None
+    except UnicodeDecodeError as error:
+        raise ApiError(
+            f"the body is not UTF-8: {error.reason} at byte {error.start}", value=error.start
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ApiError(
+            f"the body is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}",
+            value=error.pos, limit="a JSON object", remedy="Send one JSON object.",
+        ) from None  # fmt: skip
+    except ValueError as error:  # numbers with too many digits
+        raise ApiError(f"the body is not valid JSON: {error}") from None
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise _too_large(int(declared), max_bytes)
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(size, max_bytes)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(size: int, max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(
+        f"the body has {size} bytes or more, the limit is {max_bytes}", value=size, limit=max_bytes,
+        param="QUIRE_MAX_BODY_BYTES", remedy="Send less, or raise QUIRE_MAX_BODY_BYTES on the server.",
+    )  # fmt: skip

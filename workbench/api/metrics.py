@@ -1,0 +1,248 @@
+"""Prometheus metrics of the engine, under vLLM's names with the prefix ``quire:``.
+
+Histograms are filled by a sink on the engine thread, a handful of additions a step and a vectorised one a finished request;
+gauges and counters are read from the engine's statistics when somebody scrapes. Metrics keep their own registry.
+
+Source of names: vLLM's metrics design page (docs.vllm.ai, "Metrics").
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.records import EngineEvent, RequestRecord, StepRecord
+from engine.request import FinishReason
+from workbench.host import ModelCard
+
+if TYPE_CHECKING:
+    from engine.worker import EngineWorker
+
+PREFIX = "quire:"
+_LABEL = ("model_name",)
+_SECONDS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+_TOKEN_SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+)
+_REQUEST_SECONDS = (
+    0.01,
+    0.05,
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    60.0,
+    120.0,
+    480.0,
+)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Histogram:
+    """Bucket counts and sum. One writer (the engine thread); a reader may be one observation behind."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def observe_many(self, values: np.ndarray) -> None:
+        if not values.size:
+            return
+        buckets = np.bincount(np.searchsorted(self._bounds, values), minlength=len(self._counts))
+        for bucket in np.nonzero(buckets)[0]:
+            self._counts[bucket] += int(buckets[bucket])
+        self._sum += float(values.sum())
+
+    def family(self, name: str, text: str, model: str) -> HistogramMetricFamily:
+        """Cumulative buckets, as Prometheus wants them."""
+        counts, total, rows = list(self._counts), 0, []
+        for bound, count in zip((*self._bounds, None), counts):
+            total += count
+            rows.append(("+Inf" if bound is None else repr(float(bound)), total))
+        family = HistogramMetricFamily(PREFIX + name, text, labels=_LABEL)
+        family.add_metric([model], rows, self._sum)
+        return family
+
+
+class EngineSink:
+    """Accumulates one engine's records. Runs on the engine thread."""
+
+    def __init__(self) -> None:
+        self.ttft = Histogram(_SECONDS)
+        self.itl = Histogram(_TOKEN_SECONDS)
+        self.tpot = Histogram(_TOKEN_SECONDS)
+        self.e2e = Histogram(_REQUEST_SECONDS)
+        self.queue = Histogram(_REQUEST_SECONDS)
+        self.inference = Histogram(_REQUEST_SECONDS)
+        self.prompt_tokens = Histogram(_TOKENS)
+        self.generation_tokens = Histogram(_TOKENS)
+        self.step_tokens = Histogram(_STEP_TOKENS)
+        self.step_seconds = Histogram(_TOKEN_SECONDS)
+
+    def on_step(self, record: StepRecord) -> None:
+        self.step_tokens.observe(record.num_prefill_tokens + record.num_decode_tokens)
+        self.step_seconds.observe((record.ended_ns - record.started_ns) / 1e9)
+
+    def on_request(self, record: RequestRecord) -> None:
+        self.e2e.observe((record.finished_ns - record.arrival_ns) / 1e9)
+        self.prompt_tokens.observe(record.num_prompt_tokens)
+        self.generation_tokens.observe(record.num_output_tokens)
+        if record.admitted_ns is not None:
+            self.queue.observe((record.admitted_ns - record.arrival_ns) / 1e9)
+            self.inference.observe((record.finished_ns - record.admitted_ns) / 1e9)
+        if record.first_token_ns is not None:
+            self.ttft.observe((record.first_token_ns - record.arrival_ns) / 1e9)
+        if len(record.token_ns) > 1:
+            times = np.asarray(record.token_ns, dtype=np.int64)
+            self.itl.observe_many(np.diff(times) / 1e9)
+            self.tpot.observe(float(times[-1] - times[0]) / 1e9 / (len(times) - 1))
+
+    def on_event(self, event: EngineEvent) -> None:
+        """Nothing to count: failed steps are in the engine's statistics."""
+
+    def families(self, model: str) -> Iterator[Metric]:
+        for name, histogram, text in (
+            ("time_to_first_token_seconds", self.ttft, "Arrival to first token"),
+            ("inter_token_latency_seconds", self.itl, "Time between two tokens of a request"),
+            (
+                "request_time_per_output_token_seconds",
+                self.tpot,
+                "Mean time per output token after the first",
+            ),
+            ("e2e_request_latency_seconds", self.e2e, "Arrival to the end"),
+            ("request_queue_time_seconds", self.queue, "Arrival to admission"),
+            ("request_inference_time_seconds", self.inference, "Admission to the end"),
+            ("request_prompt_tokens", self.prompt_tokens, "Prompt tokens of a request"),
+            ("request_generation_tokens", self.generation_tokens, "Output tokens of a request"),
+            ("iteration_tokens_total", self.step_tokens, "Tokens computed in a step"),
+            ("iteration_time_seconds", self.step_seconds, "Duration of a step"),
+        ):
+            yield histogram.family(name, text, model)
+
+
+class EngineMetrics(Collector):
+    """All engines of a host, as one Prometheus collector in its own registry."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._lock = threading.Lock()
+        self._engines: dict[str, tuple[EngineWorker, EngineSink]] = {}
+        self.registry.register(self)
+
+    def watch(self, card: ModelCard, worker: EngineWorker) -> None:
+        """Count `worker` from now on (an EngineHost's `on_ready`). The same id again replaces the former engine."""
+        sink = EngineSink()
+        worker.add_sink(sink)
+        with self._lock:
+            self._engines[card.id] = (worker, sink)
+
+    def describe(self) -> Iterable[Metric]:
+        """No metric before there is an engine."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        with self._lock:
+            engines = list(self._engines.items())
+        for model, (worker, sink) in engines:
+            yield from _stats_families(model, worker)
+            yield from sink.families(model)
+
+
+def _stats_families(model: str, worker: EngineWorker) -> Iterator[Metric]:
+    stats = worker.stats()
+    used = stats.num_blocks - stats.num_free_blocks
+    gauges = (
+        ("num_requests_running", stats.num_running, "Requests that hold a row"),
+        ("num_requests_waiting", stats.num_waiting, "Requests in the queue"),
+        (
+            "kv_cache_usage_perc",
+            used / stats.num_blocks if stats.num_blocks else 0.0,
+            "Used KV blocks, 1 is all",
+        ),
+        ("kv_cache_blocks", stats.num_blocks, "KV blocks in the pool"),
+        ("kv_cache_cached_blocks", stats.num_cached_blocks, "Free blocks that can still be matched"),
+        ("engine_healthy", float(worker.health().ok), "1 while the engine is healthy"),
+    )
+    counters = (
+        ("prompt_tokens", stats.prompt_tokens, "Prompt tokens of admitted requests"),
+        ("generation_tokens", stats.output_tokens, "Output tokens"),
+        ("prefix_cache_queries", stats.prompt_tokens, "Prompt tokens looked up in the prefix cache"),
+        ("prefix_cache_hits", stats.cached_prompt_tokens, "Prompt tokens taken from the prefix cache"),
+        ("num_preemptions", stats.preemptions, "Preemptions"),
+        ("engine_steps", stats.steps, "Steps"),
+        ("engine_step_errors", stats.step_errors, "Steps that failed"),
+    )
+    for name, value, text in gauges:
+        gauge = GaugeMetricFamily(PREFIX + name, text, labels=_LABEL)
+        gauge.add_metric([model], value)
+        yield gauge
+    for name, value, text in counters:
+        counter = CounterMetricFamily(PREFIX + name, text, labels=_LABEL)
+        counter.add_metric([model], value)
+        yield counter
+    success = CounterMetricFamily(
+        PREFIX + "request_success", "Ended requests", labels=(*_LABEL, "finished_reason")
+    )
+    for reason in FinishReason:
+        success.add_metric([model, reason.value], stats.finished.get(reason.value, 0))
+    yield success

@@ -1,0 +1,55 @@
+"""All routes of the API, for the app with pages (`workbench.app`) and for `quire serve` alike.
+
+They are explicit because Streamlit answers every path it does not know with its page and status 200.
+"""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Mount, Route
+
+from engine.errors import EngineError
+from workbench.api.endpoints import Endpoints
+from workbench.api.errors import on_http_exception, on_typed_error, on_unexpected_error
+from workbench.api.metrics import EngineMetrics
+from workbench.api.probes import Probes
+from workbench.errors import WorkbenchError
+from workbench.host import EngineHost
+from workbench.settings import Settings
+
+
+def api_routes(host: EngineHost, settings: Settings, metrics: EngineMetrics) -> list[BaseRoute]:
+    """Routes for a Starlette or Streamlit app. `metrics` must watch the host's engines (EngineHost's `on_ready`)."""
+    probes = Probes(host, metrics.registry)
+    return [
+        Route("/healthz", probes.healthz),
+        Route("/readyz", probes.readyz),
+        Route("/metrics", probes.metrics),
+        Route("/v1", _no_such_path, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
+        Mount("/v1", _openai_app(host, settings)),
+    ]
+
+
+def _openai_app(host: EngineHost, settings: Settings) -> Starlette:
+    endpoints = Endpoints(host, settings)
+    return Starlette(
+        routes=[
+            Route("/chat/completions", endpoints.chat, methods=["POST"]),
+            Route("/completions", endpoints.completion, methods=["POST"]),
+            Route("/models", endpoints.models, methods=["GET"]),
+            Route("/models/{model_id:path}", endpoints.model, methods=["GET"]),
+        ],
+        exception_handlers={
+            EngineError: on_typed_error,
+            WorkbenchError: on_typed_error,
+            HTTPException: on_http_exception,
+            Exception: on_unexpected_error,
+        },
+    )
+
+
+async def _no_such_path(request: Request) -> Response:
+    return await on_http_exception(request, HTTPException(404))

@@ -1,0 +1,234 @@
+"""What a request body may hold: OpenAI's fields, vLLM's sampling extras, and nothing else.
+
+Strict on purpose. A field nobody knows is refused by name (a misspelt `temprature` must not be dropped); a field that
+OpenAI has and this server cannot serve is accepted only at its neutral value.
+
+Boundary: shapes and types. Ranges belong to ``engine.SamplingParams``, the context's length to the engine.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from workbench.errors import ApiError, UnsupportedFieldError
+
+MAX_CHOICES = 16
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    continuous_usage_stats: Literal[False] = False
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(_Strict):
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(_Strict):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+
+
+class FunctionDefinition(_Strict):
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class _Generation(_Strict):
+    """Fields that both endpoints share."""
+
+    model: str | None = None  # None: the default model
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    # labels of the caller: accepted, without effect
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    # vLLM's extras
+    top_k: int | None = None
+    min_p: float | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    cache_salt: str | None = None
+
+
+class ChatRequest(_Generation):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+
+
+class CompletionRequest(_Generation):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
+
+
+# OpenAI's and vLLM's fields that are not served: name -> (values without effect, what to do instead).
+_NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "presence_penalty": ((None, 0), "Leave it out: penalties are not served."),
+    "frequency_penalty": ((None, 0), "Leave it out: penalties are not served."),
+    "repetition_penalty": ((None, 1), "Leave it out: penalties are not served."),
+    "logit_bias": ((None, {}), "Leave it out: logit bias is not served."),
+    "response_format": (
+        (None, {"type": "text"}),
+        "Ask for JSON in the prompt: constrained output is not served.",
+    ),
+    "parallel_tool_calls": ((None, True), "Leave it out: the model decides how many tools it calls."),
+    "functions": ((None, []), "Use tools."),
+    "function_call": ((None, "auto", "none"), "Use tools and tool_choice."),
+    "service_tier": ((None, "auto", "default"), "Leave it out: there is one tier."),
+    "store": ((None, False), "Leave it out: responses are not stored."),
+    "reasoning_effort": ((None, "none"), "Leave it out: no model here takes it."),
+    "verbosity": ((None, "medium"), "Leave it out: no model here takes it."),
+    "modalities": ((None, ["text"]), "Leave it out: text is the only modality."),
+    "audio": ((None,), "Leave it out: text is the only modality."),
+    "prediction": ((None,), "Leave it out: predicted output is not served."),
+    "web_search_options": ((None,), "Leave it out: there is no web search."),
+    "best_of": ((None, 1), "Use n and choose on your side."),
+    "echo": ((None, False), "Join prompt and output on your side."),
+    "suffix": ((None, ""), "Leave it out: filling in the middle is not served."),
+    "use_beam_search": ((None, False), "Leave it out: beam search is not served."),
+    "guided_json": ((None,), "Ask for JSON in the prompt: constrained output is not served."),
+    "guided_regex": ((None,), "Constrained output is not served."),
+    "guided_choice": ((None,), "Constrained output is not served."),
+    "chat_template": ((None,), "Leave it out: the model's own template is used."),
+    "chat_template_kwargs": ((None, {}), "Leave it out: the template takes no extra values here."),
+    "add_generation_prompt": ((None, True), "Leave it out."),
+    "continue_final_message": ((None, False), "Leave it out."),
+    "priority": ((None, 0), "Leave it out: requests are served in order of arrival."),
+}
+
+Body = TypeVar("Body", bound=_Generation)
+
+
+def parse(kind: type[Body], raw: Any) -> Body:
+    """Check a decoded JSON body.
+
+    Raises:
+        UnsupportedFieldError: an unknown field, or a known one at a value that is not served.
+        ApiError: a value of the wrong type, or a missing field, by its path.
+    """
+    if not isinstance(raw, dict):
+        raise ApiError(
+            f"the body must be a JSON object, got {type(raw).__name__}",
+            value=type(raw).__name__,
+            limit="object",
+        )
+    known = kind.model_fields
+    kept = {}
+    for name, value in raw.items():
+        if name in known:
+            kept[name] = value
+        else:
+            _check_neutral(name, value, known)
+    _check_tool_choice(raw)
+    try:
+        return kind.model_validate(kept)
+    except ValidationError as error:
+        raise _api_error(error) from None
+
+
+def _check_neutral(name: str, value: Any, known: Any) -> None:
+    if name not in _NEUTRAL:
+        near = difflib.get_close_matches(name, [*known, *_NEUTRAL], n=1)
+        raise UnsupportedFieldError(
+            f"unknown field {name!r}", value=name, limit=sorted(known), param=name,
+            remedy=f"Did you mean {near[0]!r}?" if near else f"Fields here: {', '.join(sorted(known))}.",
+        )  # fmt: skip
+    neutral, remedy = _NEUTRAL[name]
+    if not any((type(value) is type(n) and value == n) or _equal_numbers(value, n) for n in neutral):
+        raise UnsupportedFieldError(
+            f"{name}={_short(value)} is not supported here",
+            value=value,
+            limit=neutral,
+            param=name,
+            remedy=remedy,
+        )
+
+
+def _check_tool_choice(raw: dict[str, Any]) -> None:
+    choice = raw.get("tool_choice")
+    if choice not in (None, "none", "auto") or (choice == "auto" and not raw.get("tools")):
+        raise UnsupportedFieldError(
+            f"tool_choice={_short(choice)} is not supported here", value=choice, limit=("none", "auto"),
+            param="tool_choice", remedy="Use 'auto' with tools, or 'none': a call cannot be forced.",
+        )  # fmt: skip
+
+
+def _equal_numbers(a: Any, b: Any) -> bool:
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (a, b))
+    return bool(numbers and a == b)
+
+
+def _api_error(error: ValidationError) -> ApiError:
+    # A union reports one complaint per member; the deepest is about the member that was meant.
+    first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
+    path = [str(part) for part in first["loc"] if not _is_union_tag(part)]
+    param = ".".join(path)
+    if first["type"] == "missing":
+        return ApiError(f"field {param!r} is missing", param=param, remedy=f"Send {param}.")
+    if first["type"] == "extra_forbidden":
+        return UnsupportedFieldError(
+            f"unknown field {param!r}", value=path[-1], param=param, remedy="Leave it out."
+        )
+    value = first.get("input")
+    return ApiError(
+        f"{param}={_short(value)} is not accepted: {_lower_first(first['msg'])}",
+        value=value, limit=first.get("ctx") or first["msg"], param=param,
+    )  # fmt: skip
+
+
+def _is_union_tag(part: str | int) -> bool:
+    return isinstance(part, str) and (part in ("str", "int", "dict", "TextPart") or part.endswith("]"))
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,0 +1,244 @@
+"""How answers look on the wire: OpenAI's objects and server-sent events, with the constant parts serialised once.
+
+A token of a stream costs one f-string and one encode: id, model and time are written when the response begins.
+
+Boundary: formats only. Nothing here waits, reads the network or knows the engine's threads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii as quote
+from typing import Any, Protocol
+
+from engine.plan import TokenLogprobs
+from workbench.api.tool_calls import ParsedToolCall
+
+DONE = b"data: [DONE]\n\n"
+TokenText = Callable[[int], str]
+
+
+@dataclass(slots=True)
+class ChoicePart:
+    """What one step added to one choice, or a whole choice when the answer is not streamed."""
+
+    index: int
+    text: str = ""
+    tool_calls: Sequence[ParsedToolCall] = ()
+    first_call: int = 0  # how many calls of this choice went before
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
+    text_offset: int = 0  # characters of this choice that went before
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    is_first: bool = False
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of a response."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The constants of one response."""
+
+    id: str
+    created: int
+    model: str
+
+
+class Wire(Protocol):
+    """One endpoint's format."""
+
+    def chunk(self, part: ChoicePart) -> bytes:
+        """One event of a stream; b"" when there is nothing to say."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> bytes: ...
+
+    def whole(self, parts: Sequence[ChoicePart], usage: Usage) -> dict[str, Any]: ...
+
+
+@dataclass(slots=True)
+class _Base:
+    head: Head
+    object_name: str
+    chunk_name: str
+    token_text: TokenText
+    wants_logprobs: bool
+    include_usage: bool
+    _prefix: str = field(init=False)
+    _suffix: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        head = {
+            "id": self.head.id,
+            "object": self.chunk_name,
+            "created": self.head.created,
+            "model": self.head.model,
+        }
+        self._prefix = f"data: {json.dumps(head, separators=(',', ':'))[:-1]},"
+        self._suffix = "]" + (',"usage":null' if self.include_usage else "") + "}\n\n"
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        return f'{self._prefix}"choices":[],"usage":{_json(usage.as_dict())}}}\n\n'.encode()
+
+    def _whole(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+        return {
+            "id": self.head.id,
+            "object": self.object_name,
+            "created": self.head.created,
+            "model": self.head.model,
+            "choices": choices,
+            "usage": usage.as_dict(),
+        }
+
+
+class ChatWire(_Base):
+    """``chat.completion`` and ``chat.completion.chunk``."""
+
+    def __init__(
+        self, head: Head, token_text: TokenText, *, wants_logprobs: bool, include_usage: bool
+    ) -> None:
+        super().__init__(
+            head, "chat.completion", "chat.completion.chunk", token_text, wants_logprobs, include_usage
+        )
+
+    def chunk(self, part: ChoicePart) -> bytes:
+        delta = _chat_delta(part)
+        if delta == "{}" and part.finish_reason is None and not part.logprobs:
+            return b""
+        logprobs = _json(self._logprobs(part)) if self.wants_logprobs and part.logprobs else "null"
+        return (
+            f'{self._prefix}"choices":[{{"index":{part.index},"delta":{delta},"logprobs":{logprobs},'
+            f'"finish_reason":{_finish(part)}}}{self._suffix}'
+        ).encode()
+
+    def whole(self, parts: Sequence[ChoicePart], usage: Usage) -> dict[str, Any]:
+        return self._whole([self._choice(part) for part in parts], usage)
+
+    def _choice(self, part: ChoicePart) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": part.text, "refusal": None}
+        if part.tool_calls:
+            message["content"] = part.text or None
+            message["tool_calls"] = [_call(call) for call in part.tool_calls]
+        return {
+            "index": part.index,
+            "message": message,
+            "logprobs": self._logprobs(part) if self.wants_logprobs else None,
+            "finish_reason": part.finish_reason,
+            "stop_reason": part.stop_reason,
+        }
+
+    def _logprobs(self, part: ChoicePart) -> dict[str, Any]:
+        return {"content": [self._token(entry) for entry in part.logprobs], "refusal": None}
+
+    def _token(self, entry: TokenLogprobs) -> dict[str, Any]:
+        top = [
+            _token_entry(self.token_text(token_id), logprob)
+            for token_id, logprob in zip(entry.top_ids, entry.top_logprobs)
+        ]
+        return {**_token_entry(self.token_text(entry.token_id), entry.logprob), "top_logprobs": top}
+
+
+class CompletionWire(_Base):
+    """``text_completion``."""
+
+    def __init__(
+        self, head: Head, token_text: TokenText, *, wants_logprobs: bool, include_usage: bool
+    ) -> None:
+        super().__init__(
+            head, "text_completion", "text_completion", token_text, wants_logprobs, include_usage
+        )
+
+    def chunk(self, part: ChoicePart) -> bytes:
+        if not part.text and part.finish_reason is None and not part.logprobs:
+            return b""
+        logprobs = _json(self._logprobs(part)) if self.wants_logprobs and part.logprobs else "null"
+        return (
+            f'{self._prefix}"choices":[{{"index":{part.index},"text":{quote(part.text)},"logprobs":{logprobs},'
+            f'"finish_reason":{_finish(part)}}}{self._suffix}'
+        ).encode()
+
+    def whole(self, parts: Sequence[ChoicePart], usage: Usage) -> dict[str, Any]:
+        choices = [
+            {
+                "index": part.index,
+                "text": part.text,
+                "logprobs": self._logprobs(part) if self.wants_logprobs else None,
+                "finish_reason": part.finish_reason,
+                "stop_reason": part.stop_reason,
+            }
+            for part in parts
+        ]
+        return self._whole(choices, usage)
+
+    def _logprobs(self, part: ChoicePart) -> dict[str, Any]:
+        tokens = [self.token_text(entry.token_id) for entry in part.logprobs]
+        offsets = [part.text_offset]
+        for token in tokens[:-1]:
+            offsets.append(offsets[-1] + len(token))
+        return {
+            "tokens": tokens,
+            "token_logprobs": [finite(entry.logprob) for entry in part.logprobs],
+            "top_logprobs": [
+                {self.token_text(i): finite(p) for i, p in zip(entry.top_ids, entry.top_logprobs)}
+                for entry in part.logprobs
+            ],
+            "text_offset": offsets[: len(tokens)],
+        }
+
+
+def error_chunk(body: dict[str, Any]) -> bytes:
+    """An error in the middle of a stream, as OpenAI's clients recognise it."""
+    return f"data: {_json(body)}\n\n".encode()
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; a token that cannot be chosen gets OpenAI's floor."""
+    return max(logprob, -9999.0)
+
+
+def _chat_delta(part: ChoicePart) -> str:
+    fields: list[str] = []
+    if part.is_first:
+        fields.append('"role":"assistant"')
+    if part.text or part.is_first:
+        fields.append(f'"content":{quote(part.text)}')
+    if part.tool_calls:
+        calls = [{"index": part.first_call + i, **_call(call)} for i, call in enumerate(part.tool_calls)]
+        fields.append(f'"tool_calls":{_json(calls)}')
+    return "{" + ",".join(fields) + "}"
+
+
+def _finish(part: ChoicePart) -> str:
+    if part.finish_reason is None:
+        return "null"
+    return f'{quote(part.finish_reason)},"stop_reason":{_json(part.stop_reason)}'
+
+
+def _call(call: ParsedToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _token_entry(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode("utf-8", "replace"))}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))

@@ -1,0 +1,310 @@
+"""The app process: pages and API on one event loop, one engine behind both. The one place where things are wired together.
+
+`build_app` makes the ASGI app with pages, `build_api_app` the same routes without them (`quire serve`). ``python -m
+workbench.app`` is the child that the supervisor runs: it may inherit its listening socket, so that a restart loses no port.
+
+Boundary: wiring and the process's life. No route, no page, no engine logic is written here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp
+
+from workbench import exit_codes
+from workbench import settings as settings_module
+from workbench.api.metrics import EngineMetrics
+from workbench.api.origin import LoopbackOnly
+from workbench.api.routes import api_routes
+from workbench.errors import PortInUseError, SettingsError
+from workbench.guard import die_with_parent
+from workbench.host import EngineHost, HostPhase, OnFatal, WorkerFactory, fake_worker
+from workbench.ports import bind
+from workbench.run_state import RunState
+from workbench.settings import Settings
+
+log = logging.getLogger(__name__)
+_DRAIN_S = 3  # running streams may finish after SIGTERM
+_HARD_EXIT_S = 8.0  # whatever still hangs then does not keep the process
+
+
+class Announce(Protocol):
+    """Hears how far the app is."""
+
+    def __call__(self, event: str, **facts: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What one app process consists of."""
+
+    settings: Settings
+    host: EngineHost
+    metrics: EngineMetrics
+
+
+def wire(
+    settings: Settings, *, on_fatal: OnFatal | None = None, factory: WorkerFactory | None = None
+) -> Wiring:
+    """Make the parts; nothing is started. `factory` replaces the engine's own. Raises ConfigError."""
+    metrics = EngineMetrics()
+    config = settings.engine_config()
+    host = EngineHost(
+        config,
+        factory=factory or (fake_worker if settings.fake else None),
+        on_ready=metrics.watch,
+        on_fatal=on_fatal,
+    )
+    return Wiring(settings, host, metrics)
+
+
+def build_api_app(wiring: Wiring) -> ASGIApp:
+    """The API and the probes, without pages."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with running(wiring.host):
+            yield
+
+    return Starlette(
+        routes=api_routes(wiring.host, wiring.settings, wiring.metrics),
+        middleware=[Middleware(LoopbackOnly)],
+        lifespan=lifespan,
+    )
+
+
+def build_app(wiring: Wiring) -> ASGIApp:
+    """Pages and API. Imports Streamlit."""
+    configure_streamlit(wiring.settings)
+    import streamlit as st
+
+    from workbench.ui import resources
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
+        async with running(wiring.host):
+            resources.provide(wiring.host)
+            threading.Thread(target=_preload, name="quire-preload", daemon=True).start()
+            yield {"host": wiring.host}
+
+    script = Path(__file__).resolve().parent / "ui" / "main.py"
+    app: ASGIApp = st.App(
+        script,
+        routes=api_routes(wiring.host, wiring.settings, wiring.metrics),
+        middleware=[Middleware(LoopbackOnly)],
+        lifespan=lifespan,
+    )
+    return app
+
+
+@asynccontextmanager
+async def running(host: EngineHost) -> AsyncIterator[None]:
+    """The host loads while this is open; it is closed off the loop afterwards."""
+    host.start()
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(host.close)
+
+
+def configure_streamlit(settings: Settings) -> None:
+    """Apply the project's `.streamlit/config.toml` and this process's address, wherever it was started from."""
+    from streamlit.web import bootstrap
+
+    options: dict[str, Any] = {}
+    file = settings_module.resource_root() / ".streamlit" / "config.toml"
+    if file.is_file():
+        options.update(_flatten(tomllib.loads(file.read_text("utf-8"))))
+    options.update(
+        {
+            "server.port": settings.port,
+            "server.address": settings.host,
+            "server.headless": True,
+            "server.fileWatcherType": "none",  # a hot reload would make a second engine
+            "browser.gatherUsageStats": False,
+            "browser.serverAddress": settings.host,
+            "browser.serverPort": settings.port,
+        }
+    )
+    bootstrap.load_config_options(options)
+
+
+class AppServer(uvicorn.Server):
+    """uvicorn, telling when it listens, and ending for good when told to."""
+
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_listening = on_listening
+        self.exit_code = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_listening()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        hard_exit_after(_HARD_EXIT_S)
+        super().handle_exit(sig, frame)
+
+    def die(self, error: BaseException) -> None:
+        """The engine is dead: leave, so that the supervisor can start a new process. Any thread may call it."""
+        log.error("the engine died, leaving: %s", error)
+        self.exit_code = exit_codes.ENGINE_DEAD
+        self.should_exit = True
+        hard_exit_after(_HARD_EXIT_S, exit_codes.ENGINE_DEAD)
+
+
+def serve(
+    settings: Settings,
+    *,
+    with_ui: bool,
+    listener: socket.socket,
+    announce: Announce,
+    factory: WorkerFactory | None = None,
+) -> int:
+    """Run the app on a bound socket until it is told to stop; the process's exit code.
+
+    `announce` is called with "listening" and later "loaded" (id and title of the model) or "failed" (message).
+    """
+    server: AppServer
+
+    def on_fatal(error: BaseException) -> None:
+        server.die(error)
+
+    wiring = wire(settings, on_fatal=on_fatal, factory=factory)
+    run_state = RunState(settings.run_dir)
+
+    def on_listening() -> None:
+        run_state.write(settings.url, model=settings.model_path)
+        announce("listening")
+        threading.Thread(
+            target=_announce_load, args=(wiring.host, announce), name="quire-announce", daemon=True
+        ).start()
+
+    app = build_app(wiring) if with_ui else build_api_app(wiring)
+    server = AppServer(_uvicorn_config(app, settings), on_listening)
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sig, _ignore)  # uvicorn restores and raises it again after its own clean shutdown
+    try:
+        server.run(sockets=[listener])
+    finally:
+        run_state.remove()
+        listener.close()
+    return server.exit_code if server.started else exit_codes.FAILURE
+
+
+def main() -> int:
+    """The supervisor's child."""
+    parent = os.environ.pop("QUIRE_SUPERVISOR_PID", "")
+    listen_fd = os.environ.pop("QUIRE_LISTEN_FD", "")
+    ready_fd = os.environ.pop("QUIRE_READY_FD", "")
+    if parent:
+        die_with_parent(int(parent))
+    try:
+        settings = settings_module.load()
+        settings_module.prepare_home(settings)
+        configure_logging(settings.log_level)
+        listener = socket.socket(fileno=int(listen_fd)) if listen_fd else bind(settings.host, settings.port)
+        return serve(settings, with_ui=True, listener=listener, announce=_to_supervisor(ready_fd))
+    except (SettingsError, PortInUseError) as error:
+        print(f"quire: {error}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+
+
+def configure_logging(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def hard_exit_after(seconds: float, code: int = 0) -> None:
+    """End the process after `seconds` whatever still runs in it."""
+
+    def leave() -> None:
+        time.sleep(seconds)
+        os._exit(code)
+
+    threading.Thread(target=leave, name="quire-hard-exit", daemon=True).start()
+
+
+def _to_supervisor(ready_fd: str) -> Announce:
+    """Writes each event as a line of JSON to the supervisor's pipe; to nowhere without one."""
+
+    def announce(event: str, **facts: Any) -> None:
+        if ready_fd:
+            with contextlib.suppress(OSError):
+                os.write(int(ready_fd), json.dumps({"event": event, **facts}).encode() + b"\n")
+
+    return announce
+
+
+def _announce_load(host: EngineHost, announce: Announce) -> None:
+    state = host.wait()
+    if state.phase is HostPhase.READY:
+        card = host.models()[0]
+        announce("loaded", model=card.id, title=card.title)
+    elif state.phase is HostPhase.FAILED:
+        announce("failed", message=state.message)
+
+
+def _uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        access_log=False,
+        use_colors=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=_DRAIN_S,
+        ws="websockets-sansio",
+        ws_max_size=200 * 2**20,  # Streamlit's default for messages and uploads
+        ws_ping_interval=30,
+        ws_ping_timeout=30,
+        ws_per_message_deflate=False,
+    )
+
+
+def _preload() -> None:
+    """Import what the first chart and table need, so that the first visitor does not wait for it."""
+    try:
+        import pandas  # noqa: F401
+        import plotly.graph_objects  # noqa: F401
+    except ImportError:
+        log.warning("charts and tables cannot be imported", exc_info=True)
+
+
+def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _ignore(signum: int, frame: Any) -> None:
+    """uvicorn has handled it."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

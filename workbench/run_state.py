@@ -1,0 +1,52 @@
+"""``HOME_DIR/run/app.json``: where the running app is, for the CLI, notebooks and scripts.
+
+Written atomically by the app when it listens, removed when it leaves. A file whose process is gone counts as none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunningApp:
+    """The app that owns this HOME_DIR."""
+
+    url: str
+    pid: int
+    started_at: str  # UTC, ISO 8601
+    model: str
+
+
+class RunState:
+    """The file of one HOME_DIR. `run_dir` must exist."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / "app.json"
+
+    def write(self, url: str, *, model: str) -> None:
+        app = RunningApp(url, os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"), model)
+        handle, temporary = tempfile.mkstemp(dir=self._file.parent, prefix=".app-")
+        with os.fdopen(handle, "w", encoding="utf-8") as opened:
+            json.dump(asdict(app), opened)
+        os.replace(temporary, self._file)
+
+    def read(self) -> RunningApp | None:
+        """The running app, or None."""
+        try:
+            app = RunningApp(**json.loads(self._file.read_text("utf-8")))
+            os.kill(app.pid, 0)
+        except (OSError, ValueError, TypeError):
+            return None
+        return app
+
+    def remove(self) -> None:
+        """Forget this process; another's file is left alone."""
+        app = self.read()
+        if app is not None and app.pid == os.getpid():
+            self._file.unlink(missing_ok=True)

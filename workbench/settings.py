@@ -1,0 +1,212 @@
+"""Settings of the app: the environment, read once, checked before any work.
+
+``PORT``, ``MLFLOW_PORT`` and ``HOME_DIR`` have no prefix, so that two checkouts run side by side with three variables;
+everything else is ``QUIRE_…``. Engine settings that have no field here belong to ``engine.EngineConfig``.
+
+Boundary: values only. Nothing here loads a model or opens a port; `prepare_home` makes the folders.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from workbench.errors import HomeDirError, HostRefusedError, SettingsError
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+
+FAKE_MODEL = "fake-echo"  # the model that is none (QUIRE_FAKE)
+BUNDLED_MODEL = Path("models") / "chat-base"
+Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class Settings(BaseSettings):
+    """What the environment says. Make it with `load`, which turns every complaint into a SettingsError."""
+
+    model_config = SettingsConfigDict(env_prefix="QUIRE_", extra="forbid", frozen=True, populate_by_name=True)
+
+    port: int = Field(default=8501, ge=1, le=65535, validation_alias="PORT")
+    mlflow_port: int = Field(default=5001, ge=1, le=65535, validation_alias="MLFLOW_PORT")
+    home_dir: Path = Field(default=Path(".quire"), validation_alias="HOME_DIR")
+    mlflow_tracking_uri: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
+
+    host: str = "127.0.0.1"
+    model: str | None = None  # a folder or a hub id; None: the bundled model
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    threads: int | None = Field(default=None, ge=1)  # CPU threads of the forward pass
+    max_num_seqs: int = Field(default=256, ge=1)
+    max_model_len: int | None = Field(default=None, ge=1)
+    num_blocks: int | None = Field(default=None, ge=1)
+    deterministic: bool = False
+    enable_prefix_cache: bool = True
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)  # of one API request
+    log_level: LogLevel = "warning"
+    fake: bool = False  # no model: the engine runs on FakeRunner (tests and page work)
+
+    @property
+    def url(self) -> str:
+        return f"http://{_bracketed(self.host)}:{self.port}"
+
+    @property
+    def mlflow_url(self) -> str:
+        """Where clients find MLflow: the one named by the environment, or our own child."""
+        return self.mlflow_tracking_uri or f"http://{_bracketed(self.host)}:{self.mlflow_port}/mlflow"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.home_dir / "run"
+
+    @property
+    def model_path(self) -> str:
+        """The folder or hub id to load."""
+        return FAKE_MODEL if self.fake else self.model or str(bundled_model())
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's settings. Raises ConfigError."""
+        from engine.config import EngineConfig
+
+        return EngineConfig(
+            model=self.model_path,
+            dtype=self.dtype,
+            device=self.device,
+            num_threads=self.threads,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=self.max_model_len,
+            num_blocks=self.num_blocks,
+            deterministic=self.deterministic,
+            enable_prefix_cache=self.enable_prefix_cache,
+        )
+
+    def to_env(self) -> dict[str, str]:
+        """The same settings as environment variables, for child processes."""
+        env = {"PORT": str(self.port), "MLFLOW_PORT": str(self.mlflow_port), "HOME_DIR": str(self.home_dir)}
+        if self.mlflow_tracking_uri:
+            env["MLFLOW_TRACKING_URI"] = self.mlflow_tracking_uri
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if name not in _UNPREFIXED and value is not None:
+                env[f"QUIRE_{name.upper()}"] = str(value).lower() if isinstance(value, bool) else str(value)
+        return env
+
+
+_UNPREFIXED = {"port": "PORT", "mlflow_port": "MLFLOW_PORT", "home_dir": "HOME_DIR",
+               "mlflow_tracking_uri": "MLFLOW_TRACKING_URI"}  # fmt: skip
+
+
+def load(**overrides: Any) -> Settings:
+    """Read the environment; `overrides` (from the command line) win where they are not None.
+
+    HOME_DIR comes back absolute, so that children with another working directory mean the same folder.
+
+    Raises:
+        SettingsError: naming the variable, its value and what is accepted.
+        HostRefusedError: the host is not a loopback address.
+    """
+    _refuse_misspelt_variables()
+    try:
+        settings = Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        raise _settings_error(error) from None
+    _check_loopback(settings.host)
+    if settings.port == settings.mlflow_port and not settings.mlflow_tracking_uri:
+        raise SettingsError(
+            f"PORT and MLFLOW_PORT are both {settings.port}", value=settings.port, param="MLFLOW_PORT",
+            remedy="Give them different ports.",
+        )  # fmt: skip
+    return settings.model_copy(update={"home_dir": settings.home_dir.expanduser().absolute()})
+
+
+def prepare_home(settings: Settings) -> None:
+    """Make HOME_DIR and `run/` in it, and prove that they can be written.
+
+    Raises:
+        HomeDirError: naming the folder and the system's reason.
+    """
+    try:
+        settings.run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=settings.run_dir) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise HomeDirError(
+            f"HOME_DIR {str(settings.home_dir)!r} cannot be written: {error.strerror or error}",
+            value=str(settings.home_dir),
+            limit="a folder that this user can write",
+            param="HOME_DIR",
+            remedy="Set HOME_DIR to such a folder, for example HOME_DIR=~/.quire.",
+        ) from error
+
+
+def resource_root() -> Path:
+    """Where `data/`, `pages/` and `.streamlit/` are: the checkout, or the resources inside an installed wheel."""
+    package = Path(__file__).resolve().parent
+    packed = package / "_resources"
+    return packed if packed.is_dir() else package.parent
+
+
+def data_dir() -> Path:
+    """The project's `data/`."""
+    return resource_root() / "data"
+
+
+def bundled_model() -> Path:
+    """The folder of the model that this project trained."""
+    return data_dir() / BUNDLED_MODEL
+
+
+def _check_loopback(host: str) -> None:
+    if host == "localhost":
+        return
+    try:
+        if ipaddress.ip_address(host.strip("[]")).is_loopback:
+            return
+    except ValueError:
+        pass
+    raise HostRefusedError(
+        f"host {host!r} is refused: there is no login yet, so only this machine may connect",
+        value=host,
+        limit="127.0.0.1, ::1 or localhost",
+        param="QUIRE_HOST",
+        remedy="Use 127.0.0.1 and forward the port, for example: ssh -L 8501:127.0.0.1:8501 this-machine.",
+    )
+
+
+def _refuse_misspelt_variables() -> None:
+    """A QUIRE_ variable that is nearly one of ours is a slip that must not be dropped in silence."""
+    known = [f"QUIRE_{name.upper()}" for name in Settings.model_fields if name not in _UNPREFIXED]
+    for name in os.environ:
+        if name.startswith("QUIRE_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if near:
+                raise SettingsError(
+                    f"unknown setting {name}",
+                    value=name,
+                    limit=known,
+                    param=name,
+                    remedy=f"Did you mean {near[0]}?",
+                )
+
+
+def _settings_error(error: ValidationError) -> SettingsError:
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0])
+    name = field if field in _UNPREFIXED.values() else _UNPREFIXED.get(field, f"QUIRE_{field.upper()}")
+    value = first.get("input")
+    limits = {k: v for k, v in first.get("ctx", {}).items() if k in ("ge", "le", "gt", "lt", "expected")}
+    return SettingsError(
+        f"{name}={value} is not accepted: {first['msg'].lower()}", value=value, limit=limits or first["msg"],
+        param=name, remedy=f"Set {name} to an accepted value, or unset it for its default.",
+    )  # fmt: skip
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
