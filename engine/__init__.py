@@ -1,0 +1,84 @@
+"""Quire's inference engine: paged KV cache, continuous batching, one thread that owns the device.
+
+    LLM            prompts in, completions out: for notebooks and scripts
+    EngineWorker   streams for many callers: for servers
+    Engine         the steps themselves, deterministic given their inputs
+
+The house's line: importing this package imports no torch, triton or transformers, and neither does anything that decides
+rather than computes (scheduler, cache accounting, records, streams, worker). What computes is below it: ``engine.build``,
+``engine.runner``, ``engine.models``, ``engine.attention``, ``engine.kernels``.
+"""
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import (
+    ConfigError,
+    CorruptWeightsError,
+    EngineDeadError,
+    EngineError,
+    InvalidParamsError,
+    InvalidRequestError,
+    ModelLoadError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    PromptTooLongError,
+    StepFailedError,
+    UnsupportedModelError,
+)
+from engine.llm import LLM, Score
+from engine.plan import TokenLogprobs
+from engine.record_log import BlockMap, RecordLog
+from engine.records import (
+    Completion,
+    EngineEvent,
+    EngineStats,
+    Health,
+    HealthState,
+    MemoryLedger,
+    RequestRecord,
+    Sink,
+    StepRecord,
+    StreamDelta,
+)
+from engine.request import FinishReason
+from engine.sampling_params import SamplingParams
+from engine.stream import RequestStream
+from engine.tokenizer import Tokenizer
+from engine.worker import EngineWorker
+
+__all__ = [
+    "LLM",
+    "BlockMap",
+    "Completion",
+    "ConfigError",
+    "CorruptWeightsError",
+    "Engine",
+    "EngineConfig",
+    "EngineDeadError",
+    "EngineError",
+    "EngineEvent",
+    "EngineStats",
+    "EngineWorker",
+    "FinishReason",
+    "Health",
+    "HealthState",
+    "InvalidParamsError",
+    "InvalidRequestError",
+    "MemoryLedger",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "OutOfMemoryError",
+    "PromptTooLongError",
+    "RecordLog",
+    "RequestRecord",
+    "RequestStream",
+    "SamplingParams",
+    "Score",
+    "Sink",
+    "StepFailedError",
+    "StepRecord",
+    "StreamDelta",
+    "TokenLogprobs",
+    "Tokenizer",
+    "UnsupportedModelError",
+]

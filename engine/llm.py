@@ -1,0 +1,288 @@
+"""LLM: the front of the engine for notebooks and scripts: prompts in, completions out, in the caller's thread.
+
+Builds an engine for one model, runs it on an EngineWorker, and gives its memory back on ``close()``, at the end of a ``with``
+block, or when the object is no longer referenced. Streaming and serving many callers is ``engine.worker``'s.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import operator
+import time
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+from engine.chat_messages import Message
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, InvalidRequestError, StepFailedError
+from engine.records import Completion, EngineStats, HealthState
+from engine.request import FinishReason
+from engine.sampling_params import SamplingParams
+from engine.stream import RequestStream
+from engine.tokenizer import TokenizerLike
+from engine.worker import EngineWorker
+
+Prompt = str | Sequence[int]
+
+REFRESH_S = 0.1  # how often output is taken in and the progress bar moves
+ABORT_WAIT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a given text is, in nats. The first token has nothing before it and is not scored."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of token_ids[1:]
+    total_logprob: float
+    perplexity: float  # per scored token; NaN when there is none
+
+
+class LLM:
+    """One model, ready to generate.
+
+    `model`: a folder or a hub id. `settings`: any field of EngineConfig by name (dtype, device, block_size, num_blocks,
+    max_num_seqs, max_model_len, enable_prefix_cache, deterministic, …).
+
+    Raises:
+        ConfigError: an unknown setting, or a value out of its range.
+        ModelLoadError: the model cannot be loaded.
+        OutOfMemoryError: the device has fewer bytes than the settings need.
+    """
+
+    _finalizer: weakref.finalize[..., Any] | None  # None: the worker belongs to someone else
+
+    def __init__(self, model: str | Path, **settings: Any) -> None:
+        config = EngineConfig.from_dict({"model": str(model), **settings})
+        from engine.build import build_engine  # below the line: brings torch in
+
+        worker = EngineWorker(build_engine(config))
+        self._attach(worker)
+        self._finalizer = weakref.finalize(self, worker.close)
+        self._finalizer.atexit = False  # the worker ends itself at exit
+        worker.start()
+
+    @classmethod
+    def from_worker(cls, worker: EngineWorker) -> Self:
+        """An LLM over a worker that someone else started and will close."""
+        llm = cls.__new__(cls)
+        llm._attach(worker)
+        llm._finalizer = None
+        return llm
+
+    def _attach(self, worker: EngineWorker) -> None:
+        self.worker = worker
+        self.config = worker.config  # resolved: no None left
+
+    @property
+    def tokenizer(self) -> TokenizerLike:
+        if self.worker.tokenizer is None:
+            raise InvalidRequestError("this engine has no tokenizer", remedy="Use token ids.", param="prompt")
+        return self.worker.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[Completion]:
+        """Complete one prompt or many, batched by the engine; completions in the order of the prompts.
+
+        A request that fails while it runs comes back with finish reason ERROR and its `error`, with a RuntimeWarning; the
+        others are not lost. KeyboardInterrupt aborts all of them.
+
+        Raises:
+            InvalidRequestError: a prompt that can never run, or as many params as prompts were not given; nothing ran.
+            EngineDeadError: the engine died or is closed.
+        """
+        many = _as_prompts(prompts)
+        return self._run(many, _one_each(params, len(many)), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Completion]:
+        """Answer one conversation or a list of them, written down by the model's chat template.
+
+        Raises:
+            InvalidRequestError: no chat template, malformed messages, and what ``generate`` refuses.
+            EngineDeadError: the engine died or is closed.
+        """
+        if isinstance(messages, (str, bytes, Mapping)):
+            raise InvalidRequestError(
+                "messages must be a list of {role, content} objects, or a list of such lists",
+                value=messages,
+                param="messages",
+            )
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = cast("list[Sequence[Message]]", [messages] if one else list(messages))
+        prompts: list[Prompt] = [
+            self.tokenizer.apply_chat_template(chat, tools=tools) for chat in conversations
+        ]
+        return self._run(prompts, _one_each(params, len(prompts)), use_tqdm)
+
+    def score(self, texts_or_token_ids: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[Score]:
+        """Log-probabilities of given texts under the model, token by token.
+
+        A text may have one token less than the context: the engine generates one token after it, which is dropped.
+
+        Raises:
+            InvalidRequestError: a text that does not fit.
+            StepFailedError: scoring failed on the way.
+            EngineDeadError: the engine died or is closed.
+        """
+        many = _as_prompts(texts_or_token_ids)
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True, ignore_eos=True)
+        return [_score(completion) for completion in self._run(many, [params] * len(many), use_tqdm)]
+
+    def stats(self) -> EngineStats:
+        """Counters since start and gauges of now."""
+        return self.worker.stats()
+
+    def close(self) -> None:
+        """Abort what runs, end the thread and give the device's memory back. A second call does nothing."""
+        if self._finalizer is not None and self._finalizer.alive:
+            self._finalizer()
+            gc.collect()  # weights may sit in reference cycles, which would hold device memory until some later time
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = self.worker.health().state.value
+        return f"LLM(model={self.config.model!r}, dtype={self.config.dtype}, device={self.config.device}, {state})"
+
+    def _run(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], use_tqdm: bool
+    ) -> list[Completion]:
+        streams = self.worker.submit_all(prompts, params)
+        try:
+            _wait_for_all(streams, use_tqdm)
+        except BaseException:
+            _abort_all(streams)
+            raise
+        completions = [stream.result() for stream in streams]
+        failed = [c for c in completions if c.finish_reason is FinishReason.ERROR]
+        if failed and self.worker.health().state is HealthState.DEAD:
+            raise EngineDeadError(failed[0].error or "the engine died", remedy="Load the model again.")
+        if failed:
+            warnings.warn(
+                f"{len(failed)} of {len(completions)} requests failed: {failed[0].error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return completions
+
+
+def _wait_for_all(streams: Sequence[RequestStream], use_tqdm: bool) -> None:
+    """Wait for the end of all streams, taking their output in as it comes."""
+    from tqdm.auto import tqdm
+
+    started = time.monotonic()
+    with tqdm(total=len(streams), desc="requests", unit="req", disable=not use_tqdm, leave=False) as bar:
+        pending = list(streams)
+        done_tokens = 0
+        while pending:
+            pending[0].wait(REFRESH_S)
+            left = []
+            tokens = done_tokens
+            for stream in pending:
+                tokens += stream.drain()
+                if stream.completion is None:
+                    left.append(stream)
+                else:
+                    done_tokens += stream.completion.num_output_tokens
+            bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-6):.0f} tok/s", refresh=False)
+            bar.update(len(pending) - len(left))
+            pending = left
+
+
+def _abort_all(streams: Sequence[RequestStream]) -> None:
+    """End what runs and see it end, so that the next call finds an idle engine."""
+    for stream in streams:
+        stream.abort()
+    deadline = time.monotonic() + ABORT_WAIT_S
+    for stream in streams:
+        stream.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, whether one or many were given; checked as far as types go."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, (bytes, Mapping)) or not hasattr(prompts, "__iter__"):
+        raise _no_prompt(prompts)
+    items: list[Any] = list(prompts)
+    if items and hasattr(items[0], "__index__") and not hasattr(items[0], "__iter__"):
+        return [_as_ids(items)]
+    return [item if isinstance(item, str) else _as_ids(item) for item in items]
+
+
+def _as_ids(prompt: Any) -> list[int]:
+    """Plain integers, whatever kind of integers came (NumPy's too)."""
+    if isinstance(prompt, (bytes, Mapping)):
+        raise _no_prompt(prompt)
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise _no_prompt(prompt) from error
+
+
+def _no_prompt(value: Any) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"a prompt must be text or a list of token ids, got {type(value).__name__}",
+        value=value,
+        remedy="Give a str, a list[int], or a list of them.",
+        param="prompt",
+    )
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None:
+        return [SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    each = list(params)
+    if len(each) != count:
+        raise InvalidRequestError(
+            f"{len(each)} sampling params were given for {count} prompts",
+            value=len(each),
+            limit=count,
+            remedy="Give one for all, or one for each prompt.",
+            param="params",
+        )
+    return each
+
+
+def _score(completion: Completion) -> Score:
+    if completion.finish_reason is FinishReason.ERROR:
+        raise StepFailedError(completion.error or "scoring failed", value=completion.request_id)
+    logprobs = tuple(entry.logprob for entry in completion.prompt_logprobs)
+    assert len(logprobs) == completion.num_prompt_tokens - 1, (len(logprobs), completion.num_prompt_tokens)
+    total = math.fsum(logprobs)
+    return Score(completion.prompt_token_ids, logprobs, total, _perplexity(total, len(logprobs)))
+
+
+def _perplexity(total_logprob: float, num_tokens: int) -> float:
+    if not num_tokens:
+        return math.nan
+    try:
+        return math.exp(-total_logprob / num_tokens)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,360 @@
+"""EngineWorker: the one thread that steps an engine, and everything around it that others need to use it.
+
+Requests come in through an inbox of picklable messages and go out through streams (``engine.stream``); records go to sinks;
+statistics and health are snapshots that nobody waits for. The thread does no tokenization, no detokenization, no logging and
+no I/O, and sleeps on the inbox when there is nothing to do.
+
+Failures: a sink that raises is removed; a step that fails is the engine's affair (its requests end with an error, others go
+on); whatever escapes ``Engine.step`` (a broken device, a bug) ends all streams with an error, makes the worker DEAD and calls
+`on_fatal`. Dead workers are replaced, not revived.
+
+Boundary: threads and delivery. What a step computes is ``engine.engine``'s.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from engine.errors import EngineDeadError, EngineError, InvalidRequestError
+from engine.record_log import RecordLog
+from engine.records import (
+    EngineEvent,
+    EngineStats,
+    Health,
+    HealthState,
+    RequestRecord,
+    Sink,
+    StepRecord,
+)
+from engine.request import FinishReason, Request
+from engine.sampling_params import SamplingParams
+from engine.stream import RequestStream, StreamHub
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from engine.engine import Engine, StepOutput
+    from engine.tokenizer import TokenizerLike
+
+SWITCH_INTERVAL_S = 5e-4  # how long a busy Python thread may keep the engine thread from the interpreter
+STATS_INTERVAL_NS = 50_000_000
+STALL_AFTER_S = 60.0  # the first step of a model may compile kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    pass
+
+
+Message = Add | Abort | Close
+
+
+class EngineWorker:
+    """Owns the thread that steps `engine`. All public methods may be called from any thread.
+
+    `on_fatal` is called once, on the dying thread, after all streams have ended. `stall_after_s`: how long work may wait
+    without a step that succeeds before health says STALLED.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_fatal: Callable[[BaseException], None] | None = None,
+        stall_after_s: float = STALL_AFTER_S,
+    ) -> None:
+        self.config: EngineConfig = engine.config
+        self.tokenizer: TokenizerLike | None = engine.tokenizer
+        self._stats: EngineStats = engine.stats()
+        self.records = RecordLog(engine.config.record_seconds, self._stats.num_blocks)
+        self._engine: Engine | None = engine
+        self._on_fatal = on_fatal
+        self._stall_after_ns = int(stall_after_s * 1e9)
+        self._hub = StreamHub()
+        self._inbox: SimpleQueue[Message] = SimpleQueue()
+        self._sinks: tuple[Sink, ...] = (self.records,)  # replaced, never changed
+        self._lock = threading.Lock()  # submissions in order; start and close
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._death: str | None = None  # why the engine takes no more requests
+        self._working_since_ns: int | None = None  # None: idle
+        self._last_step_ns: int | None = None
+        self._next_stats_ns = 0
+
+    # ── life ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def start(self) -> None:
+        """Start the thread. A second call does nothing.
+
+        Raises:
+            EngineDeadError: the worker was closed.
+        """
+        with self._lock:
+            self._refuse_if_dead()
+            if self._thread is not None:
+                return
+            if sys.getswitchinterval() > SWITCH_INTERVAL_S:
+                sys.setswitchinterval(SWITCH_INTERVAL_S)
+            # A daemon, so that a forgotten worker cannot keep the interpreter from ending; atexit ends it in order.
+            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            atexit.register(self.close)
+            self._thread.start()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Abort what runs, end the thread and close the engine. A second call does nothing.
+
+        Raises:
+            EngineDeadError: a step did not return within `timeout_s`; all streams have ended, the engine was not closed.
+        """
+        with self._lock:
+            atexit.unregister(self.close)
+            self._closing = True
+            thread = self._thread
+        if thread is not None:
+            self._inbox.put(Close())
+            if thread is threading.current_thread():
+                return  # a finalizer or sink on the engine thread: it will see the message
+            thread.join(timeout_s)
+            if thread.is_alive():
+                self._die_quietly("the engine was closed while a step hung")
+                raise EngineDeadError(
+                    f"the engine thread did not end within {timeout_s} s; a step hangs",
+                    limit=timeout_s,
+                    remedy="End the process.",
+                )
+        # The thread closed the engine itself unless it never ran or died.
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            self._die_quietly(self._death or "the engine is closed")
+            engine.close()
+
+    # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        cache_salt: str = "",
+    ) -> RequestStream:
+        """Queue a request; tokenization and all checks happen here, in the caller's thread.
+
+        Raises:
+            InvalidRequestError: the request can never run, or its id is in use.
+            EngineDeadError: the engine takes no more requests.
+        """
+        token_ids = self._prompt_ids(prompt)
+        with self._lock:
+            return self._queue([self._open_stream(token_ids, params, request_id, cache_salt)])[0]
+
+    def submit_all(
+        self, prompts: Sequence[str | Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[RequestStream]:
+        """Queue requests together: all are checked before any runs, and the first step sees all of them.
+
+        Raises:
+            InvalidRequestError: one of them can never run; none was queued.
+            EngineDeadError: the engine takes no more requests.
+        """
+        tokenized = [self._prompt_ids(prompt) for prompt in prompts]
+        with self._lock:
+            return self._queue(
+                [self._open_stream(*pair, None, "") for pair in zip(tokenized, params, strict=True)]
+            )
+
+    def _open_stream(
+        self, token_ids: Sequence[int], params: SamplingParams, request_id: str | None, cache_salt: str
+    ) -> RequestStream:
+        self._refuse_if_dead()
+        if request_id is not None and request_id in self._hub:
+            raise InvalidRequestError(
+                f"request id {request_id!r} is in use",
+                value=request_id,
+                remedy="Give each request an id of its own.",
+                param="request_id",
+            )
+        assert self._engine is not None
+        request = self._engine.make_request(token_ids, params, request_id=request_id, cache_salt=cache_salt)
+        detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens) if self.tokenizer else None
+        return RequestStream(request, self._hub, detokenizer, self.abort)
+
+    def _queue(self, streams: list[RequestStream]) -> list[RequestStream]:
+        for stream in streams:
+            self._hub.add(stream)
+        self._inbox.put(Add(tuple(stream.request for stream in streams)))
+        if self._death is not None:  # died meanwhile: the streams that it ended may not include these
+            self._hub.end_all(FinishReason.ERROR, self._death)
+        return streams
+
+    def abort(self, request_id: str) -> None:
+        """End a request soon; unknown and finished ids are ignored."""
+        if request_id in self._hub:
+            self._inbox.put(Abort(request_id))
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if self.tokenizer is None:
+            raise InvalidRequestError(
+                "this engine has no tokenizer", remedy="Give token ids instead of text.", param="prompt"
+            )
+        return self.tokenizer.encode(prompt)
+
+    def _refuse_if_dead(self) -> None:
+        reason = self._death or ("the engine is closed" if self._closing else None)
+        if reason is not None:
+            raise EngineDeadError(reason, remedy="Load the model again.")
+
+    # ── what others may look at ─────────────────────────────────────────────────────────────────────────────────────
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges, at most 50 ms behind the newest step; exact when idle."""
+        return self._stats
+
+    def health(self) -> Health:
+        """Whether the engine serves: idle, or a step succeeded lately."""
+        last, since = self._last_step_ns, self._working_since_ns
+        thread = self._thread
+        if self._death is not None or self._closing:
+            return Health(HealthState.DEAD, last, self._death or "closed")
+        if thread is None:
+            return Health(HealthState.STARTING, last, "not started")
+        if not thread.is_alive():
+            return Health(HealthState.DEAD, last, "the engine thread is gone")
+        if since is not None:
+            waited_ns = time.monotonic_ns() - max(since, last or 0)
+            if waited_ns > self._stall_after_ns:
+                return Health(HealthState.STALLED, last, f"no step succeeded for {waited_ns / 1e9:.0f} s")
+        return Health(HealthState.HEALTHY, last)
+
+    def add_sink(self, sink: Sink) -> None:
+        """Send every record from now on to `sink`, on the engine thread. One that raises is removed."""
+        with self._lock:
+            self._sinks = (*self._sinks, sink)
+
+    def remove_sink(self, sink: Sink) -> None:
+        """Stop sending records to `sink`."""
+        with self._lock:
+            self._sinks = tuple(known for known in self._sinks if known is not sink)
+
+    # ── the engine thread ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _run(self) -> None:
+        engine = self._engine
+        assert engine is not None
+        self._event("started", self.config.model)
+        try:
+            self._serve(engine)
+            self._finish(engine)
+        except BaseException as error:  # noqa: BLE001 - the thread's boundary: whatever ends it must end the streams too
+            self._die(error)
+
+    def _serve(self, engine: Engine) -> None:
+        """Step until asked to close."""
+        while True:
+            if not engine.has_work:
+                self._go_idle(engine)
+                message = self._inbox.get()
+                self._working_since_ns = time.monotonic_ns()
+                if not self._handle(engine, message):
+                    return
+            while not self._inbox.empty():
+                if not self._handle(engine, self._inbox.get()):
+                    return
+            if engine.has_work:
+                self._take_in(engine, engine.step())
+
+    def _handle(self, engine: Engine, message: Message) -> bool:
+        """Act on one message; False for the last one."""
+        if isinstance(message, Add):
+            for request in message.requests:
+                try:
+                    engine.add(request)
+                except EngineError as error:
+                    self._hub.end_all(FinishReason.ERROR, str(error), only=[request.request_id])
+        elif isinstance(message, Abort):
+            engine.abort(message.request_id)
+        else:
+            return False
+        return True
+
+    def _take_in(self, engine: Engine, output: StepOutput) -> None:
+        """Hand a step's results out: first to the readers, who wait for them."""
+        for request_id in self._hub.publish(output.deltas):
+            engine.abort(request_id)
+        record = output.record
+        if record is not None:
+            if record.error is not None:
+                self._event("step_failed", record.error, tuple(request_id for request_id, _ in record.rows))
+            elif record.rows:
+                self._last_step_ns = record.ended_ns
+            self._tell(record)
+        for request in output.requests:
+            self._tell(request)
+        now = time.monotonic_ns()
+        if now >= self._next_stats_ns:
+            self._next_stats_ns = now + STATS_INTERVAL_NS
+            self._stats = engine.stats()
+
+    def _go_idle(self, engine: Engine) -> None:
+        self._stats = engine.stats()
+        self._working_since_ns = None
+
+    def _finish(self, engine: Engine) -> None:
+        """Orderly end: every live request is aborted and recorded, then the engine gives its memory back."""
+        for request_id in self._hub.ids():
+            engine.abort(request_id)
+        while engine.has_work:
+            self._take_in(engine, engine.step())
+        self._die_quietly("the engine is closed")
+        self._stats = engine.stats()
+        engine.close()
+        self._engine = None
+        self._event("stopped", self.config.model)
+
+    def _die(self, error: BaseException) -> None:
+        """Disorderly end: whatever happened, no reader waits on."""
+        reason = f"the engine stopped: {type(error).__name__}: {error}"
+        running = tuple(self._hub.ids())
+        self._death = reason
+        self._hub.end_all(FinishReason.ERROR, reason)
+        self._event("dead", reason, running)
+        if self._on_fatal is not None:
+            self._on_fatal(error)
+
+    def _die_quietly(self, reason: str) -> None:
+        self._death = reason
+        self._hub.end_all(FinishReason.ABORT, reason)
+
+    def _tell(self, record: StepRecord | RequestRecord | EngineEvent) -> None:
+        for sink in self._sinks:
+            try:
+                if isinstance(record, StepRecord):
+                    sink.on_step(record)
+                elif isinstance(record, RequestRecord):
+                    sink.on_request(record)
+                else:
+                    sink.on_event(record)
+            except Exception as error:  # noqa: BLE001 - someone else's code: it must not take the engine down
+                self.remove_sink(sink)
+                self._event("sink_removed", f"{type(sink).__name__} raised {type(error).__name__}: {error}")
+
+    def _event(self, kind: str, message: str = "", request_ids: tuple[str, ...] = ()) -> None:
+        self._tell(EngineEvent(kind, time.monotonic_ns(), message, request_ids))
