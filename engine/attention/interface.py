@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -57,7 +56,8 @@ class AttentionBackend(Protocol):
 
 def check_layout(k_cache: Tensor, v_cache: Tensor) -> None:
     """Assert the cache layout of ``engine.plan.KVSpec``: [num_blocks, K, block_size, D], contiguous."""
-    assert k_cache.ndim == 4 and k_cache.is_contiguous(), f"k_cache {tuple(k_cache.shape)} is not contiguous HND"
-    assert v_cache.shape == k_cache.shape and v_cache.is_contiguous(), "v_cache differs from k_cache in layout"
+    assert k_cache.ndim == 4, f"k_cache has {k_cache.ndim} dimensions, not 4"
+    assert k_cache.is_contiguous(), f"k_cache {tuple(k_cache.shape)} is not contiguous"
+    assert v_cache.shape == k_cache.shape, (v_cache.shape, k_cache.shape)
+    assert v_cache.is_contiguous(), f"v_cache {tuple(v_cache.shape)} is not contiguous"
     assert k_cache.dtype == v_cache.dtype, (k_cache.dtype, v_cache.dtype)
-    assert isinstance(k_cache, torch.Tensor)
