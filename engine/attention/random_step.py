@@ -1,0 +1,125 @@
+"""Random attention steps over a paged KV cache, with every undefined place poisoned, and the judge of their results.
+
+For benchmarks and kernel tests, on any device: rows of given lengths, blocks scattered over the pool. Slots that no token
+was written to hold not-a-number, and table entries past a row's last block name a block of it, so that a kernel which
+reads what it must not cannot give a finite answer.
+
+Boundary: makes inputs and compares with the reference; runs no backend and knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from engine.attention.interface import AttentionMetadata
+from engine.kernels.paged_attention import paged_attention_ref
+from engine.kernels.store_kv import store_kv_ref
+
+
+@dataclass(frozen=True, slots=True)
+class PagedStep:
+    """One attention step: queries [T, H, D], caches [num_blocks, K, block_size, D] and where everything sits."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    meta: AttentionMetadata
+
+    @property
+    def scale(self) -> float:
+        return float(self.q.shape[2] ** -0.5)
+
+    def reference(self, window: int | None = None) -> Tensor:
+        """The result [T, H, D] by the definition."""
+        meta = self.meta
+        return paged_attention_ref(
+            self.q, self.k_cache, self.v_cache, meta.block_tables, meta.seq_lens, meta.query_start,
+            scale=self.scale, window=window,
+        )  # fmt: skip
+
+    def part(self, row: int, begin: int, end: int) -> PagedStep:
+        """Tokens begin … end - 1 of a row's tokens in this step, as a step of its own that comes that late."""
+        meta = self.meta
+        first, past = int(meta.query_start[row]), int(meta.query_start[row + 1])
+        length = int(meta.seq_lens[row]) - (past - first) + end
+        chosen = slice(first + begin, first + end)
+        own = AttentionMetadata(
+            query_start=torch.tensor([0, end - begin], dtype=torch.int32, device=self.q.device),
+            seq_lens=torch.tensor([length], dtype=torch.int32, device=self.q.device),
+            block_tables=meta.block_tables[row : row + 1],
+            slot_mapping=meta.slot_mapping[chosen],
+            max_query_len=end - begin,
+            max_seq_len=length,
+            num_decode_rows=int(end - begin == 1),
+        )
+        return replace(self, q=self.q[chosen], meta=own)
+
+
+def excess_error(got: Tensor, step: PagedStep, window: int | None = None) -> float:
+    """The largest error as a share of what rounding allows; above 1, or not-a-number: wrong.
+
+    Weights and result are each rounded once to the cache's dtype with unit roundoff e, sums are float32:
+    |error| ≤ e · Σ weight · |v| + e · |result|. Scores, exponentials and sums in float32 add about 1e-6 of the same
+    magnitude; 1e-5 is allowed.
+    """
+    exact = replace(step, q=step.q.double())  # whose reference is not rounded
+    want, magnitude = exact.reference(window), replace(exact, v_cache=step.v_cache.abs()).reference(window)
+    roundoff = torch.finfo(got.dtype).eps / 2 if got.dtype != torch.float32 else 0.0
+    bound = (1.02 * roundoff + 1e-5) * (magnitude + want.abs())
+    return float(((got.double() - want).abs() / bound).max())
+
+
+def paged_step(
+    rows: Sequence[tuple[int, int]],  # (tokens of the row including this step's, tokens of this step)
+    *,
+    num_kv_heads: int,
+    group: int,
+    head_size: int,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> PagedStep:
+    """A step over `rows`, standard-normal in q, k and v. Rows of one token must come first, as in a StepPlan."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+    lengths, queries = [length for length, _ in rows], [query for _, query in rows]
+    num_decode = next((i for i, query in enumerate(queries) if query > 1), len(rows))
+    assert all(query > 1 for query in queries[num_decode:]), "rows of one token must come first"
+    counts = [-(-length // block_size) for length in lengths]
+    pool = torch.randperm(sum(counts) + 1, generator=generator, device=device).to(torch.int32)
+    tables = pool[-1].repeat(len(rows), max(counts) + 1)  # the last block of the permutation stays poisoned
+    for row, begin in enumerate(torch.tensor([0, *counts[:-1]]).cumsum(0).tolist()):
+        tables[row, : counts[row]] = pool[begin : begin + counts[row]]
+
+    nan = torch.full(
+        (len(pool), num_kv_heads, block_size, head_size), float("nan"), dtype=dtype, device=device
+    )
+    k_cache, v_cache = nan, nan.clone()
+    slots = [_slots(tables[row], 0, length, block_size) for row, length in enumerate(lengths)]
+    for row_slots in slots:
+        size = (len(row_slots), num_kv_heads, head_size)
+        store_kv_ref(normal(*size), normal(*size), k_cache, v_cache, row_slots)
+    meta = AttentionMetadata(
+        query_start=torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        block_tables=tables,
+        slot_mapping=torch.cat([row_slots[-query:] for row_slots, query in zip(slots, queries, strict=True)]),
+        max_query_len=max(queries),
+        max_seq_len=max(lengths),
+        num_decode_rows=num_decode,
+    )
+    return PagedStep(normal(sum(queries), num_kv_heads * group, head_size), k_cache, v_cache, meta)
+
+
+def _slots(table: Tensor, begin: int, end: int, block_size: int) -> Tensor:
+    """Slots [end - begin] of the positions begin … end - 1 of a row."""
+    position = torch.arange(begin, end, device=table.device)
+    return table[position // block_size].long() * block_size + position % block_size

@@ -1,0 +1,161 @@
+"""Paged attention in plain torch: the oracle for every other backend, and the fallback on any device.
+
+Decode rows are one gather by block table and two batched products; prefill rows are taken one by one. No loop runs over
+tokens. Scores, softmax and sums are float32 (float64 for float64 input).
+
+With ``deterministic=True`` a token's result has the same bits whatever shares the batch, however its prompt was cut: each
+token is a query of its own, keys are taken in tiles anchored at absolute positions, and every operation has one fixed
+shape. That costs speed; the compiled backends do the same at full speed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.attention.interface import AttentionMetadata, check_layout
+from engine.kernels.invariant import in_pieces
+
+MAX_GATHERED_VALUES = 1 << 26  # keys gathered at once, in values: 256 MiB in float32
+KV_TILE = 64  # positions of one tile in deterministic mode
+TOKEN_TILE = 16  # tokens of one tile in deterministic mode
+NO_SCORE = -1e30  # below any score, yet finite: exp(NO_SCORE - NO_SCORE) is 1, not nan
+
+
+class ReferenceAttention:
+    """Implements ``AttentionBackend`` on any device."""
+
+    name = "reference"
+
+    def __init__(self, *, deterministic: bool = False) -> None:
+        self.deterministic = deterministic
+
+    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+        """Write k, v [T, K, D] to their slots of the caches [num_blocks, K, block_size, D]."""
+        check_layout(k_cache, v_cache)
+        block_size = k_cache.shape[2]
+        block = torch.div(slot_mapping, block_size, rounding_mode="floor")
+        offset = slot_mapping - block * block_size
+        k_cache[block, :, offset] = k.to(k_cache.dtype)
+        v_cache[block, :, offset] = v.to(v_cache.dtype)
+
+    def forward(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        meta: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of each token over its row's keys at positions ≤ its own: q [T, H, D] -> [T, H, D] in q's dtype."""
+        check_layout(k_cache, v_cache)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+        if self.deterministic:
+            _forward_tiled(q, k_cache, v_cache, meta, scale, sliding_window, out)
+            return out
+        rows = meta.num_decode_rows
+        if rows:
+            # A decode row's one query stands at its last position.
+            last = meta.seq_lens[:rows].long() - 1
+            for part in _row_parts(rows, meta.max_seq_len, k_cache):
+                keys, values = _gather(k_cache, v_cache, meta.block_tables[part], meta.max_seq_len)
+                out[part] = _attend(q[part, None], keys, values, last[part, None], scale, sliding_window)[:, 0].to(out.dtype)
+        starts, lengths = meta.query_start.tolist(), meta.seq_lens.tolist()
+        for row in range(rows, len(lengths)):
+            first, end = starts[row], starts[row + 1]
+            keys, values = _gather(k_cache, v_cache, meta.block_tables[row : row + 1], lengths[row])
+            chunk = max(1, MAX_GATHERED_VALUES // (q.shape[1] * lengths[row]))
+            for begin in range(first, end, chunk):
+                stop = min(begin + chunk, end)
+                at = torch.arange(begin, stop, device=q.device)[None] + (lengths[row] - end)
+                out[begin:stop] = _attend(q[None, begin:stop], keys, values, at, scale, sliding_window)[0].to(out.dtype)
+        return out
+
+
+def _row_parts(rows: int, max_seq_len: int, k_cache: Tensor) -> list[slice]:
+    per_row = max_seq_len * k_cache.shape[1] * k_cache.shape[3]
+    size = max(1, MAX_GATHERED_VALUES // per_row)
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+def _gather(k_cache: Tensor, v_cache: Tensor, tables: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of each row's first `length` positions, [S, K, length, D], in float32 at least."""
+    num_blocks, _, block_size, _ = k_cache.shape
+    columns = -(-length // block_size)
+    # Entries past a row's last block are undefined: any block will do, the mask hides it.
+    blocks = tables[:, :columns].long().clamp(0, num_blocks - 1)
+
+    def take(cache: Tensor) -> Tensor:
+        taken = cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length]  # [S, nb, K, B, D] -> [S, K, length, D]
+        return taken if taken.dtype == torch.float64 else taken.float()
+
+    return take(k_cache), take(v_cache)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float, window: int | None) -> Tensor:
+    """q [S, n, H, D] at positions [S, n] over keys, values [S, K, length, D] -> [S, n, H, D]."""
+    rows, n, heads, size = q.shape
+    groups = heads // keys.shape[1]
+    grouped = (q.to(keys.dtype) * scale).view(rows, n, keys.shape[1], groups, size).permute(0, 2, 3, 1, 4)
+    scores = grouped.flatten(2, 3) @ keys.transpose(2, 3)  # [S, K, groups * n, length]
+    key_at = torch.arange(keys.shape[2], device=q.device)
+    hidden = key_at > positions[..., None]
+    if window is not None:
+        hidden |= key_at <= positions[..., None] - window
+    scores = scores.view(rows, keys.shape[1], groups, n, -1).masked_fill(hidden[:, None, None], float("-inf"))
+    # Undefined cache entries may hold nan: 0 * nan is nan, so hidden values are cleared and not only weighted by 0.
+    seen = ~hidden.all(dim=1)
+    weights = scores.softmax(dim=-1).flatten(2, 3)
+    mixed = weights @ values.masked_fill(~seen[:, None, :, None], 0.0)
+    return mixed.view(rows, keys.shape[1], groups, n, size).permute(0, 3, 1, 2, 4).reshape(rows, n, heads, size)
+
+
+def _forward_tiled(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, scale: float, window: int | None, out: Tensor
+) -> None:
+    """Every token as its own row, TOKEN_TILE tokens and KV_TILE keys at a time, online softmax."""
+    tokens = q.shape[0]
+    lengths = (meta.query_start[1:] - meta.query_start[:-1]).long()
+    row_of = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths, output_size=tokens)
+    behind = meta.query_start[1:].long()[row_of] - torch.arange(tokens, device=q.device)
+    positions = meta.seq_lens.long()[row_of] - behind
+    for first in range(0, tokens, TOKEN_TILE):
+        # The last tile repeats its last token, so that each tile has the same shape.
+        index = torch.arange(first, first + TOKEN_TILE, device=q.device).clamp(max=tokens - 1)
+        end = int(positions[index].max()) + 1
+        tile = _attend_tile(q[index], k_cache, v_cache, meta.block_tables[row_of[index]], positions[index], end, scale, window)
+        out[first : first + TOKEN_TILE] = tile[: tokens - first].to(out.dtype)
+
+
+def _attend_tile(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, positions: Tensor, end: int, scale: float, window: int | None
+) -> Tensor:
+    num_blocks, kv_heads, block_size, size = k_cache.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    tokens, heads = q.shape[:2]
+    query = (q.to(dtype) * scale).view(tokens, kv_heads, heads // kv_heads, 1, size)
+    total = torch.zeros(tokens, kv_heads, heads // kv_heads, 1, dtype=dtype, device=q.device)
+    best = torch.full_like(total, NO_SCORE)
+    mixed = torch.zeros(*total.shape[:3], size, dtype=dtype, device=q.device)
+    for first in range(0, end, KV_TILE):
+        at = torch.arange(first, first + KV_TILE, device=q.device)
+        column = (at // block_size).clamp(max=tables.shape[1] - 1)
+        blocks = tables[:, column].long().clamp(0, num_blocks - 1)  # [t, KV_TILE]
+        hidden = at > positions[:, None]
+        if window is not None:
+            hidden |= at <= positions[:, None] - window
+        keys = k_cache[blocks, :, at % block_size].to(dtype).permute(0, 2, 1, 3)[:, :, None]  # [t, K, 1, KV_TILE, D]
+        values = v_cache[blocks, :, at % block_size].to(dtype).permute(0, 2, 1, 3)[:, :, None]
+        scores = (query * keys).sum(dim=-1).masked_fill(hidden[:, None, None], float("-inf"))
+        new_best = torch.maximum(best, scores.amax(dim=-1, keepdim=True))
+        weights = in_pieces(torch.exp, scores - new_best)
+        # A tile that a token does not see leaves its sums as they are, to the bit: factor 1, summand 0.
+        factor = in_pieces(torch.exp, best - new_best)
+        total = total * factor + weights.sum(dim=-1, keepdim=True)
+        values = values.masked_fill(hidden[:, None, None, :, None], 0.0)
+        mixed = mixed * factor + (weights[..., None] * values).sum(dim=-2)
+        best = new_best
+    return (mixed / total).view(tokens, heads, size)

@@ -1,0 +1,168 @@
+"""TritonPagedAttention: the attention backend of GPUs.
+
+One step takes at most two kinds of launch: decode rows (one token each) with their keys split over programs and merged
+by a second kernel, and the remaining rows by query tiles. Which launches happen follows from host integers of the
+metadata alone, so nothing waits for the device; how keys are cut follows from absolute positions, so a row's decode
+result has the same bits whatever shares the batch. With `deterministic` the same holds across decode and prefill, that is
+for any chunking, prefix hit or preemption.
+
+Boundary: launches and their workspace. Kernels: `engine.kernels`. It allocates no KV memory and sets no stream: work goes
+to the current stream of the tensors' device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.attention.interface import AttentionMetadata, check_layout
+from engine.errors import ConfigError
+from engine.kernels.attention_tiles import DTYPES, MAX_HEAD_SIZE, AttentionShape, Mode, max_splits
+from engine.kernels.paged_attention import launch_attention, launch_combine
+from engine.kernels.store_kv import store_kv
+
+# Enough for 8,000 partials of 32 heads of 128: every multiprocessor is busy many times over before a launch is cut.
+MAX_WORKSPACE_BYTES = 128 << 20
+
+
+class TritonPagedAttention:
+    """Paged attention by Triton kernels; implements `engine.attention.interface.AttentionBackend`.
+
+    The workspace for partial results grows to what the longest context seen needs, at most `max_workspace_bytes`, and
+    stays; rows beyond it are done in further launches, with the same bits. One instance serves one stream.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self, *, deterministic: bool = False, max_workspace_bytes: int = MAX_WORKSPACE_BYTES
+    ) -> None:
+        self.deterministic = deterministic
+        self._max_workspace_bytes = max_workspace_bytes
+        self._workspace: Tensor | None = None
+
+    @staticmethod
+    def check_supported(dtype: torch.dtype, head_size: int) -> None:
+        """Say before any work what these kernels cannot do.
+
+        Raises:
+            ConfigError: the dtype has no kernel, or the head size exceeds one tile.
+        """
+        if dtype not in DTYPES:
+            raise ConfigError(
+                f"the triton attention backend has no kernel for {dtype}",
+                value=str(dtype), limit=[str(d) for d in DTYPES], param="dtype",
+                remedy="Use attention_backend='reference' or another dtype.",
+            )  # fmt: skip
+        if head_size > MAX_HEAD_SIZE:
+            raise ConfigError(
+                f"the triton attention backend takes head sizes up to {MAX_HEAD_SIZE}, got {head_size}",
+                value=head_size, limit=MAX_HEAD_SIZE, param="attention_backend",
+                remedy="Use attention_backend='reference'.",
+            )  # fmt: skip
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes that partial results hold now."""
+        return 0 if self._workspace is None else self._workspace.numel() * self._workspace.element_size()
+
+    def close(self) -> None:
+        """Give the workspace back."""
+        self._workspace = None
+
+    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+        """Write k, v [T, K, D] to their slots of k_cache, v_cache [num_blocks, K, block_size, D]."""
+        store_kv(k, v, k_cache, v_cache, slot_mapping)
+
+    def forward(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        meta: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of each token over its row's keys at positions ≤ its own; returns [T, H, D] in q's dtype.
+
+        Decode rows must come first, as in a StepPlan. `q` and `out` may have any token stride; heads lie side by side.
+        """
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+        _check(q, k_cache, v_cache, meta, out)
+        shape = AttentionShape(
+            k_cache.shape[1],
+            q.shape[1] // k_cache.shape[1],
+            q.shape[2],
+            k_cache.shape[2],
+            q.dtype,
+            sliding_window or None,
+        )
+        if meta.num_decode_rows:
+            self._decode(out, q, k_cache, v_cache, meta, shape, scale)
+        rows = meta.seq_lens.shape[0] - meta.num_decode_rows
+        if rows:
+            launch_attention(
+                out, q, k_cache, v_cache, meta, shape, Mode.PREFILL, self.deterministic, scale,
+                first_row=meta.num_decode_rows, num_rows=rows, num_splits=1, partials=None,
+            )  # fmt: skip
+        return out
+
+    def _decode(
+        self, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata,
+        shape: AttentionShape, scale: float,
+    ) -> None:  # fmt: skip
+        splits = max_splits(meta.max_seq_len, shape.window)
+        mode = Mode.DECODE if splits > 1 else Mode.DECODE_DIRECT
+        rows_at_once = meta.num_decode_rows
+        partials = None
+        if mode is Mode.DECODE:
+            partials, rows_at_once = self._partials(q, meta.num_decode_rows, splits)
+        for first in range(0, meta.num_decode_rows, rows_at_once):
+            rows = min(rows_at_once, meta.num_decode_rows - first)
+            launch_attention(
+                out, q, k_cache, v_cache, meta, shape, mode, self.deterministic, scale,
+                first_row=first, num_rows=rows, num_splits=splits, partials=partials,
+            )  # fmt: skip
+            if partials is not None:
+                launch_combine(out, partials, meta, shape, first_row=first, num_rows=rows, num_splits=splits)
+
+    def _partials(self, q: Tensor, rows: int, splits: int) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+        """Workspace for (sums, peaks, totals) of as many rows as fit, and how many those are."""
+        _, heads, size = q.shape
+        rows = max(1, min(rows, self._max_workspace_bytes // (4 * splits * heads * (size + 2))))
+        # Whole multiples of 16 bytes: an address that is aligned in one step and not in the next would compile again.
+        cells = -(-rows * splits * heads // 4) * 4
+        needed = cells * (size + 2)
+        workspace = self._workspace
+        if workspace is None or workspace.numel() < needed or workspace.device != q.device:
+            doubled = 0 if workspace is None else min(2 * workspace.numel(), self._max_workspace_bytes // 4)
+            # Let go of the old one first: the two together need not fit. Both live on one stream, so memory that a
+            # running kernel still reads is not handed to another stream.
+            self._workspace = workspace = None
+            workspace = torch.empty(max(needed, doubled), dtype=torch.float32, device=q.device)
+            self._workspace = workspace
+        sums, peaks, totals = torch.split(workspace[:needed], [cells * size, cells, cells])
+        return (sums, peaks, totals), rows
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+    check_layout(k_cache, v_cache)
+    heads, size = q.shape[1:]
+    kv_heads, block_size = k_cache.shape[1:3]
+    assert q.dtype == k_cache.dtype, f"queries in {q.dtype}, cache in {k_cache.dtype}"
+    assert q.dtype in DTYPES, q.dtype
+    assert size == k_cache.shape[3], f"head size {size} over a cache of {k_cache.shape[3]}"
+    assert size <= MAX_HEAD_SIZE, size
+    assert heads % kv_heads == 0, f"{heads} query heads over {kv_heads} KV heads"
+    assert (out.shape, out.dtype) == (q.shape, q.dtype), (out.shape, out.dtype)
+    for tensor in (q, out):
+        assert tensor.stride()[1:] == (size, 1), f"heads of a token are not side by side: {tensor.stride()}"
+    for tensor in (meta.query_start, meta.seq_lens, meta.block_tables):
+        assert (tensor.dtype, tensor.stride(-1)) == (torch.int32, 1), (tensor.dtype, tensor.stride())
+        assert tensor.device == q.device, (tensor.device, q.device)
+    assert 0 <= meta.num_decode_rows <= meta.seq_lens.shape[0]
+    assert -(-meta.max_seq_len // block_size) <= meta.block_tables.shape[1], (
+        "block table narrower than the longest row"
+    )

@@ -1,0 +1,262 @@
+"""Composition root: an EngineConfig becomes an Engine on this machine's device.
+
+`resolve_config` turns every automatic setting into a value, from the model's config and the device, before a weight is
+read; `build_engine` loads the weights, makes the runner and hands both to the Engine. The only module that knows all
+parts; nothing below imports it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from engine.attention.interface import AttentionBackend
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import ConfigError
+from engine.kernels import cpu_library
+from engine.kernels.invariant import find_row_tile
+from engine.memory import check_length_fits, make_kv_spec, make_ledger, size_pool
+from engine.model_folder import find_model, generation_eos_ids, has_tokenizer
+from engine.models.config import ModelConfig
+from engine.models.decoder import Decoder, StepDecoder
+from engine.models.fused_cpu import FusedCpuDecoder
+from engine.models.layers import Linear
+from engine.models.weights import load_weights
+from engine.plan import KVSpec
+from engine.runner.model_runner import ModelRunner
+from engine.tokenizer import Tokenizer
+
+Progress = Callable[[str, float], None]
+CPU_BATCHED_TOKENS = 512  # a step of this many tokens keeps running streams fluent on a few cores
+GPU_BATCHED_TOKENS = 8192
+
+
+def resolve_config(config: EngineConfig, model: ModelConfig | None = None) -> EngineConfig:
+    """A new config in which nothing is automatic any more. Reads the model's config.json unless `model` is given.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError, ModelLoadError: from the model's config.
+        ConfigError: a setting that this model or device does not have.
+        OutOfMemoryError: weights and KV cache do not fit.
+    """
+    model = ModelConfig.from_folder(find_model(config.model)) if model is None else model
+    if config.quantization is not None:
+        raise ConfigError(
+            f"quantization {config.quantization!r} is not supported", value=config.quantization, limit=None,
+            param="quantization", remedy="Leave it out.",
+        )
+    device = _resolve_device(config.device)
+    config = replace(config, device=str(device), dtype=_resolve_dtype(config.dtype, device))
+    dtype = torch_dtype(config)
+    backend = _resolve_attention(config, model, dtype, device)
+    batched = config.max_batched_tokens
+    if batched is None:
+        batched = max(GPU_BATCHED_TOKENS if device.type == "cuda" else CPU_BATCHED_TOKENS, config.max_num_seqs)
+    threads = config.num_threads or available_cores()
+    config = replace(config, attention_backend=backend, max_batched_tokens=batched, num_threads=threads)
+    return _resolve_pool(config, model, dtype, device)
+
+
+def build_engine(config: EngineConfig, *, progress: Progress | None = None) -> Engine:
+    """Load the model and make its engine. `progress` gets a message and a share in [0, 1], from this thread.
+
+    Raises:
+        EngineError: as `resolve_config`, and CorruptWeightsError while weights are read.
+    """
+    tell: Progress = progress if progress is not None else lambda message, fraction: None
+    tell("reading the model's config", 0.0)
+    folder = find_model(config.model)
+    model = ModelConfig.from_folder(folder)
+    config = resolve_config(config, model)
+    device, dtype = torch.device(config.device), torch_dtype(config)
+    assert config.num_threads is not None
+    assert config.max_model_len is not None
+    if device.type == "cpu":
+        torch.set_num_threads(config.num_threads)
+    tokenizer = _load_tokenizer(folder, config)
+    eos_token_ids = model.eos_token_ids | generation_eos_ids(folder)
+    if tokenizer is not None:
+        eos_token_ids |= tokenizer.eos_token_ids
+    decoder = Decoder(model, dtype=dtype, device=device, max_positions=config.max_model_len)
+    load_weights(decoder, folder, lambda message, share: tell(message, 0.05 + 0.85 * share))
+    tell("allocating the KV cache", 0.92)
+    return _assemble(config, model, decoder, tokenizer, eos_token_ids, tell)
+
+
+def torch_dtype(config: EngineConfig) -> torch.dtype:
+    """The compute dtype of a resolved config."""
+    dtype = getattr(torch, config.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def make_attention(config: EngineConfig) -> AttentionBackend:
+    """The attention backend that a resolved config names."""
+    if config.attention_backend == "triton":
+        from engine.attention.triton_paged import TritonPagedAttention
+
+        return TritonPagedAttention(deterministic=config.deterministic)
+    if config.attention_backend == "cpu":
+        from engine.attention.cpu import make_cpu_attention
+
+        return make_cpu_attention(deterministic=config.deterministic)
+    from engine.attention.reference import ReferenceAttention
+
+    return ReferenceAttention(deterministic=config.deterministic)
+
+
+def prepare_decoder(decoder: Decoder, config: EngineConfig) -> StepDecoder:
+    """The loaded decoder in the form that runs: one compiled call a step beside the compiled CPU attention, else torch."""
+    if config.attention_backend == "cpu":
+        library = cpu_library.load()
+        assert library is not None, "the config was resolved where the compiled kernels work"
+        return FusedCpuDecoder(decoder, library)
+    if config.attention_backend == "triton":
+        decoder.use_kernels()
+    if config.deterministic:
+        linears = [module.weight for module in decoder.modules() if isinstance(module, Linear)]
+        decoder.set_row_tile(find_row_tile(linears))
+    return decoder
+
+
+def _assemble(
+    config: EngineConfig,
+    model: ModelConfig,
+    decoder: Decoder,
+    tokenizer: Tokenizer | None,
+    eos_token_ids: frozenset[int],
+    tell: Progress,
+) -> Engine:
+    device, dtype = torch.device(config.device), torch_dtype(config)
+    kv_spec = make_kv_spec(model, config.block_size, dtype)
+    runner = ModelRunner(
+        prepare_decoder(decoder, config), make_attention(config), config=config, kv_spec=kv_spec,
+        eos_token_ids=eos_token_ids, device=device, dtype=dtype,
+    )  # fmt: skip
+    ledger = make_ledger(config, model, kv_spec, dtype, device)
+    engine = Engine(
+        config, runner, kv_spec=kv_spec, eos_token_ids=eos_token_ids, vocab_size=model.vocab_size, tokenizer=tokenizer,
+        memory=ledger,
+    )  # fmt: skip
+    tell("ready", 1.0)
+    return engine
+
+
+def _load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:
+    if not has_tokenizer(folder):
+        return None
+    return Tokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+
+
+def _resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}", value=name, limit="cpu, cuda, cuda:N", param="device") from error
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if (device.index or 0) >= count:
+        raise ConfigError(
+            f"device {name!r} is not there", value=name, limit=f"{count} CUDA devices", param="device",
+            remedy='Use device="cpu" or "auto".',
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def _resolve_dtype(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return "bfloat16" if cpu_multiplies_bfloat16() else "float32"
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has bfloat16 products of its own (AVX512-BF16 or AMX); elsewhere float32 is faster."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities:
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text(encoding="ascii", errors="replace") if flags.is_file() else ""
+    return "avx512_bf16" in text or "amx_bf16" in text
+
+
+def available_cores() -> int:
+    """CPU cores that this process may keep busy: those it is bound to, within its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    path = Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = path.read_text(encoding="ascii").strip().partition(" ") if path.is_file() else ("max", "", "")
+    if quota.isdigit() and period.isdigit():
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def _resolve_attention(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+    name = config.attention_backend
+    wrong = (name == "triton" and device.type != "cuda") or (name == "cpu" and device.type != "cpu")
+    if wrong:
+        raise ConfigError(
+            f"attention_backend {name!r} does not run on {device}", value=name, limit="auto, reference",
+            param="attention_backend",
+        )
+    if name == "auto":
+        return _best_attention(model, dtype, device)
+    if name == "triton":
+        _check_triton(dtype, model.head_size)
+    if name == "cpu":
+        reason = _cpu_kernel_missing(dtype)
+        if reason is not None:
+            raise ConfigError(
+                f"the compiled CPU attention kernel is not available: {reason}", value=name, limit="auto, reference",
+                param="attention_backend", remedy='Use attention_backend="reference", or install g++.',
+            )
+    return name
+
+
+def _best_attention(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+    if device.type == "cuda":
+        try:
+            _check_triton(dtype, model.head_size)
+        except (ConfigError, ImportError):
+            return "reference"
+        return "triton"
+    return "cpu" if _cpu_kernel_missing(dtype) is None else "reference"
+
+
+def _check_triton(dtype: torch.dtype, head_size: int) -> None:
+    from engine.attention.triton_paged import TritonPagedAttention
+
+    TritonPagedAttention.check_supported(dtype, head_size)
+
+
+def _cpu_kernel_missing(dtype: torch.dtype) -> str | None:
+    """Why the compiled attention kernel cannot serve this dtype here; None where it can."""
+    from engine.attention.cpu import COMPILED_DTYPES
+    from engine.kernels.cpu_library import unavailable_reason
+
+    return unavailable_reason() if dtype in COMPILED_DTYPES else f"it has no {dtype} form"
+
+
+def _resolve_pool(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> EngineConfig:
+    if config.max_model_len is not None and config.max_model_len > model.max_context:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is more than the model's context of {model.max_context}",
+            value=config.max_model_len, limit=model.max_context, param="max_model_len",
+            remedy=f"Set max_model_len={model.max_context} or less.",
+        )
+    kv_spec: KVSpec = make_kv_spec(model, config.block_size, dtype)
+    num_blocks = size_pool(config, model, kv_spec, dtype, device)
+    length = config.max_model_len or min(model.max_context, num_blocks * config.block_size)
+    config = replace(
+        config, num_blocks=num_blocks, kv_memory_bytes=num_blocks * kv_spec.bytes_per_block, max_model_len=length
+    )
+    check_length_fits(config, kv_spec, num_blocks)
+    return config

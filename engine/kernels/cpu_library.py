@@ -1,0 +1,210 @@
+"""The compiled CPU kernels: built once per machine with its own compiler, loaded through a plain C interface.
+
+The library is one shared object from a few C++ files (paged attention, packed products, the fused decoder). It needs no
+torch headers: tensors cross as raw pointers, which makes the build seconds and independent of torch's version. It is
+linked to the very OpenMP runtime that torch has loaded, because two such runtimes in one process fight over the cores.
+
+Cache: ``$HOME_DIR/cache/kernels`` or the user's cache folder, keyed by sources, compiler, flags, CPU and that runtime.
+Boundary: build and load only. Where there is no compiler `load` says why; the callers then use torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+ENGINE = Path(__file__).resolve().parents[1]
+MAIN_SOURCE = ENGINE / "kernels" / "cpu_decoder.cpp"
+SOURCES = (
+    ENGINE / "kernels" / "cpu_vector.h",
+    ENGINE / "kernels" / "cpu_phase.h",
+    ENGINE / "kernels" / "packed_linear.cpp",
+    ENGINE / "attention" / "cpu_paged.cpp",
+    MAIN_SOURCE,
+)
+FLAGS = ("-std=gnu++17", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
+BUILD_TIMEOUT_S = 180.0
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be compiled or loaded here; the text is the one reason, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuLibrary:
+    """The loaded kernels and what they were built for."""
+
+    path: Path
+    functions: ctypes.CDLL
+    panel_width: int
+    multiplies_bf16: bool
+
+
+def load() -> CpuLibrary | None:
+    """The kernels, built if need be; None where that is impossible: `unavailable_reason` says why, the log once."""
+    found = _load_once()
+    return found if isinstance(found, CpuLibrary) else None
+
+
+def unavailable_reason() -> str | None:
+    """Why `load` returns None; None where the kernels work."""
+    found = _load_once()
+    return None if isinstance(found, CpuLibrary) else str(found)
+
+
+@lru_cache(maxsize=1)
+def _load_once() -> CpuLibrary | BuildError:
+    try:
+        return build_and_load(default_cache_folder())
+    except BuildError as error:
+        logger.warning("compiled CPU kernels are off, torch is used instead: %s", error)
+        return error
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction set extensions of this CPU by the kernel's names; empty where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has bfloat16 dot products; without them bfloat16 is slower than float32."""
+    return "avx512_bf16" in cpu_flags()
+
+
+def default_cache_folder() -> Path:
+    """Where builds are kept: under HOME_DIR if it is set, else in the user's cache."""
+    home = os.environ.get("HOME_DIR")
+    if home:
+        return Path(home) / "cache" / "kernels"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "quire" / "kernels"
+
+
+def find_compiler() -> str:
+    """Path of the C++ compiler: ``$CXX``, else g++ or c++ on the path."""
+    for name in filter(None, (os.environ.get("CXX"), "g++", "c++")):
+        path = shutil.which(name)
+        if path:
+            return path
+    raise BuildError("no C++ compiler (g++) on the path")
+
+
+def build_and_load(cache_folder: Path) -> CpuLibrary:
+    """Load the library from `cache_folder`, compiling it there first if it is not yet there.
+
+    Raises:
+        BuildError: no compiler, it failed, or the result does not load.
+    """
+    compiler, openmp = find_compiler(), torch_openmp()
+    key = _key(compiler, openmp)
+    path = cache_folder / f"quire_cpu_{key}.so"
+    if not path.is_file():
+        path = _build(compiler, openmp, _writable(cache_folder) / path.name)
+    try:
+        functions = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} does not load: {error}") from error
+    _declare(functions)
+    return CpuLibrary(path, functions, int(functions.quire_panel_width()), multiplies_bf16())
+
+
+def torch_openmp() -> Path:
+    """The OpenMP runtime that torch has loaded into this process."""
+    torch.get_num_threads()
+    try:
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError as error:
+        raise BuildError(f"the loaded OpenMP runtime cannot be found: {error}") from error
+    found = sorted({line.split()[-1] for line in mapped.splitlines() if "/libgomp" in line})
+    own = [path for path in found if "/torch" in path] or found
+    if not own:
+        raise BuildError("torch has loaded no GNU OpenMP runtime")
+    return Path(own[0])
+
+
+def _key(compiler: str, openmp: Path) -> str:
+    digest = hashlib.sha256()
+    version = _run([compiler, "--version"])
+    for part in (version, " ".join(FLAGS), platform.machine(), " ".join(sorted(cpu_flags())), str(openmp)):
+        digest.update(part.encode() + b"\0")
+    for source in SOURCES:
+        digest.update(source.read_bytes() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="quire-kernels-"))
+
+
+def _build(compiler: str, openmp: Path, target: Path) -> Path:
+    """Compile to a private name beside the target, then rename: builders at the same time end with one whole file."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as work:
+        unit, library = Path(work) / "kernels.o", Path(work) / target.name
+        _run([compiler, *FLAGS, "-c", str(MAIN_SOURCE), "-o", str(unit)])
+        # Not -fopenmp here: it would name the system's runtime beside torch's.
+        _run([compiler, "-shared", str(unit), str(openmp), f"-Wl,-rpath,{openmp.parent}", "-o", str(library)])
+        os.replace(library, target)
+    return target
+
+
+def _run(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} did not run: {error}") from error
+    if done.returncode:
+        raise BuildError(f"{command[0]} failed: {done.stderr.strip()[-2000:]}")
+    return done.stdout
+
+
+def _declare(functions: ctypes.CDLL) -> None:
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    signatures = {
+        "quire_pack": [pointer, pointer, integer, integer, integer],
+        "quire_linear": [pointer, pointer, pointer, integer, integer, integer, integer],
+        "quire_store_kv": [
+            pointer,
+            pointer,
+            integer,
+            pointer,
+            pointer,
+            pointer,
+            integer,
+            pointer,
+            integer,
+            integer,
+        ],
+        "quire_attention": [pointer, pointer, pointer, integer, pointer, pointer, pointer, integer, integer],
+        "quire_forward": [pointer, pointer],
+        "quire_logits": [pointer, pointer, pointer, pointer, integer, integer],
+    }
+    functions.quire_panel_width.restype = integer
+    functions.quire_panel_width.argtypes = []
+    for name, arguments in signatures.items():
+        function = getattr(functions, name)
+        function.restype, function.argtypes = None, arguments

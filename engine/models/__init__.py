@@ -1,0 +1,1 @@
+"""Native model definitions: config, registry, layers, decoder, weights."""

@@ -1,0 +1,226 @@
+"""The decoder as one compiled call a step on a CPU (``cpu_decoder.cpp``), for float32 and bfloat16.
+
+It takes a loaded ``Decoder`` apart: weights move into packed panels one by one and the torch copies are dropped, so that
+they are never all held twice. Results have the same bits whatever shares the batch, however the prompt was cut: it
+serves deterministic mode as it is. `Decoder` remains the oracle, and what runs where there is no compiler.
+
+Boundary: the two calls that the runner makes of a decoder, `forward` and `logits`. It does not load files, sample, or
+serve GPUs, float64, or prompt embeddings.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.attention.cpu import Paging, make_paging
+from engine.attention.interface import AttentionBackend, AttentionMetadata, check_layout
+from engine.kernels.cpu_library import CpuLibrary
+from engine.kernels.packed_linear import Packed, PackedWeight, pack_weight
+from engine.models.decoder import Decoder, DecoderLayer, LayerCache
+from engine.models.layers import Linear, RMSNorm
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("input_norm", ctypes.c_void_p),
+        ("post_norm", ctypes.c_void_p),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+        ("qkv", Packed),
+        ("out", Packed),
+        ("gate_up", Packed),
+        ("down", Packed),
+        ("k_cache", ctypes.c_void_p),
+        ("v_cache", ctypes.c_void_p),
+        ("window", ctypes.c_int64),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.c_void_p),
+        ("embedding", ctypes.c_void_p),
+        ("lm_head", Packed),
+        ("norm", ctypes.c_void_p),
+        ("rotary", ctypes.c_void_p),
+        ("num_layers", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("num_heads", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int64),
+        ("head_size", ctypes.c_int64),
+        ("narrow", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        ("token_ids", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("num_threads", ctypes.c_int64),
+        ("paging", Paging),
+        ("x", ctypes.c_void_p),
+        ("qkv", ctypes.c_void_p),
+        ("h", ctypes.c_void_p),
+        ("wide", ctypes.c_void_p),
+    ]
+
+
+@dataclass(slots=True)
+class _Scratch:
+    """Buffers of one step, grown to the largest step seen."""
+
+    qkv: Tensor
+    h: Tensor
+    wide: Tensor
+
+
+class FusedCpuDecoder:
+    """Has the runner's two calls of ``Decoder``. The decoder given is emptied: its weights live on in packed form."""
+
+    def __init__(self, decoder: Decoder, library: CpuLibrary) -> None:
+        assert decoder.embedding.dtype in (torch.float32, torch.bfloat16), decoder.embedding.dtype
+        self.config = decoder.config
+        self.dtype = decoder.embedding.dtype
+        self._library = library
+        self._kept: list[Tensor | PackedWeight] = []  # memory that the descriptors point into
+        self._rotary = decoder.rotary.float().contiguous()
+        self._layers = (_Layer * decoder.config.num_layers)()
+        self._model = self._describe(decoder)
+        self._caches: list[LayerCache] = []
+        self._scratch: _Scratch | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all weights as they are held now."""
+        return sum(kept.num_bytes if isinstance(kept, PackedWeight) else kept.nbytes for kept in self._kept)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        caches: list[LayerCache],
+        meta: AttentionMetadata,
+        attention: AttentionBackend,
+    ) -> Tensor:
+        """Hidden states [T, hidden] (float32) of a step's tokens, before the final norm; writes K and V to the caches.
+
+        `attention` is not asked: the compiled kernel is part of the call.
+        """
+        if caches is not self._caches:
+            self._bind(caches)
+        token_ids, positions = token_ids.int().contiguous(), positions.long().contiguous()
+        tokens = token_ids.shape[0]
+        scratch = self._scratch_for(tokens)
+        x = torch.empty(tokens, self.config.hidden_size, dtype=torch.float32)
+        step = _Step(
+            token_ids.data_ptr(),
+            positions.data_ptr(),
+            tokens,
+            torch.get_num_threads(),
+            make_paging(meta, caches[0].k.shape[2]),
+            x.data_ptr(),
+            scratch.qkv.data_ptr(),
+            scratch.h.data_ptr(),
+            scratch.wide.data_ptr(),
+        )
+        self._library.functions.quire_forward(ctypes.byref(self._model), ctypes.byref(step))
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V], float32, of the given rows of `forward`'s result."""
+        hidden = hidden.contiguous()
+        rows = hidden.shape[0]
+        out = torch.empty(rows, self.config.vocab_size, dtype=torch.float32)
+        scratch = self._scratch_for(rows)
+        self._library.functions.quire_logits(
+            ctypes.byref(self._model), hidden.data_ptr(), scratch.h.data_ptr(), out.data_ptr(), rows,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def _describe(self, decoder: Decoder) -> _Model:
+        config, narrow = decoder.config, self.dtype == torch.bfloat16
+        for index, layer in enumerate(decoder.layers):
+            assert isinstance(layer, DecoderLayer)
+            self._layers[index] = self._describe_layer(layer, config.sliding_windows[index])
+        plain = None if config.tie_embeddings else self._keep(decoder.embedding.data)
+        lm_head = self._pack(decoder.lm_head)
+        decoder.embedding = _emptied(decoder.embedding)
+        return _Model(
+            ctypes.addressof(self._layers),
+            plain,
+            lm_head,
+            self._norm(decoder.norm),
+            self._rotary.data_ptr(),
+            config.num_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_size,
+            int(narrow),
+            config.rms_norm_eps,
+            config.head_size**-0.5,
+        )
+
+    def _describe_layer(self, layer: DecoderLayer, window: int | None) -> _Layer:
+        return _Layer(
+            self._norm(layer.input_norm),
+            self._norm(layer.post_attention_norm),
+            self._norm(layer.q_norm),
+            self._norm(layer.k_norm),
+            self._pack(layer.qkv),
+            self._pack(layer.out),
+            self._pack(layer.gate_up, gated=True),
+            self._pack(layer.down),
+            None,
+            None,
+            window or 0,
+        )
+
+    def _pack(self, linear: Linear, *, gated: bool = False) -> Packed:
+        packed = pack_weight(self._library, linear.weight.data, linear.bias, gated=gated)
+        linear.weight = _emptied(linear.weight)
+        self._kept.append(packed)
+        return packed.descriptor
+
+    def _norm(self, norm: RMSNorm | None) -> int | None:
+        return None if norm is None else self._keep(norm.weight.data.float())
+
+    def _keep(self, tensor: Tensor) -> int:
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _bind(self, caches: list[LayerCache]) -> None:
+        assert len(caches) == self.config.num_layers, len(caches)
+        for layer, cache in zip(self._layers, caches, strict=True):
+            check_layout(cache.k, cache.v)
+            assert cache.k.dtype == self.dtype, (cache.k.dtype, self.dtype)
+            layer.k_cache, layer.v_cache = cache.k.data_ptr(), cache.v.data_ptr()
+        self._caches = caches
+
+    def _scratch_for(self, tokens: int) -> _Scratch:
+        if self._scratch is None or self._scratch.h.shape[0] < tokens:
+            config = self.config
+            q_width = config.num_heads * config.head_size
+            self._scratch = _Scratch(
+                qkv=torch.empty(
+                    tokens, q_width + 2 * config.num_kv_heads * config.head_size, dtype=torch.float32
+                ),
+                h=torch.empty(tokens, config.hidden_size, dtype=self.dtype),
+                wide=torch.empty(tokens, max(config.intermediate_size, q_width), dtype=self.dtype),
+            )
+        return self._scratch
+
+
+def _emptied(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=False)

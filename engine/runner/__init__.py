@@ -1,0 +1,1 @@
+"""The model runner: row buffers, the forward pass of one step, sampling."""

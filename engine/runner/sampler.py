@@ -1,0 +1,277 @@
+"""Choose one token per row from its logits.
+
+Randomness is a hash of (seed, position, token id) and nothing else, so that a seed gives the same text whatever shares
+the batch, across preemption, and on every device of the same arithmetic:
+
+    mix(x)          x ^= x >> 16; x *= 0x7FEB352D; x ^= x >> 15; x *= 0x846CA68B; x ^= x >> 16      (32 bits, wrapping)
+    key0            mix(mix(seed_low + 0x9E3779B9) ^ position)
+    key1            mix(mix(seed_high ^ mix(seed_low + 0x9E3779B9)) ^ mix(position + 0x85EBCA6B))
+    hash(token)     mix(mix(token ^ key0) + key1)
+    gumbel(token)   -log(-log1p(-u)),  u = min((hash + 0.5) / 2^32, 1 - 2^-24)
+    token           argmax(logits / temperature + gumbel) over the tokens that the filters keep, lowest id among equals
+
+Small u are the likely winners, and small floats are finely spaced: that is why u and not 1 - u.
+Source: mix is "lowbias32" (Wellons, hash-prospector, 2018); argmax of logits plus Gumbel noise samples the softmax
+(Gumbel 1954; Maddison et al. 2014).
+
+Filters act in this order, as in vLLM: temperature, min_p, top_k, top_p. Work that no row asks for is not done: a greedy
+batch is one argmax, rows are sorted only for top_p, and on a CPU only their most likely tokens. Log-probabilities are those of the raw logits.
+
+Boundary: logits and settings in, tokens and log-probabilities out; no rows, no plan, no stop rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.kernels.invariant import in_pieces
+from engine.plan import TokenLogprobs
+
+FEW = 256  # tokens looked at first where a filter keeps few: sorting and hashing them is cheap
+MIN_TEMPERATURE = 1e-5  # below it logits / temperature may overflow; the choice is the greedy one long before
+_MULTIPLIER_A = 0x7FEB352D
+_MULTIPLIER_B = 0x846CA68B - (1 << 32)  # as a signed 32-bit number
+_SEED_OFFSET = 0x9E3779B9 - (1 << 32)
+_POSITION_OFFSET = 0x85EBCA6B - (1 << 32)
+_LARGEST_U = 1.0 - 2.0**-24
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSettings:
+    """How each of L rows samples. Host arrays [L], so that deciding what to do costs no device wait."""
+
+    temperature: NDArray[np.float64]
+    top_k: NDArray[np.int64]  # 0: all
+    top_p: NDArray[np.float64]
+    min_p: NDArray[np.float64]
+    seed: NDArray[np.int64]
+    position: NDArray[np.int64]  # of the token to be chosen
+    num_logprobs: NDArray[np.int64]  # -1: none wanted; n: the chosen one and the n most likely
+    banned: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (row index, token ids that must not be chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What n rows drop before they draw. Host arrays [n]."""
+
+    top_k: NDArray[np.int64]
+    top_p: NDArray[np.float64]
+    min_p: NDArray[np.float64]
+
+    def of(self, rows: NDArray[np.int64]) -> Filters:
+        """The filters of some of the rows."""
+        return Filters(self.top_k[rows], self.top_p[rows], self.min_p[rows])
+
+    def rows_that_keep_few(self, vocab_size: int) -> NDArray[np.int64]:
+        """Rows whose kept tokens are probably among the FEW most likely ones."""
+        if vocab_size <= 2 * FEW:
+            return np.empty(0, dtype=np.int64)
+        narrow = (self.top_k > 0) | (self.top_p < 1.0) | (self.min_p > 0.0)
+        return np.nonzero(narrow & (self.top_k < FEW))[0]
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobTensors:
+    """Log-probabilities of n positions, on the device or on the host."""
+
+    token_ids: Tensor  # [n]
+    chosen: Tensor  # [n]
+    rank: Tensor  # [n]
+    top_ids: Tensor  # [n, N]
+    top_values: Tensor  # [n, N]
+
+    def to_host(self) -> LogprobTensors:
+        """Start the copies to the host (pinned); they are valid once the stream has passed this point."""
+        return LogprobTensors(
+            *(t.to("cpu", non_blocking=True) for t in (self.token_ids, self.chosen, self.rank, self.top_ids, self.top_values))
+        )
+
+    def entries(self, num_top: list[int]) -> list[TokenLogprobs]:
+        """One entry per position with its first ``num_top[i]`` most likely tokens."""
+        columns = zip(
+            self.token_ids.tolist(), self.chosen.tolist(), self.rank.tolist(), self.top_ids.tolist(),
+            self.top_values.tolist(), num_top, strict=True,
+        )  # fmt: skip
+        return [
+            TokenLogprobs(token, logprob, rank, tuple(ids[:n]), tuple(values[:n]))
+            for token, logprob, rank, ids, values, n in columns
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """`token_ids` [L] int64 on the device; `logprobs` of the rows that asked, in their order."""
+
+    token_ids: Tensor
+    logprobs: LogprobTensors | None
+    logprob_rows: tuple[int, ...]
+
+
+def mix32(x: Tensor) -> Tensor:
+    """The 32-bit mixer on int32 values; the masks make torch's signed shifts logical ones."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * _MULTIPLIER_A
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * _MULTIPLIER_B
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def noise_keys(seed: NDArray[np.int64], position: NDArray[np.int64]) -> Tensor:
+    """The two 32-bit keys of each row, int32 [2, L] on the host."""
+    low = torch.from_numpy(seed.astype(np.uint64).astype(np.uint32).view(np.int32))
+    high = torch.from_numpy((seed.astype(np.uint64) >> np.uint64(32)).astype(np.uint32).view(np.int32))
+    at = torch.from_numpy(position.astype(np.int32))
+    mixed = mix32(low + _SEED_OFFSET)
+    return torch.stack((mix32(mixed ^ at), mix32(mix32(high ^ mixed) ^ mix32(at + _POSITION_OFFSET))))
+
+
+def gumbel_noise(keys: Tensor, token_ids: Tensor, dtype: torch.dtype, *, invariant: bool = False) -> Tensor:
+    """Gumbel noise [L, n] of the tokens (int32, [n] or [L, n]) under the rows' keys [2, L]."""
+    hashed = mix32(mix32(token_ids ^ keys[0][:, None]) + keys[1][:, None])
+    u = ((hashed.long() & 0xFFFFFFFF).to(dtype) + 0.5) * 2.0**-32
+    u = u.clamp_(max=_LARGEST_U)
+    if invariant:
+        return in_pieces(lambda x: torch.log(torch.log1p(x.neg()).neg()).neg(), u)
+    return u.neg_().log1p_().neg_().log_().neg_()
+
+
+def sample(logits: Tensor, settings: SampleSettings, *, invariant: bool = False) -> Sampled:
+    """Choose a token for each row of logits [L, V] (float32 or float64, left as they are)."""
+    wanted = np.nonzero(settings.num_logprobs >= 0)[0]
+    allowed = _without_banned(logits, settings)
+    drawn = np.nonzero(settings.temperature > 0.0)[0]
+    if len(drawn) == len(logits):
+        chosen = _draw(allowed, settings, drawn, invariant)
+    else:
+        chosen = allowed.argmax(dim=-1)
+        if len(drawn):
+            index = _upload(drawn, logits)
+            chosen[index] = _draw(allowed[index], settings, drawn, invariant)
+    logprobs = None
+    if len(wanted):
+        index = _upload(wanted, logits)
+        logprobs = token_logprobs(logits[index], chosen[index], int(settings.num_logprobs.max()))
+    return Sampled(chosen, logprobs, tuple(wanted.tolist()))
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> LogprobTensors:
+    """Log-probabilities of the given tokens [n] and of the `num_top` most likely ones under logits [n, V]."""
+    logprobs = logits.log_softmax(dim=-1)
+    chosen = logprobs.gather(1, token_ids[:, None].long())
+    rank = (logprobs > chosen).sum(dim=-1) + 1
+    top = logprobs.topk(min(num_top, logits.shape[1]), dim=-1)
+    return LogprobTensors(token_ids, chosen[:, 0], rank, top.indices, top.values)
+
+
+def _draw(logits: Tensor, settings: SampleSettings, rows: NDArray[np.int64], invariant: bool) -> Tensor:
+    """Draw from logits [n, V], row i under the settings of ``rows[i]``."""
+    temperature = np.maximum(settings.temperature[rows], MIN_TEMPERATURE)
+    scaled = logits / _upload(temperature, logits)[:, None].to(logits.dtype)
+    filters = Filters(settings.top_k[rows], settings.top_p[rows], settings.min_p[rows])
+    keys = _to_device(noise_keys(settings.seed[rows], settings.position[rows]), logits)
+    chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    left = np.arange(len(rows))
+    few = filters.rows_that_keep_few(logits.shape[1])
+    if len(few) and logits.device.type == "cpu":  # elsewhere the question which rows are settled would be a wait
+        index = _upload(few, logits)
+        found, settled = _draw_among_few(scaled[index], filters.of(few), keys[:, index], invariant)
+        chosen[index] = found
+        left = np.setdiff1d(left, few[settled.numpy()])
+    if len(left) == len(rows):
+        return _draw_among_all(scaled, filters, keys, invariant)
+    if len(left):
+        index = _upload(left, logits)
+        chosen[index] = _draw_among_all(scaled[index], filters.of(left), keys[:, index], invariant)
+    return chosen
+
+
+def _draw_among_all(scaled: Tensor, filters: Filters, keys: Tensor, invariant: bool) -> Tensor:
+    token_ids = torch.arange(scaled.shape[1], dtype=torch.int32, device=scaled.device)
+    kept = keep_likely(scaled, filters)
+    return (kept + gumbel_noise(keys, token_ids, scaled.dtype, invariant=invariant)).argmax(dim=-1)
+
+
+def _draw_among_few(scaled: Tensor, filters: Filters, keys: Tensor, invariant: bool) -> tuple[Tensor, Tensor]:
+    """The same draw, looking only at the FEW most likely tokens; and for which rows [n] they hold all that is kept.
+
+    Which rows are settled follows from each row alone, so that the others in the batch cannot change a draw.
+    """
+    best, ids = scaled.topk(FEW, dim=-1)
+    with np.errstate(divide="ignore"):
+        floor = best[:, :1] + _upload(np.log(filters.min_p), scaled)[:, None].to(scaled.dtype)
+    k = np.where(filters.top_k > 0, filters.top_k, FEW)
+    kth = best.gather(1, _upload(k - 1, scaled)[:, None])
+    floor = torch.where(_upload(filters.top_k > 0, scaled)[:, None], torch.maximum(floor, kth), floor)
+    ids, by_id = ids.sort(dim=-1)
+    values = best.gather(1, by_id)
+    kept = values >= floor
+    if (filters.top_p < 1.0).any():
+        probabilities = scaled.masked_fill(scaled < floor, float("-inf")).softmax(dim=-1).gather(1, ids)
+        kept &= ~_beyond_nucleus(values, probabilities, filters.top_p)
+    # A dropped token that equals the last of the few may stand for kept ones outside of them.
+    settled = best[:, -1] < values.masked_fill(~kept, float("inf")).amin(dim=-1)
+    noise = gumbel_noise(keys, ids.int(), scaled.dtype, invariant=invariant)
+    place = (values.masked_fill(~kept, float("-inf")) + noise).argmax(dim=-1)
+    return ids.gather(1, place[:, None])[:, 0], settled
+
+
+def keep_likely(scaled: Tensor, filters: Filters) -> Tensor:
+    """Set to -inf what min_p, top_k and top_p drop from the scaled logits [n, V]; tokens equal to the k-th stay."""
+    vocab, top_k, top_p, min_p = scaled.shape[1], filters.top_k, filters.top_p, filters.min_p
+    if (min_p > 0.0).any():
+        with np.errstate(divide="ignore"):
+            floor = _upload(np.log(min_p), scaled)[:, None].to(scaled.dtype)
+        scaled = scaled.masked_fill(scaled < scaled.amax(dim=-1, keepdim=True) + floor, float("-inf"))
+    limited = (top_k > 0) & (top_k < vocab)
+    if limited.any():
+        k = np.where(limited, top_k, 1)
+        best = scaled.topk(int(k.max()), dim=-1).values
+        kth = best.gather(1, _upload(k - 1, scaled)[:, None])
+        unlimited = _upload(~limited, scaled)[:, None]
+        scaled = scaled.masked_fill((scaled < kth) & ~unlimited, float("-inf"))
+    nucleus = np.nonzero(top_p < 1.0)[0]
+    if len(nucleus) == len(scaled):
+        return _keep_nucleus(scaled, top_p)
+    if len(nucleus):
+        index = _upload(nucleus, scaled)
+        scaled = scaled.index_copy(0, index, _keep_nucleus(scaled[index], top_p[nucleus]))
+    return scaled
+
+
+def _keep_nucleus(scaled: Tensor, top_p: NDArray[np.float64]) -> Tensor:
+    """Keep the smallest set of most likely tokens whose probability reaches top_p; lower ids first among equals."""
+    return scaled.masked_fill(_beyond_nucleus(scaled, scaled.softmax(dim=-1), top_p), float("-inf"))
+
+
+def _beyond_nucleus(values: Tensor, probabilities: Tensor, top_p: NDArray[np.float64]) -> Tensor:
+    """Which tokens [n, m], given in the order of their ids, lie behind a set of more likely ones that reaches top_p."""
+    _, order = values.sort(dim=-1, descending=True, stable=True)
+    ordered = probabilities.gather(1, order)
+    drop = ordered.cumsum(dim=-1) - ordered >= _upload(top_p, values)[:, None].to(values.dtype)
+    drop[:, 0] = False
+    return torch.empty_like(drop).scatter_(1, order, drop)
+
+
+def _without_banned(logits: Tensor, settings: SampleSettings) -> Tensor:
+    if not settings.banned:
+        return logits
+    rows = np.array([row for row, ids in settings.banned for _ in ids], dtype=np.int64)
+    ids = np.array([token for _, ids in settings.banned for token in ids], dtype=np.int64)
+    minus = torch.full((len(rows),), float("-inf"), dtype=logits.dtype, device=logits.device)
+    return logits.index_put((_upload(rows, logits), _upload(ids, logits)), minus)
+
+
+def _upload(array: NDArray[np.generic], like: Tensor) -> Tensor:
+    """A host array on the tensor's device, without waiting for work in flight."""
+    return _to_device(torch.from_numpy(np.ascontiguousarray(array)), like)
+
+
+def _to_device(tensor: Tensor, like: Tensor) -> Tensor:
+    if like.device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(like.device, non_blocking=True)

@@ -1,0 +1,91 @@
+"""Launches reach the compiler for sm_90 with the arguments of real steps, and compile once whatever the step.
+
+A stand-in for Triton's driver names the device; everything up to the launch itself is the real path: argument binding,
+specialisation, compilation. A kernel that was compiled again because a length or an address changed would stall serving.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from engine.attention.random_step import paged_step
+from engine.attention.triton_paged import TritonPagedAttention
+from engine.kernels.rms_norm import rms_norm
+from engine.kernels.rotary import rotate_in_place
+
+pytestmark = [
+    pytest.mark.skipif(
+        triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: kernels cannot be compiled"
+    ),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="a CUDA device is here: tests/gpu launches for real"
+    ),
+]
+
+
+class NoDevice:
+    """What Triton asks of a driver before a launch."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(kernel, hash of what was compiled for it) of every launch, none of which runs."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compile_and_launch = JITFunction.run
+    seen: list[tuple[str, str]] = []
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
+        seen.append((self.__name__, compiled.hash))
+        return compiled
+
+    monkeypatch.setattr(JITFunction, "run", only_compile)
+    monkeypatch.setattr(driver, "_active", NoDevice())
+    return seen
+
+
+STEPS = [
+    [(600, 1), (700, 1), (3, 3), (40, 20)],
+    [(513, 1), (3000, 1), (700, 1), (1, 1), (3, 3)],
+    [(2000, 1), (55, 21)],
+    [(8000, 1)],
+    [(530, 17)],
+]
+
+
+def test_steps_of_any_shape_use_the_same_compiled_kernels(launches: list[tuple[str, str]]) -> None:
+    backend = TritonPagedAttention()
+    for rows in STEPS:
+        step = paged_step(rows, num_kv_heads=2, group=4, head_size=64, dtype=torch.bfloat16)
+        tokens = len(step.q)
+        merged = torch.zeros(tokens, 12, 64, dtype=torch.bfloat16)
+        q, k, v = merged.split((8, 2, 2), dim=1)
+        slots = torch.zeros(tokens + 1, dtype=torch.int64)[1:]  # 8 bytes off, as a slice of an upload may be
+        rms_norm(merged.view(tokens, -1), torch.ones(768, dtype=torch.bfloat16), 1e-5)
+        rotate_in_place(q, torch.zeros(tokens, 64))
+        backend.store_kv(k, v, step.k_cache, step.v_cache, slots)
+        backend.forward(q, step.k_cache, step.v_cache, step.meta, scale=step.scale)
+    compiled: dict[str, set[str]] = {}
+    for name, digest in launches:
+        compiled.setdefault(name, set()).add(digest)
+    assert {name: len(digests) for name, digests in compiled.items()} == {
+        "store_kv_kernel": 1, "paged_attention_kernel": 2, "combine_kernel": 1, "rms_norm_kernel": 1, "rotary_kernel": 1,
+    }  # fmt: skip
+    assert len(launches) == 3 * len(STEPS) + sum(2 if rows[0][1] == 1 else 0 for rows in STEPS) + 4
