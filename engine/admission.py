@@ -6,6 +6,7 @@ Boundary: what can never run is refused here; what only has to wait is not (the 
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -32,14 +33,18 @@ class Limits:
         if params.stop and not self.can_detokenize:
             raise InvalidRequestError(
                 "stop texts need a tokenizer, and this engine has none",
-                value=params.stop, remedy="Use stop_token_ids.", param="stop",
+                value=params.stop,
+                remedy="Use stop_token_ids.",
+                param="stop",
             )
         if params.max_tokens is not None:
             total = min(len(prompt) + params.max_tokens, self.max_model_len)
             if total - 1 > self.num_slots:
                 raise PromptTooLongError(
                     f"prompt and max_tokens need {total - 1} KV positions, the whole cache has {self.num_slots}",
-                    value=total - 1, limit=self.num_slots, param="max_tokens",
+                    value=total - 1,
+                    limit=self.num_slots,
+                    param="max_tokens",
                     remedy=f"Lower max_tokens to {self.num_slots + 1 - len(prompt)}, or raise num_blocks.",
                 )
 
@@ -51,25 +56,35 @@ class Limits:
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:
             raise InvalidRequestError(
-                "the prompt has no tokens", value=0, limit=1, remedy="Send at least one token.", param="prompt"
+                "the prompt has no tokens",
+                value=0,
+                limit=1,
+                remedy="Send at least one token.",
+                param="prompt",
             )
         if len(prompt) >= self.max_model_len:
             raise PromptTooLongError(
                 f"the prompt has {len(prompt)} tokens, the context holds {self.max_model_len} with at least one of output",
-                value=len(prompt), limit=self.max_model_len - 1, param="prompt",
+                value=len(prompt),
+                limit=self.max_model_len - 1,
+                param="prompt",
                 remedy=f"Shorten the prompt to at most {self.max_model_len - 1} tokens.",
             )
         if len(prompt) > self.num_slots:
             raise PromptTooLongError(
                 f"the prompt has {len(prompt)} tokens, the whole KV cache holds {self.num_slots}",
-                value=len(prompt), limit=self.num_slots, param="prompt",
+                value=len(prompt),
+                limit=self.num_slots,
+                param="prompt",
                 remedy="Shorten the prompt, or raise num_blocks.",
             )
         low, high = min(prompt), max(prompt)
         if low < 0 or high >= self.vocab_size:
             raise InvalidRequestError(
                 f"token id {low if low < 0 else high} is outside the vocabulary",
-                value=low if low < 0 else high, limit=self.vocab_size - 1, param="prompt",
+                value=low if low < 0 else high,
+                limit=self.vocab_size - 1,
+                param="prompt",
                 remedy=f"Use ids from 0 to {self.vocab_size - 1}.",
             )
 
@@ -88,7 +103,7 @@ def make_request(
     Raises:
         InvalidRequestError, PromptTooLongError: naming value, limit and remedy.
     """
-    token_ids = tuple(prompt)
+    token_ids = _as_token_ids(prompt)
     limits.check(token_ids, params)
     return Request(
         request_id=request_id or uuid4().hex,
@@ -109,3 +124,19 @@ def make_sequence(request: Request, limits: Limits) -> RequestSequence:
         num_prompt_tokens=num_prompt_tokens,
         max_total_tokens=limits.max_total_tokens(num_prompt_tokens, request.params),
     )
+
+
+def _as_token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
+    """Plain ints, whatever kind of integers came: behind this point nothing checks them again."""
+    try:
+        if isinstance(prompt, str | bytes | bytearray):
+            raise TypeError(f"{type(prompt).__name__} is not a sequence of token ids")
+        return tuple(array("q", prompt))
+    except (TypeError, OverflowError) as error:
+        raise InvalidRequestError(
+            f"the prompt is no sequence of token ids: {error}",
+            value=type(prompt).__name__,
+            limit="a sequence of integers",
+            param="prompt",
+            remedy="Encode text with the tokenizer first.",
+        ) from error

@@ -21,13 +21,14 @@ from engine.cache.block_pool import BlockPool
 from engine.cache.sequence_blocks import SequenceBlocks
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError, InvalidRequestError
-from engine.plan import KVSpec, Runner, StepResult, TokenLogprobs
-from engine.recording import Recorder, RequestTrack, StepTiming
+from engine.outbox import Outbox
+from engine.plan import KVSpec, Runner, StepResult
+from engine.planned_step import PlannedStep
+from engine.recording import Recorder, StepTiming
 from engine.records import EngineStats, MemoryLedger, RequestRecord, StepRecord, StreamDelta
 from engine.request import FinishReason, Request
-from engine.request import Sequence as RequestSequence
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Commit, PlannedStep, Scheduler
+from engine.scheduler import Scheduler
 from engine.tokenizer import TokenizerLike
 
 
@@ -66,7 +67,9 @@ class Engine:
         if kv_spec.block_size != config.block_size:
             raise ConfigError(
                 f"block_size is {config.block_size}, the runner's cache has {kv_spec.block_size}",
-                value=config.block_size, limit=kv_spec.block_size, param="block_size",
+                value=config.block_size,
+                limit=kv_spec.block_size,
+                param="block_size",
             )
         num_blocks = _resolved("num_blocks", config.num_blocks)
         max_model_len = _resolved("max_model_len", config.max_model_len)
@@ -75,7 +78,9 @@ class Engine:
         self.tokenizer = tokenizer
         self._runner = runner
         self._memory = memory
-        self._limits = Limits(max_model_len, num_blocks * config.block_size, vocab_size, tokenizer is not None)
+        self._limits = Limits(
+            max_model_len, num_blocks * config.block_size, vocab_size, tokenizer is not None
+        )
         self._seeds = Random(config.seed)
         blocks = SequenceBlocks(
             BlockPool(num_blocks),
@@ -90,12 +95,10 @@ class Engine:
             eos_token_ids=eos_token_ids,
         )
         self._recorder = Recorder(self._scheduler)
-        self._tracks: dict[str, RequestTrack] = {}
+        self._outbox = Outbox(self._recorder)
         self._timings: deque[StepTiming] = deque()  # of the steps in flight
         self._submit_error: Exception | None = None  # of the newest step in flight
         self._dead: str | None = None
-        self._deltas: list[StreamDelta] = []
-        self._requests: list[RequestRecord] = []
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -126,28 +129,30 @@ class Engine:
             EngineDeadError: nothing can be run any more.
         """
         self._require_alive()
-        if request.request_id in self._tracks:
+        if request.request_id in self._outbox:
             raise InvalidRequestError(
                 f"request id {request.request_id!r} is in use",
-                value=request.request_id, remedy="Use an id of its own for each request.", param="request_id",
+                value=request.request_id,
+                remedy="Use an id of its own for each request.",
+                param="request_id",
             )
         detokenizer = None
         if request.params.stop:
             assert self.tokenizer is not None, "stop texts were admitted without a tokenizer"
             detokenizer = self.tokenizer.detokenizer(request.params.skip_special_tokens)
-        self._tracks[request.request_id] = RequestTrack(request, detokenizer)
+        self._outbox.open(request, detokenizer)
         self._scheduler.add(admission.make_sequence(request, self._limits))
 
     def abort(self, request_id: str) -> None:
         """End a request now; its last delta comes with the next step. An id that is not live is ignored."""
         seq = self._scheduler.abort(request_id)
         if seq is not None:
-            self._end_without_token(seq, FinishReason.ABORT, None, time.monotonic_ns())
+            self._outbox.put_end(seq, FinishReason.ABORT, None, time.monotonic_ns())
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to hand out."""
-        return self._scheduler.has_work or bool(self._deltas)
+        return self._scheduler.has_work or not self._outbox.is_empty
 
     # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -165,10 +170,8 @@ class Engine:
             record = self._take_oldest()
         elif not inflight and self._scheduler.blocks.events:
             record = self._record_idle()
-        output = StepOutput(tuple(self._deltas), record, tuple(self._requests))
-        self._deltas.clear()
-        self._requests.clear()
-        return output
+        deltas, requests = self._outbox.take()
+        return StepOutput(deltas, record, requests)
 
     def _submit_next(self) -> bool:
         """Plan and submit. False if nothing could be planned or the runner refused the step."""
@@ -178,7 +181,7 @@ class Engine:
             return False
         self._timings.append(StepTiming(started_ns, time.monotonic_ns() - started_ns))
         for seq in self._scheduler.inflight[-1].admitted:
-            self._recorder.admitted(self._tracks[seq.request_id], seq.num_cached_tokens, started_ns)
+            self._outbox.admitted(seq, started_ns)
         try:
             self._runner.submit(plan)
         except EngineDeadError as error:
@@ -204,7 +207,11 @@ class Engine:
         commit = self._scheduler.commit(result)
         now_ns = time.monotonic_ns()
         timing.schedule_ns += now_ns - collected_ns
-        finished = self._emit(commit, now_ns)
+        self._recorder.num_output_tokens += len(commit.token_ids)
+        stopped = self._outbox.put_commit(commit, now_ns)
+        for seq in stopped:
+            self._scheduler.finish(seq, FinishReason.STOP)
+        finished = tuple(seq.request_id for seq in (*(finish.seq for finish in commit.finished), *stopped))
         return self._recorder.step(step, timing, now_ns, result, finished=finished)
 
     def _collect(self) -> StepResult:
@@ -217,109 +224,6 @@ class Engine:
         now_ns = time.monotonic_ns()
         step = PlannedStep(self._scheduler.take_step_id())
         return self._recorder.step(step, StepTiming(now_ns, 0), now_ns)
-
-    # ── what a step gave ────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _emit(self, commit: Commit, now_ns: int) -> tuple[str, ...]:
-        """Deltas of a committed step; returns the ids of the requests that ended."""
-        for seq, first, entries in commit.prompt_logprobs:
-            self._tracks[seq.request_id].prompt_logprobs.update(enumerate(entries, first))
-        self._recorder.num_output_tokens += len(commit.token_ids)
-        special = {finish.seq.request_id for finish in commit.finished}
-        special.update(commit.logprobs)
-        tracks, deltas = self._tracks, self._deltas
-        remaining: list[tuple[RequestSequence, int]] = []
-        for seq, token in zip(commit.sequences, commit.token_ids, strict=True):
-            request_id = seq.request.request_id
-            track = tracks[request_id]
-            track.token_ns.append(now_ns)
-            if track.matcher is not None or request_id in special:
-                remaining.append((seq, token))
-            else:
-                deltas.append(
-                    StreamDelta(request_id, (token,), None, (), None, None, None, track.num_cached_tokens, now_ns)
-                )
-        return self._emit_special(commit, remaining, now_ns) if remaining else ()
-
-    def _emit_special(
-        self, commit: Commit, sampled: list[tuple[RequestSequence, int]], now_ns: int
-    ) -> tuple[str, ...]:
-        """Deltas that carry more than a token: an end, log-probabilities, or text watched for stop texts."""
-        ends = {finish.seq.request_id: finish for finish in commit.finished}
-        finished = []
-        for seq, token in sampled:
-            request_id = seq.request_id
-            track, end = self._tracks[request_id], ends.get(request_id)
-            reason = end.reason if end else None
-            stop_reason: str | int | None = end.stop_reason if end else None
-            text = None
-            if track.matcher is not None:
-                text = self._watch(track, token, reason)
-                if track.matcher.matched is not None:
-                    reason, stop_reason = FinishReason.STOP, track.matcher.matched
-                    if end is None:
-                        self._scheduler.finish(seq, reason)
-            self._deltas.append(
-                StreamDelta(
-                    request_id,
-                    (token,),
-                    text,
-                    _as_tuple(commit.logprobs.get(request_id)),
-                    reason,
-                    stop_reason,
-                    num_cached_tokens=track.num_cached_tokens,
-                    created_ns=now_ns,
-                    prompt_logprobs=_in_order(track) if reason else (),
-                )
-            )
-            if reason is not None:
-                finished.append(request_id)
-                self._forget(seq, reason, now_ns, None)
-        return tuple(finished)
-
-    def _watch(self, track: RequestTrack, token: int, reason: FinishReason | None) -> str:
-        """Text that this token makes certain, watched for stop texts. A stop token's own text is not output."""
-        params, matcher, detokenizer = track.request.params, track.matcher, track.detokenizer
-        assert matcher is not None
-        assert detokenizer is not None
-        text = ""
-        if reason is not FinishReason.STOP or params.include_stop_str_in_output:
-            text = detokenizer.push((token,))
-        if reason is not None:
-            text += detokenizer.flush()
-        if len(track.token_ns) < params.min_tokens:
-            return matcher.pass_over(text)
-        text = matcher.push(text)
-        if reason is not None and matcher.matched is None:
-            text += matcher.flush()
-        return text
-
-    def _end_without_token(
-        self, seq: RequestSequence, reason: FinishReason, error: str | None, now_ns: int
-    ) -> None:
-        """The last delta of a request that ended otherwise than by its own tokens."""
-        track = self._tracks[seq.request_id]
-        text = None
-        if track.matcher is not None:
-            assert track.detokenizer is not None
-            text = track.matcher.flush() + track.detokenizer.flush()
-        self._deltas.append(
-            StreamDelta(
-                seq.request_id,
-                (),
-                text,
-                finish_reason=reason,
-                error=error,
-                num_cached_tokens=track.num_cached_tokens,
-                created_ns=now_ns,
-                prompt_logprobs=_in_order(track),
-            )
-        )
-        self._forget(seq, reason, now_ns, error)
-
-    def _forget(self, seq: RequestSequence, reason: FinishReason, now_ns: int, error: str | None) -> None:
-        track = self._tracks.pop(seq.request_id)
-        self._requests.append(self._recorder.request(track, reason, now_ns, seq.num_preemptions, error))
 
     # ── failure ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -336,7 +240,7 @@ class Engine:
             raise EngineDeadError(f"the device did not recover after {message}") from reset_error
         now_ns = time.monotonic_ns()
         for seq in lost:
-            self._end_without_token(seq, FinishReason.ERROR, message, now_ns)
+            self._outbox.put_end(seq, FinishReason.ERROR, message, now_ns)
         finished = tuple(seq.request_id for seq in lost)
         return self._recorder.step(step, timing, now_ns, finished=finished, error=message)
 
@@ -345,7 +249,9 @@ class Engine:
 
     def _require_alive(self) -> None:
         if self._dead is not None:
-            raise EngineDeadError(f"the engine takes no requests any more ({self._dead})", remedy="Restart it.")
+            raise EngineDeadError(
+                f"the engine takes no requests any more ({self._dead})", remedy="Restart it."
+            )
 
     # ── from outside ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -387,7 +293,7 @@ class Engine:
         """
         self._scheduler.check_integrity()
         live = {seq.request_id for seq in self._scheduler.sequences()}
-        assert live == set(self._tracks), f"tracked {set(self._tracks)}, live {live}"
+        assert live == self._outbox.request_ids, f"followed {self._outbox.request_ids}, live {live}"
         assert len(self._timings) == len(self._scheduler.inflight), "a step in flight without its timing"
 
     def close(self) -> None:
@@ -400,14 +306,9 @@ class Engine:
 def _resolved(name: str, value: int | None) -> int:
     if value is None:
         raise ConfigError(
-            f"{name} is not resolved", value=None, param=name, remedy="Resolve it with engine.build.resolve_config."
+            f"{name} is not resolved",
+            value=None,
+            param=name,
+            remedy="Resolve it with engine.build.resolve_config.",
         )
     return value
-
-
-def _as_tuple(entry: TokenLogprobs | None) -> tuple[TokenLogprobs, ...]:
-    return () if entry is None else (entry,)
-
-
-def _in_order(track: RequestTrack) -> tuple[TokenLogprobs, ...]:
-    return tuple(track.prompt_logprobs[position] for position in sorted(track.prompt_logprobs))

@@ -1,29 +1,34 @@
-"""FakeRunner and FakeTokenizer: an engine without a model, for tests, demonstrations and measurements of the host side.
+"""FakeRunner: an engine without a model, for tests, demonstrations and measurements of the host side.
 
 FakeRunner computes tokens that anybody can work out by hand (`next_token`), answers as late as a device does, and checks
 each plan as strictly as a device would punish it: tables must cover positions, slots must be written before they are read,
 nobody writes to a block that others use. Its KV cache holds one number per slot that depends on the whole past, so that a
-wrongly shared or reused block changes the tokens that follow. FakeTokenizer's tokens are bytes.
+wrongly shared or reused block changes the tokens that follow. FakeTokenizer, whose tokens are bytes, goes with it.
 
 Boundary: no torch, no randomness. Sampling parameters other than log-probabilities are ignored.
 """
 
 from __future__ import annotations
 
-import codecs
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
+from engine.fake_tokenizer import FakeTokenizer
 from engine.plan import RowAdmission, StepPlan, StepResult, TokenLogprobs
+
+__all__ = [
+    "FakeRunner", "FakeTokenizer", "PlanViolation", "expected_tokens", "fake_logprobs", "next_state", "next_token", "scripted",
+]  # fmt: skip
 
 STATE_MODULUS = 65521
 UNWRITTEN = -1
 
-Choose = Callable[[str, int], int | None]  # (request_id, index of the output token) -> token id; None: by the rule
+Choose = Callable[
+    [str, int], int | None
+]  # (request_id, index of the output token) -> token id; None: by the rule
 
 
 class PlanViolation(AssertionError):
@@ -122,7 +127,9 @@ class FakeRunner:
         self._device_free_at = 0.0
         self._fail_submit: Exception | None = None
         self._fail_collect: Exception | None = None
-        self._is_broken = False  # a step in flight failed: what follows it computes on garbage until `reset_rows`
+        self._is_broken = (
+            False  # a step in flight failed: what follows it computes on garbage until `reset_rows`
+        )
 
     @property
     def max_inflight(self) -> int:
@@ -218,7 +225,9 @@ class FakeRunner:
             row = self._rows[admission.row] = _Row(admission)
             self._extend(row, admission.block_ids[0])
         offsets, ids = plan.new_block_offsets[0].tolist(), plan.new_block_ids[0].tolist()
-        self._check(len(offsets) == plan.num_rows + 1 and offsets[-1] == len(ids), "new block offsets do not add up")
+        self._check(
+            len(offsets) == plan.num_rows + 1 and offsets[-1] == len(ids), "new block offsets do not add up"
+        )
         for i, row_id in enumerate(plan.rows.tolist()):
             self._check(row_id in self._rows, f"row {row_id} computes but was never admitted")
             if offsets[i + 1] > offsets[i]:
@@ -251,10 +260,14 @@ class FakeRunner:
     def _write(self, row: _Row, start: int, end: int) -> None:
         """Read the context through the table, then write positions start … end - 1."""
         name = row.admission.request_id
-        self._check(end <= len(row.slots), f"{name}: position {end - 1} is behind its {len(row.blocks)} blocks")
+        self._check(
+            end <= len(row.slots), f"{name}: position {end - 1} is behind its {len(row.blocks)} blocks"
+        )
         self._check(end <= len(row.tokens), f"{name}: position {end - 1} has no token yet")
         context = self._kv[row.slots[:start]]
-        self._check(bool((context == row.states[:start]).all()), f"{name}: context at {start} is not its own past")
+        self._check(
+            bool((context == row.states[:start]).all()), f"{name}: context at {start} is not its own past"
+        )
         for block in set(row.blocks[start // self.block_size : -(-end // self.block_size)]):
             self._check(self._users[block] == 1, f"{name}: writes to block {block}, which others use")
         state = int(context[-1]) if start else 0
@@ -284,77 +297,3 @@ class FakeRunner:
         if not holds:
             self.violations.append(message)
             raise PlanViolation(message)
-
-
-class FakeTokenizer:
-    """Bytes as tokens 0 … 255, then the special tokens. The surface of ``engine.tokenizer.Tokenizer``."""
-
-    SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
-    EOS = 256
-
-    def __init__(self) -> None:
-        self.eos_token_ids: frozenset[int] = frozenset({self.EOS})
-        self.vocab_size = 256 + len(self.SPECIAL)
-        self.has_chat_template = True
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The text's UTF-8 bytes; special tokens are recognised by their text."""
-        del add_special_tokens  # there is nothing that would be added
-        ids: list[int] = []
-        while text:
-            at, special = min((text.find(s), i) if s in text else (len(text), -1) for i, s in enumerate(self.SPECIAL))
-            ids += text[:at].encode()
-            if special < 0:
-                break
-            ids.append(256 + special)
-            text = text[at + len(self.SPECIAL[special]) :]
-        return ids
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        detokenizer = self.detokenizer(skip_special_tokens)
-        return detokenizer.push(ids) + detokenizer.flush()
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        """``<|role|>content<|end|>`` for each message; tools travel as a system message."""
-        text = f"<|system|>{list(tools)!r}<|end|>" if tools else ""
-        for message in messages:
-            text += f"<|{message['role']}|>{message.get('content') or ''}<|end|>"
-        return self.encode(text + "<|assistant|>" * add_generation_prompt)
-
-    def token_text(self, token_id: int) -> str:
-        if token_id >= 256:
-            return self.SPECIAL[token_id - 256]
-        return bytes([token_id]).decode(errors="replace")
-
-    def detokenizer(self, skip_special_tokens: bool = True) -> FakeDetokenizer:
-        return FakeDetokenizer(self, skip_special_tokens)
-
-
-class FakeDetokenizer:
-    """Bytes to text, never half a character."""
-
-    def __init__(self, tokenizer: FakeTokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, ids: Iterable[int]) -> str:
-        """The characters that these tokens complete."""
-        text = ""
-        for token_id in ids:
-            if token_id < 256:
-                text += self._decoder.decode(bytes([token_id]))
-            elif not self._skip:
-                text += self.flush() + self._tokenizer.token_text(token_id)
-        return text
-
-    def flush(self) -> str:
-        """What is left of an incomplete character, as U+FFFD."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text

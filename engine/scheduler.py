@@ -13,81 +13,15 @@ refused before it comes here (``engine.admission``). Costs O(scheduled rows), wh
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 
-import numpy as np
-
 from engine.cache.sequence_blocks import SequenceBlocks
-from engine.plan import Int32, RowAdmission, StepPlan, StepResult, TokenLogprobs
+from engine.plan import RowAdmission, StepPlan, StepResult
+from engine.plan_builder import PlanBuilder
+from engine.planned_step import Chunk, Commit, Finish, PlannedStep, PromptLogprobs
 from engine.request import PENDING, FinishReason, Sequence, SequenceStatus
 
 MAX_DEFERRED = 16  # waiting sequences passed by in one plan: bounds what a plan may cost
-
-
-@dataclass(slots=True)
-class Finish:
-    """A sequence that ended in a commit."""
-
-    seq: Sequence
-    reason: FinishReason
-    stop_reason: int | None = None
-
-
-@dataclass(slots=True)
-class PlannedStep:
-    """What the host remembers of a step in flight: whose rows it computes, in plan order."""
-
-    step_id: int
-    # Rows [0, len(decoding)) compute one token and sample; `ends[i]` is the position that row i's token will take.
-    decoding: list[Sequence] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)  # the other rows, in order
-    growth: list[tuple[int, list[int]]] = field(default_factory=list)  # (row index, blocks appended), ascending
-    num_decode_tokens: int = 0  # tokens behind the prompt, one a row
-    preempted: list[Sequence] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    prefix_hits: list[tuple[str, int]] = field(default_factory=list)  # (request_id, cached tokens) of those admitted
-    dropped: set[Sequence] = field(default_factory=set)  # finished or preempted since: their results are not taken
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decoding) + sum(chunk.num_tokens for chunk in self.chunks)
-
-    def rows(self) -> tuple[tuple[str, int], ...]:
-        """(request_id, num_tokens) of each row, in plan order."""
-        rows = [(seq.request.request_id, 1) for seq in self.decoding]
-        rows += [(chunk.seq.request_id, chunk.num_tokens) for chunk in self.chunks]
-        return tuple(rows)
-
-    def sequences(self) -> Iterator[Sequence]:
-        yield from self.decoding
-        for chunk in self.chunks:
-            yield chunk.seq
-
-
-@dataclass(slots=True)
-class Chunk:
-    """A row that computes several tokens, or one that is not its sequence's last."""
-
-    seq: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-    fresh: list[int]  # blocks appended to its table; empty with its admission, which names them all
-
-
-@dataclass(slots=True)
-class Commit:
-    """What a committed step added. `token_ids[i]` is the new token of `sequences[i]`."""
-
-    step: PlannedStep
-    sequences: list[Sequence] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    finished: list[Finish] = field(default_factory=list)
-    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # by request_id
-    prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprobs]]] = field(default_factory=list)  # (…, first position, …)
 
 
 class Scheduler:
@@ -104,7 +38,8 @@ class Scheduler:
         self.blocks = blocks
         self.max_batched_tokens = max_batched_tokens
         self.max_num_seqs = max_num_seqs
-        self.waiting: OrderedDict[str, Sequence] = OrderedDict()  # first come, first served; preempted ones in front
+        # First come, first served; preempted ones in front.
+        self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self.running: list[Sequence] = []  # in order of admission: the tail is preempted first
         self.inflight: deque[PlannedStep] = deque()
         self.num_preemptions = 0
@@ -113,12 +48,11 @@ class Scheduler:
         self._stop_ids = set(eos_token_ids)  # every id that may stop some sequence
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._finished_rows: list[int] = []  # rows given back since the last plan
+        self._preempted: list[Sequence] = []  # since the last plan: one that computes nothing tells of nobody
         self._next_step_id = 0
-        self._blocked: tuple[str, int] | None = None  # (request_id, free blocks) when the queue's head did not fit
-        # Constant columns of every plan: runners read them and never write to them.
-        self._zeros = np.zeros(max_num_seqs + 1, np.int32)
-        self._ones = np.ones(max_num_seqs, np.int32)
-        self._indices = np.arange(max_num_seqs, dtype=np.int32)
+        # (request_id, free blocks) when the queue's head did not fit.
+        self._blocked: tuple[str, int] | None = None
+        self._builder = PlanBuilder(max_num_seqs)
 
     # ── in and out ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -137,6 +71,7 @@ class Scheduler:
         """End a live sequence now: its blocks and row are free for the next plan, results in flight are dropped."""
         if seq.status is SequenceStatus.WAITING:
             del self.waiting[seq.request_id]
+            self._blocked = None
         else:
             self.running.remove(seq)
             self._leave_row(seq)
@@ -167,22 +102,27 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None if nothing can be computed before a step in flight is committed."""
-        step = PlannedStep(self._next_step_id)
+        step = PlannedStep(self._next_step_id, preempted=self._preempted)
+        num_preempted = len(step.preempted)
         budget = self._plan_running(step)
         admitted: list[RowAdmission] = []
-        if budget > 0 and self.waiting and not step.preempted:
+        if budget > 0 and self.waiting and len(step.preempted) == num_preempted:
             admitted = self._plan_waiting(step, budget)
         if not step.decoding and not step.chunks:
-            assert self.inflight or not self._live, "live sequences, nothing in flight, and nothing can be planned"
+            assert self.inflight or not self._live, (
+                "live sequences, nothing in flight, and nothing can be planned"
+            )
             return None
         self._next_step_id += 1
+        self._preempted = []
         self.inflight.append(step)
-        return self._build(step, admitted)
+        finished_rows, self._finished_rows = self._finished_rows, []
+        return self._builder.build(step, admitted, finished_rows)
 
     def _plan_running(self, step: PlannedStep) -> int:
         """Give running sequences their tokens, in order of admission; returns the budget left."""
         budget = self.max_batched_tokens
-        mask = self.blocks.block_size - 1
+        blocks, pool, mask = self.blocks, self.blocks.pool, self.blocks.block_size - 1
         decoding, ends = step.decoding, step.ends
         for seq in self.running:  # preemption shortens this list from its tail
             start = seq.num_scheduled
@@ -192,10 +132,9 @@ class Scheduler:
                 if end == seq.max_total_tokens:
                     continue  # its last token is chosen or being chosen: nothing is left to compute
                 if not start & mask:
-                    fresh = self._make_room(seq, end, step)
-                    if fresh is None:
+                    if not pool.num_free and not self._free_up(1, seq, step):
                         break
-                    step.growth.append((len(decoding), fresh))
+                    step.growth.append((len(decoding), [blocks.append_block(seq)]))
                 if start < seq.num_prompt_tokens:
                     step.num_decode_tokens -= 1
                 tokens.append(PENDING)
@@ -205,9 +144,9 @@ class Scheduler:
                 budget -= 1
             else:
                 num_tokens = min(end - start, budget)
-                fresh = self._make_room(seq, start + num_tokens, step)
-                if fresh is None:
+                if not self._free_up(blocks.num_missing(seq, start + num_tokens), seq, step):
                     break
+                fresh = blocks.grow(seq, start + num_tokens)
                 step.chunks.append(self._schedule_chunk(seq, start, num_tokens, fresh))
                 budget -= num_tokens
             if not budget:
@@ -223,16 +162,15 @@ class Scheduler:
         seq.num_scheduled = end
         return Chunk(seq, start, num_tokens, samples, fresh)
 
-    def _make_room(self, seq: Sequence, num_tokens: int, step: PlannedStep) -> list[int] | None:
-        """Fresh blocks, so that `seq` holds `num_tokens` tokens, preempting from the tail. None: it had to go itself."""
-        missing = self.blocks.num_missing(seq, num_tokens)
-        while self.blocks.pool.num_free < missing:
+    def _free_up(self, num_blocks: int, seq: Sequence, step: PlannedStep) -> bool:
+        """Preempt from the tail until `num_blocks` are free for `seq`. False: `seq` itself had to go."""
+        while self.blocks.pool.num_free < num_blocks:
             victim = self.running[-1]
             self._preempt(victim)
             step.preempted.append(victim)
             if victim is seq:
-                return None
-        return self.blocks.grow(seq, num_tokens)
+                return False
+        return True
 
     def _plan_waiting(self, step: PlannedStep, budget: int) -> list[RowAdmission]:
         """Admit waiting sequences while rows, blocks and budget last.
@@ -247,8 +185,8 @@ class Scheduler:
         for seq in list(islice(self.waiting.values(), len(self._free_rows) + MAX_DEFERRED)):
             if not budget or not self._free_rows or not self.blocks.pool.num_free:
                 break
-            matched = self.blocks.match(seq)
-            if self.blocks.is_announced(seq, len(matched)):
+            matched = [] if self.blocks.awaits(seq) else self.blocks.match(seq)
+            if self.blocks.awaits(seq) or self.blocks.look_out(seq, len(matched)):
                 deferred += 1
                 if deferred > MAX_DEFERRED:
                     break
@@ -305,53 +243,6 @@ class Scheduler:
             seed=request.seed,
         )
 
-    def _build(self, step: PlannedStep, admitted: list[RowAdmission]) -> StepPlan:
-        """The struct of arrays; one-token rows first."""
-        chunks = step.chunks
-        if chunks:
-            chunks.sort(key=_computes_several)  # stable: one-token chunks before longer ones
-        num_decoding = len(step.decoding)
-        num_rows = num_decoding + len(chunks)
-        rows = [seq.row for seq in step.decoding]
-        start = np.array(step.ends, np.int32)
-        start -= 1
-        num_tokens: Int32 = self._ones[:num_rows]
-        logit_rows: Int32 = self._indices[:num_rows]
-        if chunks:
-            rows += [chunk.seq.row for chunk in chunks]
-            start = np.concatenate((start, np.array([chunk.start for chunk in chunks], np.int32)))
-            num_tokens = num_tokens.copy()
-            num_tokens[num_decoding:] = [chunk.num_tokens for chunk in chunks]
-            sampling = [num_decoding + i for i, chunk in enumerate(chunks) if chunk.samples]
-            logit_rows = np.concatenate((self._indices[:num_decoding], np.array(sampling, np.int32)))
-        offsets, block_ids = self._block_arrays(step, num_rows)
-        finished = tuple(self._finished_rows)
-        self._finished_rows.clear()
-        return StepPlan(
-            step_id=step.step_id,
-            rows=np.array(rows, np.int32),
-            start=start,
-            num_tokens=num_tokens,
-            num_draft=self._zeros[:num_rows],
-            logit_rows=logit_rows,
-            new_block_offsets=(offsets,),
-            new_block_ids=(block_ids,),
-            admitted=tuple(admitted),
-            finished=finished,
-        )
-
-    def _block_arrays(self, step: PlannedStep, num_rows: int) -> tuple[Int32, Int32]:
-        """Blocks appended to each row's table, as offsets and ids."""
-        growth, num_decoding = step.growth, len(step.decoding)
-        growth += [(num_decoding + i, chunk.fresh) for i, chunk in enumerate(step.chunks) if chunk.fresh]
-        if not growth:
-            return self._zeros[: num_rows + 1], self._zeros[:0]
-        offsets = np.zeros(num_rows + 1, np.int32)
-        for i, fresh in growth:
-            offsets[i + 1] = len(fresh)
-        np.cumsum(offsets, out=offsets)
-        return offsets, np.array([block for _, fresh in growth for block in fresh], np.int32)
-
     # ── commit ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def commit(self, result: StepResult) -> Commit:
@@ -364,7 +255,9 @@ class Scheduler:
         assert result.step_id == step.step_id, f"result of step {result.step_id}, expected {step.step_id}"
         sampling = [chunk for chunk in step.chunks if chunk.samples]
         expected = len(step.decoding) + len(sampling)
-        assert len(result.token_ids) == expected, f"{len(result.token_ids)} tokens for {expected} rows that sample"
+        assert len(result.token_ids) == expected, (
+            f"{len(result.token_ids)} tokens for {expected} rows that sample"
+        )
         commit = Commit(step)
         self._commit_decoding(commit, result.token_ids)
         if step.chunks:
@@ -386,12 +279,13 @@ class Scheduler:
         elif len(token_ids) != len(sequences):
             token_ids = token_ids[: len(sequences)]
         commit.sequences, commit.token_ids = sequences, token_ids
-        mask, stop_ids = self.blocks.block_size - 1, self._stop_ids
+        size, stop_ids = self.blocks.block_size, self._stop_ids
+        mask = size - 1
         for seq, end, token in zip(sequences, ends, token_ids, strict=True):
             seq.token_ids[end] = token
             seq.num_computed = end
             if not end & mask:
-                self.blocks.publish(seq, end - 1, end)
+                self.blocks.publish_block(seq, end // size - 1)
             if token in stop_ids or end + 1 == seq.max_total_tokens:
                 self._finish_if_over(commit, seq, token)
 
@@ -419,7 +313,7 @@ class Scheduler:
         for i, entries in result.prompt_logprobs.items():
             seq, start = rows[i]
             if seq not in step.dropped:
-                commit.prompt_logprobs.append((seq, start + 1, entries))
+                commit.prompt_logprobs.append(PromptLogprobs(seq, start + 1, entries))
 
     def _finish_if_over(self, commit: Commit, seq: Sequence, token: int) -> None:
         """End `seq` if its newest token stops it or is its last."""
@@ -515,16 +409,20 @@ class Scheduler:
         name, size = seq.request_id, self.blocks.block_size
         assert seq.status is SequenceStatus.RUNNING, f"{name} runs as {seq.status}"
         num_tokens = len(seq.token_ids)
-        assert 0 <= seq.num_computed <= seq.num_scheduled < num_tokens <= seq.max_total_tokens, f"{name}: counts"
+        assert 0 <= seq.num_computed <= seq.num_scheduled < num_tokens <= seq.max_total_tokens, (
+            f"{name}: counts"
+        )
         assert len(seq.block_ids) == -(-seq.num_scheduled // size), f"{name}: {len(seq.block_ids)} blocks"
         pending = [i for i, token in enumerate(seq.token_ids) if token == PENDING]
-        assert pending == list(range(num_tokens - len(pending), num_tokens)), f"{name}: PENDING amid known tokens"
-        assert len(pending) <= len(self.inflight), f"{name}: {len(pending)} pending, {len(self.inflight)} in flight"
+        assert pending == list(range(num_tokens - len(pending), num_tokens)), (
+            f"{name}: PENDING amid known tokens"
+        )
+        assert len(pending) <= len(self.inflight), (
+            f"{name}: {len(pending)} pending, {len(self.inflight)} in flight"
+        )
         for i, block in enumerate(seq.block_ids):
             if (i + 1) * size > seq.num_computed:
                 assert self.blocks.pool.ref_count(block) == 1, f"{name}: unfinished block {block} is shared"
-                assert not self.blocks.pool.is_published(block), f"{name}: unfinished block {block} is matchable"
-
-
-def _computes_several(chunk: Chunk) -> bool:
-    return chunk.num_tokens > 1
+                assert not self.blocks.pool.is_published(block), (
+                    f"{name}: unfinished block {block} is matchable"
+                )

@@ -22,9 +22,13 @@ RESULTS = Path("data/results")
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark that `argv` names; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    names = sorted(m.name for m in pkgutil.iter_modules(engine.bench.__path__) if m.name not in NOT_BENCHMARKS)
+    names = sorted(
+        m.name for m in pkgutil.iter_modules(engine.bench.__path__) if m.name not in NOT_BENCHMARKS
+    )
     parser = argparse.ArgumentParser(prog="python -m engine.bench", description=__doc__)
-    parser.add_argument("name", choices=[name.replace("_", "-") for name in names], help="the benchmark to run")
+    parser.add_argument(
+        "name", choices=[name.replace("_", "-") for name in names], help="the benchmark to run"
+    )
     chosen = parser.parse_args(arguments[:1]).name
     module = importlib.import_module(f"engine.bench.{chosen.replace('-', '_')}")
     figures = module.run(_options(chosen, module, arguments[1:]))

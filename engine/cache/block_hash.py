@@ -32,7 +32,9 @@ def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return blake2b(parent + _token_bytes(token_ids), digest_size=DIGEST_BYTES).digest()
 
 
-def extend_chain(chain: list[bytes], root: bytes, token_ids: Sequence[int], num_blocks: int, block_size: int) -> None:
+def extend_chain(
+    chain: list[bytes], root: bytes, token_ids: Sequence[int], num_blocks: int, block_size: int
+) -> None:
     """Append digests to `chain` until it covers the first `num_blocks` full blocks of `token_ids`.
 
     Costs O(blocks added); the blocks already covered are neither read nor copied.

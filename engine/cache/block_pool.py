@@ -110,9 +110,8 @@ class BlockPool:
         block = self._blocks[block_id]
         assert block.ref_count > 0, f"block {block_id} is published while nobody holds it"
         assert block.digest is None, f"block {block_id} is already published"
-        if digest in self._by_digest:
+        if self._by_digest.setdefault(digest, block) is not block:
             return False
-        self._by_digest[digest] = block
         block.digest = digest
         return True
 
@@ -161,19 +160,27 @@ class BlockPool:
             AssertionError: naming the block and what does not hold.
         """
         free = self._check_free_list()
-        assert len(free) == self.num_free, f"free list holds {len(free)} blocks, num_free says {self.num_free}"
+        assert len(free) == self.num_free, (
+            f"free list holds {len(free)} blocks, num_free says {self.num_free}"
+        )
         cached = 0
         for block in self._blocks:
             i, count, is_free = block.block_id, block.ref_count, block.block_id in free
             assert (count == 0) == is_free, f"block {i}: ref_count {count}, in free list: {is_free}"
             if expected_refs is not None:
-                assert count == expected_refs.get(i, 0), f"block {i}: ref_count {count}, tables hold {expected_refs.get(i, 0)}"
+                assert count == expected_refs.get(i, 0), (
+                    f"block {i}: ref_count {count}, tables hold {expected_refs.get(i, 0)}"
+                )
             if block.digest is not None:
-                assert self._by_digest.get(block.digest) is block, f"block {i}: its digest names another block"
+                assert self._by_digest.get(block.digest) is block, (
+                    f"block {i}: its digest names another block"
+                )
                 cached += is_free
         assert cached == self.num_cached, f"{cached} cached blocks, num_cached says {self.num_cached}"
         for digest, block in self._by_digest.items():
-            assert block.digest == digest, f"the prefix map names block {block.block_id} by a digest it does not have"
+            assert block.digest == digest, (
+                f"the prefix map names block {block.block_id} by a digest it does not have"
+            )
 
     def _check_free_list(self) -> set[int]:
         seen: set[int] = set()

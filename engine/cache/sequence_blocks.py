@@ -9,10 +9,10 @@ decision.
 
 from __future__ import annotations
 
-from engine.cache.block_hash import extend_chain, root_digest
+from engine.cache.block_hash import block_digest, extend_chain, root_digest
 from engine.cache.block_pool import BlockPool
 from engine.records import BlockEvent, BlockEventKind
-from engine.request import Sequence
+from engine.request import Sequence, SequenceStatus
 
 ACQUIRE, SHARE, PUBLISH, RELEASE = (
     BlockEventKind.ACQUIRE,
@@ -28,15 +28,27 @@ class SequenceBlocks:
     `events` grows by one entry per change; whoever records steps takes the list with `take_events`.
     """
 
-    __slots__ = ("_announced", "_enabled", "_roots", "_version_digest", "block_size", "events", "pool")
+    __slots__ = (
+        "_announced",
+        "_awaited",
+        "_enabled",
+        "_roots",
+        "_version_digest",
+        "block_size",
+        "events",
+        "pool",
+    )
 
-    def __init__(self, pool: BlockPool, block_size: int, *, version_digest: str, enable_prefix_cache: bool) -> None:
+    def __init__(
+        self, pool: BlockPool, block_size: int, *, version_digest: str, enable_prefix_cache: bool
+    ) -> None:
         self.pool = pool
         self.block_size = block_size
         self.events: list[BlockEvent] = []
         self._enabled = enable_prefix_cache
         self._version_digest = version_digest
         self._announced: dict[bytes, Sequence] = {}  # digest of a block being computed -> who computes it
+        self._awaited: dict[Sequence, bytes] = {}  # who waits for one of those
         self._roots: dict[str, bytes] = {"": root_digest(version_digest, "", block_size)}
 
     def match(self, seq: Sequence) -> list[int]:
@@ -47,11 +59,23 @@ class SequenceBlocks:
         self._hash_until(seq, limit)
         return self.pool.match(seq.block_hashes, limit)
 
-    def is_announced(self, seq: Sequence, num_matched: int) -> bool:
-        """Whether a running sequence is computing the block that `seq` needs after its `num_matched` matched ones."""
-        if not self._reads_cache(seq) or num_matched >= (len(seq.token_ids) - 1) // self.block_size:
+    def awaits(self, seq: Sequence) -> bool:
+        """Whether blocks that `seq` was found to await (`look_out`) are still being computed. O(1)."""
+        return self._awaited.get(seq) in self._announced
+
+    def look_out(self, seq: Sequence, num_matched: int) -> bool:
+        """Whether a running sequence is computing the blocks that `seq` needs after its `num_matched` matched ones.
+
+        If so, `seq` awaits the last of them: having the whole common prefix costs least.
+        """
+        self._awaited.pop(seq, None)
+        if not self._reads_cache(seq):
             return False
-        return seq.block_hashes[num_matched] in self._announced
+        for digest in seq.block_hashes[num_matched : (len(seq.token_ids) - 1) // self.block_size]:
+            if digest not in self._announced:
+                break
+            self._awaited[seq] = digest
+        return seq in self._awaited
 
     def admit(self, seq: Sequence, matched: list[int], num_tokens: int) -> None:
         """Start the table of `seq`: the matched blocks, then fresh ones up to `num_tokens` tokens."""
@@ -81,6 +105,28 @@ class SequenceBlocks:
         self.events.append(BlockEvent(ACQUIRE, seq.request_id, tuple(fresh)))
         return fresh
 
+    def append_block(self, seq: Sequence) -> int:
+        """Append one fresh block to the table of `seq`: `grow` for a row that decodes. The pool must have one."""
+        block_id = self.pool.allocate()
+        seq.block_ids.append(block_id)
+        self.events.append(BlockEvent(ACQUIRE, seq.request.request_id, (block_id,)))
+        return block_id
+
+    def publish_block(self, seq: Sequence, index: int) -> None:
+        """Make block `index` of `seq` matchable: `publish` for a row that decodes."""
+        if not self._enabled:
+            return
+        chain = seq.block_hashes
+        if len(chain) == index:
+            parent = chain[-1] if chain else self._root(seq.request.cache_salt)
+            first = index * self.block_size
+            chain.append(block_digest(parent, seq.token_ids[first : first + self.block_size]))
+        digest, block_id = chain[index], seq.block_ids[index]
+        if self._announced:
+            self._announced.pop(digest, None)
+        if self.pool.publish(block_id, digest):
+            self.events.append(BlockEvent(PUBLISH, seq.request.request_id, (block_id,)))
+
     def publish(self, seq: Sequence, first_token: int, end_token: int) -> None:
         """Make matchable the blocks of `seq` that became full between these counts of committed tokens."""
         if not self._enabled:
@@ -96,6 +142,7 @@ class SequenceBlocks:
 
     def release(self, seq: Sequence) -> None:
         """Give all blocks of `seq` back; published ones stay matchable until they are reused."""
+        self._awaited.pop(seq, None)
         for digest in seq.block_hashes[seq.num_computed // self.block_size :]:
             if self._announced.get(digest) is seq:
                 del self._announced[digest]
@@ -111,7 +158,11 @@ class SequenceBlocks:
             AssertionError: naming the sequence.
         """
         for seq in self._announced.values():
-            assert any(seq is other for other in running), f"{seq.request_id} announces blocks but does not run"
+            assert any(seq is other for other in running), (
+                f"{seq.request_id} announces blocks but does not run"
+            )
+        for seq in self._awaited:
+            assert seq.status is SequenceStatus.WAITING, f"{seq.request_id} awaits blocks as {seq.status}"
         for seq in running:
             assert len(set(seq.block_ids)) == len(seq.block_ids), f"{seq.request_id} holds a block twice"
 
@@ -122,11 +173,19 @@ class SequenceBlocks:
         return events
 
     def _reads_cache(self, seq: Sequence) -> bool:
-        return self._enabled and not seq.request.params.prompt_logprobs  # those need the logits of every position
+        return (
+            self._enabled and not seq.request.params.prompt_logprobs
+        )  # those need the logits of every position
 
     def _hash_until(self, seq: Sequence, num_blocks: int) -> None:
         if len(seq.block_hashes) < num_blocks:
-            extend_chain(seq.block_hashes, self._root(seq.request.cache_salt), seq.token_ids, num_blocks, self.block_size)
+            extend_chain(
+                seq.block_hashes,
+                self._root(seq.request.cache_salt),
+                seq.token_ids,
+                num_blocks,
+                self.block_size,
+            )
 
     def _root(self, salt: str) -> bytes:
         root = self._roots.get(salt)

@@ -248,9 +248,8 @@ def combine_kernel(
     tl.store(out + target, result.to(out.dtype.element_ty), mask=inside[None, :])
 
 
-Partials = tuple[
-    Tensor, Tensor, Tensor
-]  # float32 sums [rows, splits, H, D], peaks and totals [rows, splits, H], flat
+# float32 sums [rows, splits, H, D], peaks and totals [rows, splits, H], each flat
+Partials = tuple[Tensor, Tensor, Tensor]
 
 LOG2_E = 1.4426950408889634  # the kernels exponentiate in base 2
 

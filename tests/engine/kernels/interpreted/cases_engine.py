@@ -50,7 +50,7 @@ def _engine(attention: AttentionBackend) -> Engine:
     model = ModelConfig.from_dict(SHAPE)
     config = EngineConfig(
         model="random", dtype="float32", device="cpu", block_size=16, num_blocks=10, max_batched_tokens=32,
-        max_num_seqs=4, max_model_len=120, num_threads=2, deterministic=False,
+        max_num_seqs=4, max_model_len=120, num_threads=1, deterministic=False,
     )  # fmt: skip
     assert config.max_model_len is not None
     device, dtype = torch.device("cpu"), torch.float32

@@ -11,7 +11,6 @@ import os
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 
@@ -50,8 +49,3 @@ def _correct_bfloat16() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _correct_bfloat16()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(2)

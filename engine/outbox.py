@@ -1,0 +1,200 @@
+"""Outbox: what live requests are owed — their deltas and, when they end, their records.
+
+It follows each request's text where stop texts were asked for, and only there. Boundary: it reads commits and ends no
+sequence itself: a stop text that it finds is reported back, and the engine ends the sequence.
+"""
+
+from __future__ import annotations
+
+from engine.plan import TokenLogprobs
+from engine.planned_step import Commit
+from engine.recording import Recorder
+from engine.records import RequestRecord, StreamDelta
+from engine.request import FinishReason, Request, Sequence
+from engine.stop_text import StopTextMatcher
+from engine.tokenizer import IncrementalDetokenizer
+
+
+class RequestTrack:
+    """What is remembered of a live request besides its Sequence."""
+
+    __slots__ = (
+        "admitted_ns", "detokenizer", "matcher", "num_cached_tokens", "prompt_logprobs", "request", "token_ns",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, detokenizer: IncrementalDetokenizer | None) -> None:
+        params = request.params
+        self.request = request
+        self.admitted_ns: int | None = None
+        self.num_cached_tokens = 0
+        self.token_ns: list[int] = []  # when each output token was committed
+        self.prompt_logprobs: dict[int, TokenLogprobs] = {}  # by position
+        self.detokenizer = detokenizer
+        self.matcher: StopTextMatcher | None = None
+        if params.stop:
+            assert detokenizer is not None, "stop texts need a detokenizer"
+            self.matcher = StopTextMatcher(params.stop, include_in_output=params.include_stop_str_in_output)
+
+    def watch(self, token: int, reason: FinishReason | None) -> str:
+        """Text that this token makes certain. A stop token's own text is not output."""
+        params, matcher, detokenizer = self.request.params, self.matcher, self.detokenizer
+        assert matcher is not None
+        assert detokenizer is not None
+        text = ""
+        if reason is not FinishReason.STOP or params.include_stop_str_in_output:
+            text = detokenizer.push((token,))
+        if reason is not None:
+            text += detokenizer.flush()
+        if len(self.token_ns) < params.min_tokens:
+            text = matcher.pass_over(text)
+        else:
+            text = matcher.push(text)
+        if reason is not None and matcher.matched is None:
+            text += matcher.flush()
+        return text
+
+    def rest(self) -> str | None:
+        """Text still held back when the request ends without another token; None if its text is not followed."""
+        if self.matcher is None or self.detokenizer is None:
+            return None
+        return self.matcher.flush() + self.detokenizer.flush()
+
+    def prompt_logprobs_in_order(self) -> tuple[TokenLogprobs, ...]:
+        return tuple(self.prompt_logprobs[position] for position in sorted(self.prompt_logprobs))
+
+
+class Outbox:
+    """Collects deltas and request records until the engine's step hands them out."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._tracks: dict[str, RequestTrack] = {}
+        self._deltas: list[StreamDelta] = []
+        self._requests: list[RequestRecord] = []
+
+    def open(self, request: Request, detokenizer: IncrementalDetokenizer | None) -> None:
+        """Begin to follow a request."""
+        self._tracks[request.request_id] = RequestTrack(request, detokenizer)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._tracks
+
+    @property
+    def request_ids(self) -> set[str]:
+        """Requests that have not ended."""
+        return set(self._tracks)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._deltas
+
+    def take(self) -> tuple[tuple[StreamDelta, ...], tuple[RequestRecord, ...]]:
+        """Everything collected since the last call, oldest first."""
+        taken = tuple(self._deltas), tuple(self._requests)
+        self._deltas.clear()
+        self._requests.clear()
+        return taken
+
+    def admitted(self, seq: Sequence, at_ns: int) -> None:
+        """A request began to run. Later admissions, after preemption, change nothing."""
+        track = self._tracks[seq.request_id]
+        if track.admitted_ns is None:
+            track.admitted_ns = at_ns
+            track.num_cached_tokens = seq.num_cached_tokens
+            self._recorder.count_prompt(seq.num_prompt_tokens, seq.num_cached_tokens)
+
+    def put_commit(self, commit: Commit, now_ns: int) -> list[Sequence]:
+        """Deltas of a committed step; returns sequences whose stop text was found and that still run."""
+        for part in commit.prompt_logprobs:
+            self._tracks[part.seq.request_id].prompt_logprobs.update(enumerate(part.entries, part.first))
+        # Most rows of most steps bring one token and nothing else: they take the short way.
+        special = {finish.seq.request_id for finish in commit.finished}
+        special.update(commit.logprobs)
+        tracks, put = self._tracks, self._deltas.append
+        remaining: list[tuple[Sequence, int]] = []
+        for seq, token in zip(commit.sequences, commit.token_ids, strict=True):
+            request_id = seq.request.request_id
+            track = tracks[request_id]
+            track.token_ns.append(now_ns)
+            if track.matcher is not None or request_id in special:
+                remaining.append((seq, token))
+            else:
+                put(
+                    StreamDelta(
+                        request_id, (token,), None, (), None, None, None, track.num_cached_tokens, now_ns
+                    )
+                )
+        return self._put_special(commit, remaining, now_ns) if remaining else []
+
+    def _put_special(
+        self, commit: Commit, sampled: list[tuple[Sequence, int]], now_ns: int
+    ) -> list[Sequence]:
+        """Deltas that carry more than a token: an end, log-probabilities, or text watched for stop texts."""
+        ends = {finish.seq.request_id: finish for finish in commit.finished}
+        stopped = []
+        for seq, token in sampled:
+            request_id = seq.request_id
+            track, end = self._tracks[request_id], ends.get(request_id)
+            reason = end.reason if end else None
+            stop_reason: str | int | None = end.stop_reason if end else None
+            text = None
+            if track.matcher is not None:
+                text = track.watch(token, reason)
+                if track.matcher.matched is not None:
+                    reason, stop_reason = FinishReason.STOP, track.matcher.matched
+                    if end is None:
+                        stopped.append(seq)
+            entry = commit.logprobs.get(request_id)
+            delta = StreamDelta(
+                request_id,
+                (token,),
+                text,
+                () if entry is None else (entry,),
+                reason,
+                stop_reason,
+                num_cached_tokens=track.num_cached_tokens,
+                created_ns=now_ns,
+                prompt_logprobs=track.prompt_logprobs_in_order() if reason else (),
+            )
+            self._deltas.append(delta)
+            if reason is not None:
+                self._close(seq, reason, now_ns, None)
+        return stopped
+
+    def put_end(self, seq: Sequence, reason: FinishReason, error: str | None, now_ns: int) -> None:
+        """The last delta of a request that ended otherwise than by its own tokens."""
+        track = self._tracks[seq.request_id]
+        self._deltas.append(
+            StreamDelta(
+                seq.request_id,
+                (),
+                track.rest(),
+                finish_reason=reason,
+                error=error,
+                num_cached_tokens=track.num_cached_tokens,
+                created_ns=now_ns,
+                prompt_logprobs=track.prompt_logprobs_in_order(),
+            )
+        )
+        self._close(seq, reason, now_ns, error)
+
+    def _close(self, seq: Sequence, reason: FinishReason, now_ns: int, error: str | None) -> None:
+        track = self._tracks.pop(seq.request_id)
+        self._recorder.count_finished(reason)
+        token_ns = tuple(track.token_ns)
+        self._requests.append(
+            RequestRecord(
+                request_id=seq.request_id,
+                arrival_ns=track.request.arrival_ns,
+                admitted_ns=track.admitted_ns,
+                first_token_ns=token_ns[0] if token_ns else None,
+                finished_ns=now_ns,
+                num_prompt_tokens=seq.num_prompt_tokens,
+                num_cached_tokens=track.num_cached_tokens,
+                num_output_tokens=len(token_ns),
+                num_preemptions=seq.num_preemptions,
+                finish_reason=reason,
+                token_ns=token_ns,
+                error=error,
+            )
+        )

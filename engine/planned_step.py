@@ -1,0 +1,88 @@
+"""What the host remembers of a step in flight, and what taking it in brings.
+
+These types stay between scheduler and engine; the device sees ``engine.plan``, the outside ``engine.records``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from engine.plan import TokenLogprobs
+from engine.request import FinishReason, Sequence
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A row that computes several tokens, or one that is not its sequence's last."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+    fresh: list[int]  # blocks appended to its table; empty with its admission, which names them all
+
+
+@dataclass(slots=True)
+class PlannedStep:
+    """What the host remembers of a step in flight: whose rows it computes, in plan order."""
+
+    step_id: int
+    # Rows [0, len(decoding)) compute one token and sample; `ends[i]` is the position that row i's token will take.
+    decoding: list[Sequence] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)  # the other rows, in order
+    # (row index, blocks appended to its table), ascending.
+    growth: list[tuple[int, list[int]]] = field(default_factory=list)
+    num_decode_tokens: int = 0  # tokens behind the prompt, one a row
+    preempted: list[Sequence] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    # (request_id, cached tokens) of those admitted that had any.
+    prefix_hits: list[tuple[str, int]] = field(default_factory=list)
+    # Finished or preempted since it was planned: their results are not taken.
+    dropped: set[Sequence] = field(default_factory=set)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decoding) + sum(chunk.num_tokens for chunk in self.chunks)
+
+    def rows(self) -> tuple[tuple[str, int], ...]:
+        """(request_id, num_tokens) of each row, in plan order."""
+        rows = [(seq.request.request_id, 1) for seq in self.decoding]
+        rows += [(chunk.seq.request_id, chunk.num_tokens) for chunk in self.chunks]
+        return tuple(rows)
+
+    def sequences(self) -> Iterator[Sequence]:
+        yield from self.decoding
+        for chunk in self.chunks:
+            yield chunk.seq
+
+
+@dataclass(slots=True)
+class Finish:
+    """A sequence that ended in a commit."""
+
+    seq: Sequence
+    reason: FinishReason
+    stop_reason: int | None = None
+
+
+@dataclass(slots=True)
+class PromptLogprobs:
+    """What one chunk said about the prompt tokens from position `first` on."""
+
+    seq: Sequence
+    first: int
+    entries: list[TokenLogprobs]
+
+
+@dataclass(slots=True)
+class Commit:
+    """What a committed step added. `token_ids[i]` is the new token of `sequences[i]`."""
+
+    step: PlannedStep
+    sequences: list[Sequence] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finished: list[Finish] = field(default_factory=list)
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # by request_id
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)

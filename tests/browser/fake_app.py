@@ -1,0 +1,45 @@
+"""The app's process with a FakeRunner whose answers, speed and death a test decides. Run as a script.
+
+Arguments: port, home folder, seconds a step, a file whose existence makes the device break in the next step.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import uvicorn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pages"))  # page_world
+
+from page_world import FakeHost
+
+from engine.errors import EngineDeadError
+from workbench import settings
+from workbench.api.metrics import EngineMetrics
+from workbench.app import Wiring, build_app
+
+SENTENCE = b"The harbour keeps fourteen lamps, and each one answers to the river. "
+
+
+def main() -> None:
+    port, home, delay_s, break_file = (
+        int(sys.argv[1]),
+        Path(sys.argv[2]),
+        float(sys.argv[3]),
+        Path(sys.argv[4]),
+    )
+
+    def choose(request_id: str, index: int) -> int:
+        if break_file.exists():
+            raise EngineDeadError("the device is gone")
+        return SENTENCE[index % len(SENTENCE)]
+
+    host = FakeHost(delay_s=delay_s, choose=choose).host
+    loaded = settings.load(port=port, mlflow_port=port + 1 if port < 65535 else port - 1, home_dir=home)
+    app = build_app(Wiring(loaded, host, EngineMetrics()))
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", ws="websockets-sansio")
+
+
+if __name__ == "__main__":
+    main()

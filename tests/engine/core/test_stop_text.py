@@ -1,0 +1,58 @@
+"""StopTextMatcher: cuts at the earliest stop text, shows the rest as soon as it is certain."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.stop_text import StopTextMatcher
+
+
+def test_text_is_shown_as_soon_as_it_cannot_begin_a_stop_text() -> None:
+    matcher = StopTextMatcher(("abc",))
+    assert [matcher.push(piece) for piece in ("x", "a", "b", "x", "ab", "ab")] == [
+        "x",
+        "",
+        "",
+        "abx",
+        "",
+        "ab",
+    ]
+    assert matcher.flush() == "ab"
+
+
+def test_the_earliest_match_wins_and_of_two_there_the_longer() -> None:
+    matcher = StopTextMatcher(("cd", "bc", "bcd"))
+    assert matcher.push("abcd") == "a"
+    assert matcher.matched == "bcd"
+
+
+def test_text_passed_over_is_never_part_of_a_match() -> None:
+    matcher = StopTextMatcher(("ab",))
+    assert matcher.pass_over("a") == "a"
+    assert matcher.push("b") == "b"
+    assert matcher.matched is None
+
+
+@given(
+    pieces=st.lists(st.text("ab", max_size=4), max_size=12),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    include=st.booleans(),
+)
+def test_any_cutting_into_pieces_gives_what_a_search_of_the_whole_gives(pieces, stops, include) -> None:
+    matcher = StopTextMatcher(tuple(stops), include_in_output=include)
+    shown = read = ""
+    for piece in pieces:
+        read += piece
+        shown += matcher.push(piece)
+        ends = [(read.find(stop), -len(stop), stop) for stop in stops if stop in read]
+        assert (matcher.matched is None) == (not ends)
+        if ends:
+            at, _, stop = min(ends)
+            assert matcher.matched == stop
+            assert shown == (read[: at + len(stop)] if include else read[:at])
+            return
+        assert read.startswith(shown)
+        held = read[len(shown) :]
+        assert held == "" or any(stop.startswith(held) for stop in stops), "text is held back without need"
+    assert shown + matcher.flush() == read

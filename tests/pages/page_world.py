@@ -1,0 +1,64 @@
+"""Hosts for page tests: the real worker, scheduler, cache and records over FakeRunner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from streamlit.testing.v1 import AppTest
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.fake_runner import FakeRunner
+from engine.fake_tokenizer import FakeTokenizer
+from engine.plan import KVSpec
+from engine.records import MemoryLedger
+from engine.worker import EngineWorker
+from workbench.host import FAKE_MODEL, EngineHost
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_BLOCKS, BLOCK_SIZE = 64, 16
+
+
+def make_worker(
+    *, num_blocks: int = NUM_BLOCKS, on_fatal: Any = None, **runner_options: Any
+) -> tuple[EngineWorker, FakeRunner]:
+    """A worker, not started, over a small FakeRunner."""
+    tokenizer = FakeTokenizer()
+    runner = FakeRunner(num_blocks, BLOCK_SIZE, vocab_size=256, **runner_options)
+    config = EngineConfig(
+        model=FAKE_MODEL, block_size=BLOCK_SIZE, num_blocks=num_blocks, max_batched_tokens=256, max_num_seqs=8,
+        max_model_len=512, dtype="float32", device="cpu",
+    )  # fmt: skip
+    engine = Engine(
+        config,
+        runner,
+        kv_spec=KVSpec(num_layers=1, num_kv_heads=1, head_size=4, block_size=BLOCK_SIZE, dtype_bytes=4),
+        eos_token_ids=tokenizer.eos_token_ids,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
+        memory=MemoryLedger(14 * 2**20, 96 * 2**20, 8 * 2**20, 8 * 2**30, "cpu"),
+    )
+    return EngineWorker(engine, on_fatal=on_fatal), runner
+
+
+class FakeHost:
+    """An EngineHost with its runner at hand, so that a test can make it answer or fail."""
+
+    def __init__(self, **runner_options: Any) -> None:
+        self.runner: FakeRunner | None = None
+
+        def factory(config: EngineConfig, *, progress: Any, on_fatal: Any) -> EngineWorker:
+            worker, self.runner = make_worker(on_fatal=on_fatal, **runner_options)
+            return worker
+
+        self.host = EngineHost(EngineConfig(model=FAKE_MODEL), factory=factory)
+
+    @property
+    def worker(self) -> EngineWorker:
+        return self.host.worker()
+
+
+def html_of(at: AppTest) -> str:
+    """All HTML that the page rendered."""
+    return "\n".join(element.proto.body for element in at.main if element.type == "html")

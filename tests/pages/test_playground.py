@@ -1,0 +1,254 @@
+"""The Playground: asking, seeing probabilities and figures, keeping what was said, refusing what cannot run."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from page_world import FakeHost, html_of, make_worker
+from streamlit.testing.v1 import AppTest
+
+from engine.fake_runner import scripted
+from engine.request import FinishReason
+from engine.sampling_params import SamplingParams
+from workbench.ui import resources
+from workbench.ui.components import chat_message
+from workbench.ui.conversations import Answer, Conversations, ask, new_conversation
+
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0, logprobs=3)
+
+
+def say(at: AppTest, text: str) -> AppTest:
+    return at.chat_input[0].set_value(text).run()
+
+
+def test_chip_is_sent_with_a_click_and_answered_with_figures(ready_host, open_page):
+    ready_host(choose=scripted("Good day."))
+    at = open_page("playground")
+    at.button("chip_0").click().run()
+    assert not at.exception
+    shown = html_of(at)
+    assert "Hello there" in shown
+    assert 'data-tip="G  36.79 %, rank 1' in shown
+    for figure in ("TTFT", "TPOT", "tokens/s", "end of text", "<b>10</b> tokens", "seed "):
+        assert figure in shown
+    assert "least certain tokens" in shown
+    assert "stop_it" not in [button.key for button in at.button]
+
+
+def test_answer_is_escaped_and_never_markup(ready_host, open_page):
+    said = '<img src="http://example.com/x.png" onerror=alert(1)>'
+    ready_host(choose=scripted(said))
+    at = say(open_page("playground"), "<script>alert(2)</script>")
+    shown = html_of(at)
+    assert "<img" not in shown
+    assert "<script" not in shown
+    assert "&lt;script&gt;alert(2)&lt;/script&gt;" in shown
+
+
+def test_conversation_goes_on_and_survives_a_reload(ready_host, open_page):
+    fake: FakeHost = ready_host(choose=scripted("Yes."))
+    at = say(open_page("playground"), "one")
+    say(at, "two")
+    conversation_id = at.query_params["chat"]
+    prompt = fake.worker.tokenizer.apply_chat_template(
+        [
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "two"},
+        ]
+    )
+    assert fake.worker.records.requests()[-1].num_prompt_tokens == len(prompt)
+    again = open_page("playground")
+    assert "one" not in html_of(again)
+    again.query_params["chat"] = conversation_id
+    again.run()
+    assert not again.exception
+    for part in ("one", "two"):
+        assert f'<div class="q-answer">{part}</div>' in html_of(again)
+
+
+def test_new_chat_forgets_nothing_but_starts_empty(ready_host, open_page):
+    ready_host(choose=scripted("Yes."))
+    at = say(open_page("playground"), "one")
+    next(b for b in at.button if b.label == "New chat").click().run()
+    assert "held out from its training" in html_of(at)
+    assert not at.exception
+
+
+def test_controls_reach_the_request_and_the_address(ready_host, open_page):
+    fake: FakeHost = ready_host()
+    at = open_page("playground")
+    at.number_input("max_tokens").set_value(5)
+    at.toggle("ignore_eos").set_value(True)
+    at.text_input("seed").set_value("7")
+    at.text_area("system").set_value("Be brief.")
+    at.run()
+    say(at, "hello")
+    assert not at.exception
+    assert "seed 7" in html_of(at)
+    assert "token limit" in html_of(at)
+    assert fake.worker.records.requests()[-1].num_output_tokens == 5
+    with_system = fake.worker.tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    )
+    assert fake.worker.records.requests()[-1].num_prompt_tokens == len(with_system)
+    codes = "\n".join(block.value for block in at.code)
+    assert '"max_tokens": 5' in codes
+    assert "'ignore_eos': True" in codes
+    assert "seed=7" in codes
+    assert "Be brief." in codes
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [("seed", "x1", "Seed must be a whole number"), ("min_tokens", 300, "min_tokens")],
+)
+def test_setting_that_cannot_be_used_is_told_and_nothing_is_sent(key, value, told, ready_host, open_page):
+    ready_host()
+    at = open_page("playground")
+    widget = at.text_input(key) if key == "seed" else at.number_input(key)
+    widget.set_value(value).run()
+    assert not at.exception
+    assert any(told in error.value for error in at.error)
+    assert at.chat_input[0].disabled
+
+
+def test_prompt_that_is_too_long_is_refused_in_place(ready_host, open_page):
+    fake: FakeHost = ready_host()
+    at = say(open_page("playground"), "a" * 2000)
+    assert not at.exception
+    assert "The request was refused" in html_of(at)
+    assert "512" in html_of(at)
+    assert fake.worker.records.requests() == []
+    say(at, "short")  # the refused turn is not part of the next prompt
+    assert fake.worker.records.requests()[-1].num_prompt_tokens < 100
+
+
+def test_step_failure_is_shown_with_the_answer(ready_host, open_page):
+    fake: FakeHost = ready_host()
+    fake.runner.fail_next(RuntimeError("a step broke"))
+    at = say(open_page("playground"), "hello")
+    assert not at.exception
+    assert "The answer ended with an error" in html_of(at)
+    assert "a step broke" in html_of(at)
+
+
+@pytest.fixture
+def slow_worker():
+    worker, _ = make_worker(delay_s=0.02, choose=lambda _id, _index: ord("x"))
+    worker.start()
+    yield worker
+    worker.close()
+
+
+def long_answer(worker) -> Answer:
+    conversation = new_conversation()
+    turn = ask(worker, conversation, ({"role": "user", "content": "hi"},), GREEDY.with_(max_tokens=400))
+    assert turn.answer is not None
+    return turn.answer
+
+
+def test_stop_keeps_what_there_is_and_frees_the_blocks(slow_worker):
+    answer = long_answer(slow_worker)
+    looks = answer.follow(0.05)
+    while not next(looks):
+        pass
+    answer.stop()
+    assert not answer.running
+    assert answer.completion.finish_reason is FinishReason.ABORT
+    assert set(answer.text) == {"x"}
+    assert 0 < answer.num_tokens < 400
+    deadline = time.monotonic() + 5
+    while (
+        slow_worker.stats().num_free_blocks < slow_worker.stats().num_blocks and time.monotonic() < deadline
+    ):
+        time.sleep(0.02)
+    assert slow_worker.stats().num_free_blocks == slow_worker.stats().num_blocks
+
+
+def test_following_never_waits_longer_than_its_interval(slow_worker):
+    answer = long_answer(slow_worker)
+    looks = answer.follow(0.05)
+    before = time.monotonic()
+    for _ in range(4):
+        next(looks)
+    assert time.monotonic() - before < 2.0
+    assert answer.running
+    answer.stop()
+
+
+def test_answer_that_nobody_looks_at_is_aborted(slow_worker):
+    token_ids = slow_worker.tokenizer.encode("hi")
+    answer = Answer(
+        slow_worker.submit(token_ids, GREEDY.with_(max_tokens=400)), slow_worker.tokenizer, unattended_s=0.1
+    )
+    deadline = time.monotonic() + 10
+    while answer.running and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert answer.completion.finish_reason is FinishReason.ABORT
+
+
+def test_store_is_bounded_and_aborts_what_it_drops(slow_worker):
+    store = Conversations(limit=2)
+    first = new_conversation()
+    turn = ask(slow_worker, first, ({"role": "user", "content": "hi"},), GREEDY.with_(max_tokens=400))
+    store.keep(first)
+    store.keep(new_conversation())
+    assert store.get(first.id) is first
+    for _ in range(2):
+        store.keep(new_conversation())
+    assert store.get(first.id) is None
+    turn.answer.stop()
+    assert turn.answer.was_stopped
+
+
+def test_two_threads_may_follow_one_answer(slow_worker):
+    answer = long_answer(slow_worker)
+    threads = [threading.Thread(target=lambda: list(answer.follow(0.01))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    answer.stop()
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_token_views_spell_the_text_and_name_the_alternatives(ready_host):
+    fake: FakeHost = ready_host(choose=scripted("día"))
+    conversation = new_conversation()
+    turn = ask(fake.worker, conversation, ({"role": "user", "content": "hi"},), GREEDY)
+    list(turn.answer.follow())
+    views = turn.answer.tokens()
+    assert "".join(view.text for view in views) == turn.answer.text == "día"
+    assert all(len(view.alternatives) == 3 for view in views)
+    assert views[-1].is_last
+    assert views[-1].text == ""  # the end of the text
+    assert "end</span>" in chat_message.finished(turn.answer)
+    assert "␣" in chat_message.visible(" a")
+
+
+def test_stop_text_is_not_shown_as_said(ready_host):
+    fake: FakeHost = ready_host(choose=scripted("one two three"))
+    conversation = new_conversation()
+    turn = ask(fake.worker, conversation, ({"role": "user", "content": "hi"},), GREEDY.with_(stop=(" tw",)))
+    list(turn.answer.follow())
+    assert turn.answer.text == "one"
+    assert "".join(view.text for view in turn.answer.tokens()) == "one"
+    assert "stop text" in chat_message.finished(turn.answer)
+
+
+def test_a_task_s_own_system_prompt_wins():
+    conversation = new_conversation()
+    task = ({"role": "system", "content": "theirs"}, {"role": "user", "content": "hi"})
+    assert conversation.messages("ours", then=task) == list(task)
+    assert [m["content"] for m in conversation.messages("ours", then=task[1:])] == ["ours", "hi"]
+    assert conversation.messages("ours") == []
+
+
+def test_resources_without_an_app_say_so():
+    resources.provide(None)
+    with pytest.raises(RuntimeError, match="inside the app"):
+        resources.host()

@@ -1,0 +1,1 @@
+"""The Streamlit side of the workbench: pages' shared parts. Services do not import it; it imports services."""

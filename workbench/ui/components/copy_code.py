@@ -1,0 +1,96 @@
+"""The conversation as a request that others can send: curl and Python, for the same server, model and settings.
+
+Both texts are complete: pasted into a shell or a file they run. Values are quoted for their language.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import streamlit as st
+
+from engine.sampling_params import SamplingParams
+
+_DEFAULTS = SamplingParams(max_tokens=None)
+_OPENAI = ("temperature", "top_p", "max_tokens", "seed", "stop")
+_OURS = ("top_k", "min_p", "min_tokens", "ignore_eos")  # not in OpenAI's API: `extra_body` in its client
+
+
+def show(
+    model: str,
+    messages: Sequence[Mapping[str, Any]],
+    params: SamplingParams,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """A popover with both texts, each with its copy button."""
+    with st.popover("Copy as code", help="The same request over the API, as curl or Python"):
+        in_shell, in_python = st.tabs(["curl", "Python"])
+        base = base_url(st.context.url)
+        in_shell.code(as_curl(base, model, messages, params, tools), language="bash", wrap_lines=True)
+        in_python.code(as_python(base, model, messages, params, tools), language="python", wrap_lines=True)
+
+
+def base_url(page_url: str | None) -> str:
+    """The API's address on the server that shows this page."""
+    parts = urlsplit(page_url or "http://127.0.0.1:8501")
+    return f"{parts.scheme}://{parts.netloc}/v1"
+
+
+def settings(params: SamplingParams) -> dict[str, Any]:
+    """What differs from the API's defaults, and always the temperature."""
+    chosen = {name: getattr(params, name) for name in (*_OPENAI, *_OURS)}
+    kept = {k: v for k, v in chosen.items() if k == "temperature" or v != getattr(_DEFAULTS, k)}
+    if "stop" in kept:
+        kept["stop"] = list(kept["stop"])
+    if params.logprobs is not None:
+        kept |= {"logprobs": True, "top_logprobs": params.logprobs}
+    return kept
+
+
+def as_curl(
+    base: str,
+    model: str,
+    messages: Sequence[Mapping[str, Any]],
+    params: SamplingParams,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    body = {
+        "model": model,
+        "messages": list(messages),
+        **settings(params),
+        **({"tools": list(tools)} if tools else {}),
+    }
+    data = shlex.quote(json.dumps(body, ensure_ascii=False, indent=2))
+    return f"curl {base}/chat/completions \\\n  -H 'Content-Type: application/json' \\\n  -d {data}"
+
+
+def as_python(
+    base: str,
+    model: str,
+    messages: Sequence[Mapping[str, Any]],
+    params: SamplingParams,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    given = settings(params)
+    extra = {name: given.pop(name) for name in _OURS if name in given}
+    arguments = {"model": model, "messages": [dict(m) for m in messages], **given}
+    if tools:
+        arguments["tools"] = [dict(tool) for tool in tools]
+    if extra:
+        arguments["extra_body"] = extra
+    lines = [f"    {name}={value!r}," for name, value in arguments.items()]
+    return "\n".join(
+        [
+            "from openai import OpenAI",
+            "",
+            f"client = OpenAI(base_url={base!r}, api_key='none')",
+            "answer = client.chat.completions.create(",
+            *lines,
+            ")",
+            "print(answer.choices[0].message.content)",
+        ]
+    )

@@ -1,0 +1,102 @@
+"""All sampling controls of a chat, each bound to the page's address so that a link shares them.
+
+Returns checked parameters or the reason why there are none; submits nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import streamlit as st
+
+from engine.errors import InvalidParamsError
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from workbench.ui.glossary import tip
+
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """What is set. `params` is None when a value cannot be used; `error` says which and why."""
+
+    system: str
+    params: SamplingParams | None
+    error: str | None = None
+
+
+def show(context: int) -> Controls:
+    """Render the controls; `context` is the model's longest sequence in tokens."""
+    system = st.text_area(
+        "System prompt",
+        key="system",
+        bind="query-params",
+        height=96,
+        help=tip("system prompt"),
+        placeholder="none",
+    )
+    temperature = st.slider(
+        "Temperature", 0.0, 2.0, 0.0, 0.05, key="temperature", bind="query-params", help=tip("temperature")
+    )
+    left, right = st.columns(2)
+    with left:
+        top_p = st.number_input(
+            "Top p", 0.01, 1.0, 1.0, 0.05, key="top_p", bind="query-params", help=tip("top_p")
+        )
+        max_tokens = st.number_input(
+            "Max tokens", 1, context, min(DEFAULT_MAX_TOKENS, context), key="max_tokens", bind="query-params",
+            help=tip("max tokens"),
+        )  # fmt: skip
+        top_k = st.number_input("Top k", 0, None, 0, key="top_k", bind="query-params", help=tip("top_k"))
+    with right:
+        min_p = st.number_input(
+            "Min p", 0.0, 1.0, 0.0, 0.01, key="min_p", bind="query-params", help=tip("min_p")
+        )
+        min_tokens = st.number_input(
+            "Min tokens", 0, context, 0, key="min_tokens", bind="query-params", help=tip("min tokens")
+        )
+        logprobs = st.number_input(
+            "Alternatives", 0, MAX_LOGPROBS, 5, key="logprobs", bind="query-params", help=tip("logprobs")
+        )
+    seed = st.text_input("Seed", key="seed", bind="query-params", help=tip("seed"), placeholder="drawn anew")
+    stop = st.text_area(
+        "Stop texts", key="stop", bind="query-params", height=68, help=tip("stop"), placeholder="none"
+    )
+    ignore_eos = st.toggle(
+        "Ignore end of text", key="ignore_eos", bind="query-params", help=tip("ignore_eos")
+    )
+    params, error = _params(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, min_tokens=min_tokens,
+        logprobs=logprobs, seed=seed or "", stop=stop or "", ignore_eos=ignore_eos,
+    )  # fmt: skip
+    if error:
+        st.error(error, icon="⚠️")
+    return Controls(system or "", params, error)
+
+
+def _params(
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    max_tokens: int,
+    min_tokens: int,
+    logprobs: int,
+    seed: str,
+    stop: str,
+    ignore_eos: bool,
+) -> tuple[SamplingParams | None, str | None]:
+    try:
+        number = int(seed) if seed.strip() else None
+    except ValueError:
+        return None, f"Seed must be a whole number or empty, got {seed!r}."
+    try:
+        params = SamplingParams(
+            temperature=round(temperature, 4), top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens,
+            min_tokens=min_tokens, logprobs=logprobs, seed=number, ignore_eos=ignore_eos,
+            stop=tuple(line for line in stop.splitlines() if line),
+        )  # fmt: skip
+    except InvalidParamsError as error:
+        return None, str(error)
+    return params, None
