@@ -59,7 +59,7 @@ bench: $(VENV)/.installed-test browser
 
 # Runs with any Python that has torch, triton and transformers: make bench-gpu BIN=/path/to/its/bin
 bench-gpu:
-	$(BIN)/python -m pytest tests/gpu -p no:cacheprovider
+	$(BIN)/python -m pytest tests/gpu -p no:cacheprovider -W default
 	$(BIN)/python -m engine.bench gpu --save
 
 clean:

@@ -77,10 +77,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         server.stream(WARM_UP_TOKENS)
         idle = _idle_cost(server, browser)
         rounds: dict[str, list[Gaps]] = {"closed": [], "open": []}
-        for place in range(2 * args.rounds):
-            kind = ("closed", "open")[place % 2]
-            browser.show(server.url if kind == "open" else None)
-            rounds[kind].append(_round(server, browser, args))
+        for pair in range(args.rounds):
+            for kind in ("closed", "open") if pair % 2 == 0 else ("open", "closed"):  # drift hits both alike
+                browser.show(server.url if kind == "open" else None)
+                rounds[kind].append(_round(server, browser, args))
     figures = _figures(rounds, args) | idle
     _print(figures, args)
     return figures

@@ -70,12 +70,13 @@ def test_card_is_written_from_the_figures() -> None:
     card = (MODEL / "README.md").read_text(encoding="utf-8")
     assert card == write_card(FIGURES, len(CHIPS))
     for family, score in FIGURES["evaluation"]["scores"].items():
-        assert re.search(rf"\| {family} \|.*\| {score['passed']}/{score['total']} \|", card)
+        assert re.search(rf"\| {family} \|.*\| {score['passed']}/{score['total']},.*\|", card)
     assert set(FIGURES["evaluation"]["scores"]) == {*FAMILIES, "story"}
 
 
 def test_every_family_was_judged_on_enough_tasks() -> None:
     totals = {family: score["total"] for family, score in FIGURES["evaluation"]["scores"].items()}
     story = totals.pop("story")
-    assert min(totals.values()) >= 200
+    known = [score["total"] for score in FIGURES["evaluation"]["scores_new_values"].values()]
+    assert min([*totals.values(), *known]) >= 200
     assert story >= 50

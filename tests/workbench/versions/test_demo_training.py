@@ -23,7 +23,13 @@ from workbench.versions.demo.tokenizer import train_tokenizer, training_texts
 from workbench.versions.demo.train import CHECKPOINT, TrainConfig, Trainer, lr_factor
 
 MIX = MixConfig(
-    seed=1, episodes_per_pool=12, dialogues_per_pool=2, copy_first_pools=1, micro_tokens=300, micro_per_step=2, max_length=300
+    seed=1,
+    episodes_per_pool=12,
+    dialogues_per_pool=2,
+    copy_first_pools=1,
+    micro_tokens=300,
+    micro_per_step=2,
+    max_length=300,
 )
 CONFIG = TrainConfig(total_tokens=6_000, warmup_steps=2, seed=1)
 TALK = [
@@ -183,7 +189,9 @@ def test_orthogonalized_matrices_keep_their_vectors_and_level_their_values() -> 
         assert values.median() > 0.6
         left, _, right = torch.linalg.svd(matrices, full_matrices=False)
         turned = left.transpose(1, 2) @ orthogonalize(matrices) @ right.transpose(1, 2)
-        torch.testing.assert_close(turned, torch.diag_embed(torch.diagonal(turned, dim1=1, dim2=2)), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            turned, torch.diag_embed(torch.diagonal(turned, dim1=1, dim2=2)), atol=1e-4, rtol=0
+        )
 
 
 def test_muon_refuses_vectors() -> None:

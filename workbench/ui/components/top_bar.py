@@ -27,20 +27,14 @@ class Bar:
     model_id: str | None
     view: EngineView
     chip: DeltaGenerator
-    shown: str = ""  # what the chip's slot holds
-    num_writes: int = 0
 
     def refresh(self) -> EngineView:
-        """Read the engine's state again and show it in the chip, if that changed.
+        """Read the engine's state again and show it in the chip.
 
-        Streamlit lets a fragment write to the slot only if it did so in the page's own run: the first calls always write.
+        Always writes: what a fragment does not write again outside of itself, Streamlit takes away.
         """
         self.view = engine_state.read(self.model_id)
-        shown = engine_state.chip(self.view)
-        if shown != self.shown or self.num_writes < 2:  # by `show`, and by the fragment within the page's run
-            self.chip.html(shown)
-            self.shown = shown
-            self.num_writes += 1
+        self.chip.html(engine_state.chip(self.view))
         return self.view
 
 

@@ -1,6 +1,6 @@
 """Prompt chips: held-out tasks that the exported model passes, one-click prompts in the Playground.
 
-Chosen among tasks with one user message, passed greedily, by how sure the model was: the smallest gap
+Chosen among tasks with one user message and values that training never saw, passed greedily, by how sure the model was: the smallest gap
 between its first and second choice over the answer. They pass in fp32 and in bf16. A
 chip list is a showcase and no score.
 """
@@ -19,6 +19,7 @@ from workbench.versions.demo.chat_format import END
 from workbench.versions.demo.evaluate import greedy_answers, prompt_ids
 from workbench.versions.demo.generator import held_out_tasks
 from workbench.versions.demo.tasks import Task
+from workbench.versions.demo.values import Split
 
 CHIP_SEED = 7
 WANTED = {
@@ -51,14 +52,16 @@ def smallest_gap(model: LlamaForCausalLM, tokenizer: Tokenizer, task: Task, answ
 
 
 def choose_chips(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, stories: Sequence[Task] = (), candidates: int = 24
+    model: LlamaForCausalLM, tokenizer: Tokenizer, stories: Sequence[Task] = (), candidates: int = 32
 ) -> list[dict[str, Any]]:
     """One JSON value per chip, families in the order of `WANTED`; a family without a passed task is left out."""
     chips: list[dict[str, Any]] = []
     coarse = deepcopy(model).to(torch.bfloat16)
-    families = {**held_out_tasks(CHIP_SEED, candidates * 2), "story": list(stories)}
+    strict = held_out_tasks(CHIP_SEED, candidates)
+    known = held_out_tasks(CHIP_SEED, 2 * candidates, Split.NEW_VALUES)
+    families = {"story": list(stories), **{family: strict[family] + known[family] for family in strict}}
     for family, wanted in WANTED.items():
-        tasks = [task for task in families[family] if _one_question(task)][:candidates]
+        tasks = [task for task in families[family] if _one_question(task)]
         answers = greedy_answers(model, tokenizer, tasks)
         passed = [(task, answer) for task, answer in zip(tasks, answers, strict=True) if task.passes(answer)]
         ranked = sorted(passed, key=lambda pair: -smallest_gap(model, tokenizer, *pair))[: 2 * wanted]

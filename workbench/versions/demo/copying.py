@@ -225,7 +225,7 @@ _IDENTITY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
 
 def _identity(values: Values, episode: Episode) -> None:
     questions, answer, parts = values.rng.choice(_IDENTITY)
-    episode.say("user", values.one_of(questions))
+    episode.say("user", values.phrase(*questions))
     episode.answer("identity", answer, Check(contains=parts))
 
 
@@ -244,7 +244,7 @@ def copying_episode(rng: random.Random, split: Split) -> Episode:
     values = Values(rng, split)
     episode = Episode()
     if values.chance(0.4):
-        episode.say("system", values.one_of(SYSTEM_PROMPTS))
+        episode.say("system", values.phrase(*SYSTEM_PROMPTS))
     turns, weights = zip(*_TURNS, strict=True)
     for turn in rng.choices(turns, weights=weights, k=rng.choice((1, 2, 3, 4))):
         turn(values, episode)

@@ -24,6 +24,7 @@ from workbench.versions.demo.corpus import DOMAINS, Conversation, load_domain, s
 from workbench.versions.demo.generator import held_out_tasks
 from workbench.versions.demo.model import MAX_LENGTH, answer_loss
 from workbench.versions.demo.tasks import Task
+from workbench.versions.demo.values import Split
 
 EVALUATION_SEED = 2026
 _STORY_TOKENS = 420
@@ -42,10 +43,11 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Perplexity of answers per domain, and the score of each family."""
+    """Perplexity of answers per domain, and each family's score: all held out, and with known phrasings."""
 
     perplexity: dict[str, float]
     scores: dict[str, Score]
+    scores_new_values: dict[str, Score]
 
 
 def wilson(passed: int, total: int, z: float = 1.959964) -> Score:
@@ -78,7 +80,7 @@ def prompt_ids(tokenizer: Tokenizer, task: Task) -> list[int]:
 
 @torch.inference_mode()
 def greedy_answers(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, tasks: Sequence[Task], batch_size: int = 32
+    model: LlamaForCausalLM, tokenizer: Tokenizer, tasks: Sequence[Task], batch_size: int = 64
 ) -> list[str]:
     """One greedy answer per task, tool-call tokens included, without the end token."""
     prompts = [prompt_ids(tokenizer, task) for task in tasks]
@@ -140,11 +142,13 @@ def evaluate(
     """The whole judgement: perplexity on the dev parts, scores on `per_family` held-out tasks each, and on dev stories."""
     dev = {domain: load_domain(data, domain, "dev") for domain in DOMAINS}
     tasks = held_out_tasks(EVALUATION_SEED, per_family)
+    known = held_out_tasks(EVALUATION_SEED, per_family, Split.NEW_VALUES)
     stories = story_tasks(dev["story"])[:num_stories]
     families = {**tasks, "story": stories} if stories else dict(tasks)
     return Evaluation(
         perplexity={d: perplexity(model, tokenizer, dev[d][:dialogues_per_domain]) for d in dev},
         scores=score_tasks(model, tokenizer, families),
+        scores_new_values=score_tasks(model, tokenizer, known),
     )
 
 

@@ -56,12 +56,12 @@ def _copy_stage(rng: random.Random, split: Split, kind: float) -> Episode:
     return tool_episode(rng, split, max_tools=2) if kind < 0.33 else repeating_episode(rng, split)
 
 
-def held_out_tasks(seed: int, per_family: int) -> dict[str, list[Task]]:
-    """The first `per_family` held-out tasks of every family, at most one of a family from one episode."""
+def held_out_tasks(seed: int, per_family: int, split: Split = Split.HELD_OUT) -> dict[str, list[Task]]:
+    """The first `per_family` tasks of every family of a split, at most one of a family from one episode."""
     found: dict[str, list[Task]] = {family: [] for family in FAMILIES}
     for index in _counter():
         taken: set[str] = set()
-        for task in make_episode(seed, index, Split.HELD_OUT).tasks():
+        for task in make_episode(seed, index, split).tasks():
             if task.family not in taken and len(found[task.family]) < per_family:
                 taken.add(task.family)
                 found[task.family].append(task)

@@ -34,7 +34,7 @@ def write_card(figures: dict[str, Any], num_chips: int) -> str:
     return "\n".join(
         [
             *_head(figures, training),
-            *_scores(evaluation["scores"]),
+            *_scores(evaluation),
             *_perplexity(evaluation["perplexity"]),
             *_limits(num_chips),
             *_data(),
@@ -75,22 +75,28 @@ def _head(figures: dict[str, Any], training: dict[str, Any]) -> list[str]:
     ]
 
 
-def _scores(scores: dict[str, dict[str, Any]]) -> list[str]:
+def _scores(evaluation: dict[str, Any]) -> list[str]:
+    known = evaluation["scores_new_values"]
     rows = [
-        f"| {family} | {_FAMILY_NOTES[family]} | {s['passed']}/{s['total']} | {100 * s['passed'] / s['total']:.1f} % | "
-        f"{100 * s['low']:.1f}–{100 * s['high']:.1f} % |"
-        for family, s in scores.items()
+        f"| {family} | {_FAMILY_NOTES[family]} | {_rate(known[family]) if family in known else '–'} | {_rate(score)} |"
+        for family, score in evaluation["scores"].items()
     ]
     return [
         "## Held-out tasks",
         "",
-        "Greedy answers; values and phrasings that training never saw; 95 % Wilson intervals.",
+        "Greedy answers: passed/asked, rate, 95 % Wilson interval. Values (names, codes, numbers, nouns) are ones that "
+        "training never saw; in the last column neither are the phrasings, tool names and system prompts.",
         "",
-        "| family | passes when the answer | passed | rate | 95 % interval |",
-        "|---|---|---|---|---|",
+        "| family | passes when the answer | new values, known phrasings | new values, new phrasings |",
+        "|---|---|---|---|",
         *rows,
         "",
     ]
+
+
+def _rate(score: dict[str, Any]) -> str:
+    rate = 100 * score["passed"] / score["total"]
+    return f"{score['passed']}/{score['total']}, {rate:.1f} % ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
 
 
 def _perplexity(perplexities: dict[str, float]) -> list[str]:

@@ -103,10 +103,10 @@ def question_episode(rng: random.Random, split: Split, num_passages: int | None 
     lead = ""
     style = rng.random()
     if style < 0.45:
-        episode.say("system", values.one_of(SYSTEM_PROMPTS) + "\n" + context)
+        episode.say("system", values.phrase(*SYSTEM_PROMPTS) + "\n" + context)
     else:
         if style < 0.75:
-            episode.say("system", values.one_of(SYSTEM_PROMPTS))
+            episode.say("system", values.phrase(*SYSTEM_PROMPTS))
         lead = context + "\n\nQuestion: "
     for _ in range(rng.choice((2, 3, 4, 5, 6))):
         if rng.random() < 2 / 7:

@@ -37,7 +37,7 @@ class _Tool:
 
 
 def _make_tool(values: Values, ability: Ability) -> _Tool:
-    name = values.one_of(ability.names)
+    name = values.phrase(*ability.names)
     parameters: list[str] = []
     for slot in ability.arguments:
         parameters.append(next(n for n in _shuffled(values, slot.names) if n not in parameters))
@@ -45,7 +45,7 @@ def _make_tool(values: Values, ability: Ability) -> _Tool:
         "type": "function",
         "function": {
             "name": name,
-            "description": values.one_of(ability.descriptions) if values.chance(0.7) else "",
+            "description": values.phrase(*ability.descriptions) if values.chance(0.7) else "",
             "parameters": {
                 "type": "object",
                 "properties": {parameter: {"type": "string"} for parameter in parameters},
@@ -57,7 +57,7 @@ def _make_tool(values: Values, ability: Ability) -> _Tool:
 
 
 def _shuffled(values: Values, names: tuple[str, ...]) -> list[str]:
-    first = values.one_of(names)
+    first = values.phrase(*names)
     return [first, *(name for name in names if name != first)]
 
 
@@ -75,7 +75,7 @@ def _use_tool(values: Values, episode: Episode, tool: _Tool) -> None:
     episode.say("user", _fill(values.phrase(*ability.requests), arguments, []))
     episode.call("tool_call", tool.name, dict(zip(tool.parameters, arguments, strict=True)))
     results = [slot.draw(values) for slot in ability.results]
-    keys = [values.one_of(slot.names) for slot in ability.results]
+    keys = [values.phrase(*slot.names) for slot in ability.results]
     episode.say(
         "tool", json.dumps(dict(zip(keys, results, strict=True)), separators=(",", ":"), ensure_ascii=False)
     )
@@ -91,7 +91,7 @@ def tool_episode(rng: random.Random, split: Split, max_tools: int = 4) -> Episod
     tools = [_make_tool(values, ability) for ability in abilities]
     episode = Episode(tools=[tool.schema for tool in tools])
     if values.chance(0.7):
-        episode.say("system", values.one_of(SYSTEM_PROMPTS))
+        episode.say("system", values.phrase(*SYSTEM_PROMPTS))
     for _ in range(rng.choice((1, 2, 2, 3))):
         if values.chance(1 / 8):
             request = _fill(

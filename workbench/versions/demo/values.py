@@ -63,10 +63,21 @@ PETS = _words(
 
 
 class Split(Enum):
-    """The half of the values and phrasings that a task draws from."""
+    """What a task draws from: training values and phrasings, new values in known phrasings, or both held out."""
 
     TRAIN = "train"
+    NEW_VALUES = "new_values"
     HELD_OUT = "held_out"
+
+    @property
+    def of_values(self) -> Split:
+        """The half that values come from."""
+        return Split.TRAIN if self is Split.TRAIN else Split.HELD_OUT
+
+    @property
+    def of_wording(self) -> Split:
+        """The half that phrasings, names of tools and system prompts come from."""
+        return Split.HELD_OUT if self is Split.HELD_OUT else Split.TRAIN
 
 
 def _digest(text: str) -> int:
@@ -79,17 +90,17 @@ def split_of(value: str) -> Split:
 
 
 @cache
-def _divide(options: tuple[str, ...], split: Split) -> tuple[str, ...]:
+def _divide(options: tuple[str, ...], half: Split) -> tuple[str, ...]:
     if len(options) < 2:
         raise ValueError(f"a list to split needs two entries or more, got {len(options)}: add a phrasing")
     ranked = sorted(options, key=_digest)
     num_held_out = max(1, len(ranked) // HELD_OUT_SHARE)
-    return tuple(ranked[:num_held_out] if split is Split.HELD_OUT else ranked[num_held_out:])
+    return tuple(ranked[:num_held_out] if half is Split.HELD_OUT else ranked[num_held_out:])
 
 
-def part_of(options: Sequence[str], split: Split) -> tuple[str, ...]:
-    """The entries of a list that belong to one split: about a sixth is held out, at least one on each side."""
-    return _divide(tuple(options), split)
+def part_of(options: Sequence[str], half: Split) -> tuple[str, ...]:
+    """The entries of a list that belong to TRAIN or HELD_OUT: about a sixth is held out, at least one on each side."""
+    return _divide(tuple(options), half)
 
 
 class Values:
@@ -102,22 +113,22 @@ class Values:
     def _draw(self, make: Callable[[], str]) -> str:
         while True:
             value = make()
-            if split_of(value) is self.split and value not in _FIRST_NAMES:
+            if split_of(value) is self.split.of_values and value not in _FIRST_NAMES:
                 return value
 
     def chance(self, probability: float) -> bool:
         return self.rng.random() < probability
 
     def phrase(self, *templates: str) -> str:
-        """One phrasing of this split."""
-        return self.rng.choice(part_of(templates, self.split))
+        """One phrasing (or name of a tool, or system prompt) of this split."""
+        return self.rng.choice(part_of(templates, self.split.of_wording))
 
     def one_of(self, options: Sequence[str]) -> str:
-        return self.rng.choice(part_of(options, self.split))
+        return self.rng.choice(part_of(options, self.split.of_values))
 
     def some_of(self, options: Sequence[str], count: int) -> list[str]:
         """Distinct entries, as many as asked or as the split has."""
-        available = part_of(options, self.split)
+        available = part_of(options, self.split.of_values)
         return self.rng.sample(available, min(count, len(available)))
 
     def name(self) -> str:

@@ -49,7 +49,7 @@ class Ran:
 def _engine(attention: AttentionBackend) -> Engine:
     model = ModelConfig.from_dict(SHAPE)
     config = EngineConfig(
-        model="random", dtype="float32", device="cpu", block_size=16, num_blocks=10, max_batched_tokens=32,
+        model="random", dtype="float32", device="cpu", block_size=16, num_blocks=8, max_batched_tokens=32,
         max_num_seqs=4, max_model_len=120, num_threads=1, deterministic=False,
     )  # fmt: skip
     assert config.max_model_len is not None
@@ -82,10 +82,10 @@ def _run(attention: AttentionBackend) -> Ran:
     shared = torch.randint(0, VOCAB, (50,), generator=generator).tolist()
     prompts = {"a": [*shared, 1, 2], "b": [*shared[::-1], 3], "c": [*shared, 4, 5, 6]}
     engine, ran = _engine(attention), Ran()
-    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, logprobs=0)
+    params = SamplingParams(max_tokens=18, temperature=0.0, ignore_eos=True, logprobs=0)
     waiting, step = dict(prompts), 0
     while waiting or engine.has_work:
-        for name in [n for n in waiting if {"a": 0, "b": 3, "c": 6}[n] <= step]:
+        for name in [n for n in waiting if {"a": 0, "b": 2, "c": 5}[n] <= step]:
             engine.add(engine.make_request(tuple(waiting.pop(name)), params, request_id=name))
         output, step = engine.step(), step + 1
         for delta in output.deltas:
