@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -38,9 +39,13 @@ from workbench.api.routes import api_routes
 from workbench.errors import PortInUseError, SettingsError
 from workbench.guard import die_with_parent
 from workbench.host import EngineHost, HostPhase, OnFatal, WorkerFactory, fake_worker
+from workbench.model_card import ModelCard
 from workbench.ports import bind
 from workbench.run_state import RunState
 from workbench.settings import Settings
+
+if TYPE_CHECKING:
+    from engine.worker import EngineWorker
 
 log = logging.getLogger(__name__)
 _DRAIN_S = 3  # running streams may finish after SIGTERM
@@ -68,10 +73,17 @@ def wire(
     """Make the parts; nothing is started. `factory` replaces the engine's own. Raises ConfigError."""
     metrics = EngineMetrics()
     config = settings.engine_config()
+
+    def ready(card: ModelCard, worker: EngineWorker) -> None:
+        metrics.watch(card, worker)
+        # What start-up made lives as long as the process: a full collection that walks it holds the GIL for 50 ms.
+        gc.collect()
+        gc.freeze()
+
     host = EngineHost(
         config,
         factory=factory or (fake_worker if settings.fake else None),
-        on_ready=metrics.watch,
+        on_ready=ready,
         on_fatal=on_fatal,
     )
     return Wiring(settings, host, metrics)

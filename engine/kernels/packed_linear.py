@@ -115,5 +115,6 @@ def _alternate(merged: Tensor, half: int) -> Tensor:
     """[gates; values] -> gates 0 … half-1, values 0 … half-1, the next gates, …; padded with zeros to whole pieces."""
     gates, values = merged.chunk(2)
     padding = (0, -gates.shape[0] % half) if merged.ndim == 1 else (0, 0, 0, -gates.shape[0] % half)
-    pieces = [F.pad(part, padding).unflatten(0, (-1, half)) for part in (gates, values)]
+    padded = [F.pad(part, padding) for part in (gates, values)]
+    pieces = [part.reshape(-1, half, *part.shape[1:]) for part in padded]
     return torch.stack(pieces, dim=1).flatten(0, 2)
