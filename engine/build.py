@@ -47,8 +47,11 @@ def resolve_config(config: EngineConfig, model: ModelConfig | None = None) -> En
     model = ModelConfig.from_folder(find_model(config.model)) if model is None else model
     if config.quantization is not None:
         raise ConfigError(
-            f"quantization {config.quantization!r} is not supported", value=config.quantization, limit=None,
-            param="quantization", remedy="Leave it out.",
+            f"quantization {config.quantization!r} is not supported",
+            value=config.quantization,
+            limit=None,
+            param="quantization",
+            remedy="Leave it out.",
         )
     device = _resolve_device(config.device)
     config = replace(config, device=str(device), dtype=_resolve_dtype(config.dtype, device))
@@ -56,7 +59,9 @@ def resolve_config(config: EngineConfig, model: ModelConfig | None = None) -> En
     backend = _resolve_attention(config, model, dtype, device)
     batched = config.max_batched_tokens
     if batched is None:
-        batched = max(GPU_BATCHED_TOKENS if device.type == "cuda" else CPU_BATCHED_TOKENS, config.max_num_seqs)
+        batched = max(
+            GPU_BATCHED_TOKENS if device.type == "cuda" else CPU_BATCHED_TOKENS, config.max_num_seqs
+        )
     threads = config.num_threads or available_cores()
     config = replace(config, attention_backend=backend, max_batched_tokens=batched, num_threads=threads)
     return _resolve_pool(config, model, dtype, device)
@@ -159,13 +164,18 @@ def _resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"unknown device {name!r}", value=name, limit="cpu, cuda, cuda:N", param="device") from error
+        raise ConfigError(
+            f"unknown device {name!r}", value=name, limit="cpu, cuda, cuda:N", param="device"
+        ) from error
     if device.type == "cpu":
         return device
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     if (device.index or 0) >= count:
         raise ConfigError(
-            f"device {name!r} is not there", value=name, limit=f"{count} CUDA devices", param="device",
+            f"device {name!r} is not there",
+            value=name,
+            limit=f"{count} CUDA devices",
+            param="device",
             remedy='Use device="cpu" or "auto".',
         )
     return torch.device("cuda", device.index or 0)
@@ -193,18 +203,24 @@ def available_cores() -> int:
     """CPU cores that this process may keep busy: those it is bound to, within its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     path = Path("/sys/fs/cgroup/cpu.max")
-    quota, _, period = path.read_text(encoding="ascii").strip().partition(" ") if path.is_file() else ("max", "", "")
+    quota, _, period = (
+        path.read_text(encoding="ascii").strip().partition(" ") if path.is_file() else ("max", "", "")
+    )
     if quota.isdigit() and period.isdigit():
         cores = min(cores, max(1, int(quota) // int(period)))
     return cores
 
 
-def _resolve_attention(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+def _resolve_attention(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> str:
     name = config.attention_backend
     wrong = (name == "triton" and device.type != "cuda") or (name == "cpu" and device.type != "cpu")
     if wrong:
         raise ConfigError(
-            f"attention_backend {name!r} does not run on {device}", value=name, limit="auto, reference",
+            f"attention_backend {name!r} does not run on {device}",
+            value=name,
+            limit="auto, reference",
             param="attention_backend",
         )
     if name == "auto":
@@ -215,8 +231,11 @@ def _resolve_attention(config: EngineConfig, model: ModelConfig, dtype: torch.dt
         reason = _cpu_kernel_missing(dtype)
         if reason is not None:
             raise ConfigError(
-                f"the compiled CPU attention kernel is not available: {reason}", value=name, limit="auto, reference",
-                param="attention_backend", remedy='Use attention_backend="reference", or install g++.',
+                f"the compiled CPU attention kernel is not available: {reason}",
+                value=name,
+                limit="auto, reference",
+                param="attention_backend",
+                remedy='Use attention_backend="reference", or install g++.',
             )
     return name
 
@@ -245,18 +264,25 @@ def _cpu_kernel_missing(dtype: torch.dtype) -> str | None:
     return unavailable_reason() if dtype in COMPILED_DTYPES else f"it has no {dtype} form"
 
 
-def _resolve_pool(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> EngineConfig:
+def _resolve_pool(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> EngineConfig:
     if config.max_model_len is not None and config.max_model_len > model.max_context:
         raise ConfigError(
             f"max_model_len {config.max_model_len} is more than the model's context of {model.max_context}",
-            value=config.max_model_len, limit=model.max_context, param="max_model_len",
+            value=config.max_model_len,
+            limit=model.max_context,
+            param="max_model_len",
             remedy=f"Set max_model_len={model.max_context} or less.",
         )
     kv_spec: KVSpec = make_kv_spec(model, config.block_size, dtype)
     num_blocks = size_pool(config, model, kv_spec, dtype, device)
     length = config.max_model_len or min(model.max_context, num_blocks * config.block_size)
     config = replace(
-        config, num_blocks=num_blocks, kv_memory_bytes=num_blocks * kv_spec.bytes_per_block, max_model_len=length
+        config,
+        num_blocks=num_blocks,
+        kv_memory_bytes=num_blocks * kv_spec.bytes_per_block,
+        max_model_len=length,
     )
     check_length_fits(config, kv_spec, num_blocks)
     return config

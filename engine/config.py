@@ -44,7 +44,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise ConfigError("model is empty", value=self.model, remedy="Name a folder or a hub id.", param="model")
+            raise ConfigError(
+                "model is empty", value=self.model, remedy="Name a folder or a hub id.", param="model"
+            )
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         for name in ("block_size", "max_num_seqs", "record_seconds"):
@@ -67,7 +69,10 @@ class EngineConfig:
         for key in values:
             if key not in known:
                 raise ConfigError(
-                    f"unknown engine setting {key!r}", value=key, limit=sorted(known), param=key,
+                    f"unknown engine setting {key!r}",
+                    value=key,
+                    limit=sorted(known),
+                    param=key,
                     remedy="See engine.EngineConfig for the settings that exist.",
                 )
         return cls(**values)
@@ -76,7 +81,10 @@ class EngineConfig:
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(
-            f"{name} must be one of {', '.join(allowed)}, got {value!r}", value=value, limit=allowed, param=name
+            f"{name} must be one of {', '.join(allowed)}, got {value!r}",
+            value=value,
+            limit=allowed,
+            param=name,
         )
 
 

@@ -60,12 +60,16 @@ def make_kv_spec(model: ModelConfig, block_size: int, dtype: torch.dtype) -> KVS
     )
 
 
-def workspace_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+def workspace_bytes(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> int:
     """An upper estimate of what a step needs beside weights and KV cache."""
     assert config.max_batched_tokens is not None
     wide = max(dtype.itemsize, 4)
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
-    per_token = dtype.itemsize * (4 * model.hidden_size + 3 * model.intermediate_size + 2 * heads) + wide * heads
+    per_token = (
+        dtype.itemsize * (4 * model.hidden_size + 3 * model.intermediate_size + 2 * heads) + wide * heads
+    )
     logits = LOGIT_COPIES * wide * model.vocab_size * max(config.max_num_seqs, 256)
     rows = config.max_num_seqs * (config.max_model_len or model.max_context) * 4
     fixed = GPU_FIXED_BYTES if device.type == "cuda" else 0
@@ -135,7 +139,13 @@ def make_ledger(
 
 
 def _raise_does_not_fit(
-    asked: int, left: int, weights: int, workspace: int, memory: DeviceMemory, kv_spec: KVSpec, device: torch.device
+    asked: int,
+    left: int,
+    weights: int,
+    workspace: int,
+    memory: DeviceMemory,
+    kv_spec: KVSpec,
+    device: torch.device,
 ) -> None:
     fitting = max(0, left) // kv_spec.bytes_per_block
     if fitting:

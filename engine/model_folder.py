@@ -27,7 +27,9 @@ def find_model(name: str) -> Path:
         return folder
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(
-            f"no model folder {name}", value=name, param="model",
+            f"no model folder {name}",
+            value=name,
+            param="model",
             remedy="Name a folder that holds config.json and *.safetensors, or a hub id like org/name.",
         )
     try:
@@ -36,8 +38,10 @@ def find_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # the hub client raises its own, requests' and the socket's errors
         raise ModelNotFoundError(
-            f"{name} is no folder here and could not be downloaded ({type(error).__name__}: {error})", value=name,
-            param="model", remedy="Check the name and the network, or name a local folder.",
+            f"{name} is no folder here and could not be downloaded ({type(error).__name__}: {error})",
+            value=name,
+            param="model",
+            remedy="Check the name and the network, or name a local folder.",
         ) from error
 
 
@@ -57,4 +61,6 @@ def generation_eos_ids(folder: Path) -> frozenset[int]:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds a tokenizer (a model of random weights may have none)."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+    return any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    )

@@ -31,7 +31,9 @@ class StreamDelta:
     error: str | None = None
     num_cached_tokens: int = 0
     created_ns: int = 0
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # in the last delta of a request that asked: prompt tokens 1 … n-1
+    prompt_logprobs: tuple[
+        TokenLogprobs, ...
+    ] = ()  # in the last delta of a request that asked: prompt tokens 1 … n-1
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class Sequence:
     max_total_tokens: int  # prompt + max_tokens, clipped to max_model_len
     status: SequenceStatus = SequenceStatus.WAITING
     row: int = -1  # the runner's row while RUNNING
-    epoch: int = 0  # raised by preemption; results of older epochs are dropped
+    epoch: int = 0  # raised by preemption: how often it has to be admitted again
     num_scheduled: int = 0
     num_computed: int = 0
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache at first admission

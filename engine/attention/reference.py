@@ -62,7 +62,9 @@ class ReferenceAttention:
             last = meta.seq_lens[:rows].long() - 1
             for part in _row_parts(rows, meta.max_seq_len, k_cache):
                 keys, values = _gather(k_cache, v_cache, meta.block_tables[part], meta.max_seq_len)
-                out[part] = _attend(q[part, None], keys, values, last[part, None], scale, sliding_window)[:, 0].to(out.dtype)
+                out[part] = _attend(q[part, None], keys, values, last[part, None], scale, sliding_window)[
+                    :, 0
+                ].to(out.dtype)
         starts, lengths = meta.query_start.tolist(), meta.seq_lens.tolist()
         for row in range(rows, len(lengths)):
             first, end = starts[row], starts[row + 1]
@@ -71,7 +73,9 @@ class ReferenceAttention:
             for begin in range(first, end, chunk):
                 stop = min(begin + chunk, end)
                 at = torch.arange(begin, stop, device=q.device)[None] + (lengths[row] - end)
-                out[begin:stop] = _attend(q[None, begin:stop], keys, values, at, scale, sliding_window)[0].to(out.dtype)
+                out[begin:stop] = _attend(q[None, begin:stop], keys, values, at, scale, sliding_window)[0].to(
+                    out.dtype
+                )
         return out
 
 
@@ -89,13 +93,17 @@ def _gather(k_cache: Tensor, v_cache: Tensor, tables: Tensor, length: int) -> tu
     blocks = tables[:, :columns].long().clamp(0, num_blocks - 1)
 
     def take(cache: Tensor) -> Tensor:
-        taken = cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length]  # [S, nb, K, B, D] -> [S, K, length, D]
+        taken = (
+            cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length]
+        )  # [S, nb, K, B, D] -> [S, K, length, D]
         return taken if taken.dtype == torch.float64 else taken.float()
 
     return take(k_cache), take(v_cache)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float, window: int | None) -> Tensor:
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float, window: int | None
+) -> Tensor:
     """q [S, n, H, D] at positions [S, n] over keys, values [S, K, length, D] -> [S, n, H, D]."""
     rows, n, heads, size = q.shape
     groups = heads // keys.shape[1]
@@ -110,11 +118,19 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: f
     seen = ~hidden.all(dim=1)
     weights = scores.softmax(dim=-1).flatten(2, 3)
     mixed = weights @ values.masked_fill(~seen[:, None, :, None], 0.0)
-    return mixed.view(rows, keys.shape[1], groups, n, size).permute(0, 3, 1, 2, 4).reshape(rows, n, heads, size)
+    return (
+        mixed.view(rows, keys.shape[1], groups, n, size).permute(0, 3, 1, 2, 4).reshape(rows, n, heads, size)
+    )
 
 
 def _forward_tiled(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, scale: float, window: int | None, out: Tensor
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMetadata,
+    scale: float,
+    window: int | None,
+    out: Tensor,
 ) -> None:
     """Every token as its own row, TOKEN_TILE tokens and KV_TILE keys at a time, online softmax."""
     tokens = q.shape[0]
@@ -126,12 +142,21 @@ def _forward_tiled(
         # The last tile repeats its last token, so that each tile has the same shape.
         index = torch.arange(first, first + TOKEN_TILE, device=q.device).clamp(max=tokens - 1)
         end = int(positions[index].max()) + 1
-        tile = _attend_tile(q[index], k_cache, v_cache, meta.block_tables[row_of[index]], positions[index], end, scale, window)
+        tile = _attend_tile(
+            q[index], k_cache, v_cache, meta.block_tables[row_of[index]], positions[index], end, scale, window
+        )
         out[first : first + TOKEN_TILE] = tile[: tokens - first].to(out.dtype)
 
 
 def _attend_tile(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, positions: Tensor, end: int, scale: float, window: int | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    end: int,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     num_blocks, kv_heads, block_size, size = k_cache.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -147,7 +172,9 @@ def _attend_tile(
         hidden = at > positions[:, None]
         if window is not None:
             hidden |= at <= positions[:, None] - window
-        keys = k_cache[blocks, :, at % block_size].to(dtype).permute(0, 2, 1, 3)[:, :, None]  # [t, K, 1, KV_TILE, D]
+        keys = (
+            k_cache[blocks, :, at % block_size].to(dtype).permute(0, 2, 1, 3)[:, :, None]
+        )  # [t, K, 1, KV_TILE, D]
         values = v_cache[blocks, :, at % block_size].to(dtype).permute(0, 2, 1, 3)[:, :, None]
         scores = (query * keys).sum(dim=-1).masked_fill(hidden[:, None, None], float("-inf"))
         new_best = torch.maximum(best, scores.amax(dim=-1, keepdim=True))

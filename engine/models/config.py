@@ -97,14 +97,18 @@ class ModelConfig:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise ModelNotFoundError(
-                f"no config.json in {folder}", value=str(folder), param="model",
+                f"no config.json in {folder}",
+                value=str(folder),
+                param="model",
                 remedy="Name a folder that holds a Hugging Face model: config.json and *.safetensors.",
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ModelLoadError(
-                f"{path} is not valid JSON ({error})", value=str(path), param="model",
+                f"{path} is not valid JSON ({error})",
+                value=str(path),
+                param="model",
                 remedy="Download the model's config.json again.",
             ) from error
         return cls.from_dict(values)
@@ -121,12 +125,15 @@ class ModelConfig:
         if heads % kv_heads:
             raise UnsupportedModelError(
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
-                value=kv_heads, limit=heads, param="num_key_value_heads",
+                value=kv_heads,
+                limit=heads,
+                param="num_key_value_heads",
             )
         if head_size % 2:
             raise UnsupportedModelError(
                 f"head_dim {head_size} is odd; the rotary embedding turns pairs of values",
-                value=head_size, param="head_dim",
+                value=head_size,
+                param="head_dim",
             )
         layers = _positive(values, "num_hidden_layers")
         max_position = _positive(values, "max_position_embeddings")
@@ -159,7 +166,10 @@ def _positive(values: Mapping[str, Any], key: str) -> int:
     value = values.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelLoadError(
-            f"config.json: {key} must be a positive integer, got {value!r}", value=value, limit=1, param=key,
+            f"config.json: {key} must be a positive integer, got {value!r}",
+            value=value,
+            limit=1,
+            param=key,
             remedy="Use the config.json that belongs to the checkpoint.",
         )
     return value
@@ -176,24 +186,37 @@ def _refuse_unknown_parts(values: Mapping[str, Any], family: Family) -> None:
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModelError(
-            f"hidden_act {activation!r} is not supported", value=activation, limit=["silu"], param="hidden_act"
+            f"hidden_act {activation!r} is not supported",
+            value=activation,
+            limit=["silu"],
+            param="hidden_act",
         )
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModelError(
-            f"quantized checkpoints ({method}) are not supported", value=method, param="quantization_config",
+            f"quantized checkpoints ({method}) are not supported",
+            value=method,
+            param="quantization_config",
             remedy="Use the unquantized checkpoint of the model.",
         )
     for key in ("attention_bias", "mlp_bias"):
         read = family.reads_attention_bias if key == "attention_bias" else family.reads_mlp_bias
         if values.get(key) and not read and not (key == "attention_bias" and family.qkv_bias):
             raise UnsupportedModelError(
-                f"{family.architecture} with {key} is not supported", value=values[key], limit=False, param=key
+                f"{family.architecture} with {key} is not supported",
+                value=values[key],
+                limit=False,
+                param=key,
             )
-    rotated = (values.get("rope_parameters") or {}).get("partial_rotary_factor") or values.get("partial_rotary_factor")
+    rotated = (values.get("rope_parameters") or {}).get("partial_rotary_factor") or values.get(
+        "partial_rotary_factor"
+    )
     if rotated not in (None, 1, 1.0):
         raise UnsupportedModelError(
-            f"partial_rotary_factor {rotated} is not supported", value=rotated, limit=1.0, param="partial_rotary_factor"
+            f"partial_rotary_factor {rotated} is not supported",
+            value=rotated,
+            limit=1.0,
+            param="partial_rotary_factor",
         )
 
 
@@ -202,19 +225,28 @@ def _read_rope(values: Mapping[str, Any], max_position: int) -> RopeConfig:
     kind = str(raw.get("rope_type") or raw.get("type") or "default")
     if kind not in ROPE_TYPES:
         raise UnsupportedModelError(
-            f"rope type {kind!r} is not supported", value=kind, limit=ROPE_TYPES, param="rope_parameters",
+            f"rope type {kind!r} is not supported",
+            value=kind,
+            limit=ROPE_TYPES,
+            param="rope_parameters",
             remedy=f"Supported: {', '.join(ROPE_TYPES)}.",
         )
     theta = float(raw.get("rope_theta") or values.get("rope_theta") or 10_000.0)
     if kind == "default":
         return RopeConfig(theta=theta)
     factor = raw.get("factor")
-    original = int(values.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or max_position)
+    original = int(
+        values.get("original_max_position_embeddings")
+        or raw.get("original_max_position_embeddings")
+        or max_position
+    )
     if factor is None and kind == "yarn":
         factor = max_position / original
     if not isinstance(factor, (int, float)) or factor <= 0:
         raise UnsupportedModelError(
-            f"rope type {kind!r} needs a positive factor, got {factor!r}", value=factor, param="rope_parameters"
+            f"rope type {kind!r} needs a positive factor, got {factor!r}",
+            value=factor,
+            param="rope_parameters",
         )
     optional = {key: raw.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim")}
     return RopeConfig(
@@ -245,13 +277,20 @@ def _read_windows(values: Mapping[str, Any], family: Family, layers: int) -> tup
         kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
     if len(kinds) != layers:
         raise ModelLoadError(
-            f"config.json: layer_types has {len(kinds)} entries for {layers} layers", value=len(kinds), limit=layers,
-            param="layer_types", remedy="Use the config.json that belongs to the checkpoint.",
+            f"config.json: layer_types has {len(kinds)} entries for {layers} layers",
+            value=len(kinds),
+            limit=layers,
+            param="layer_types",
+            remedy="Use the config.json that belongs to the checkpoint.",
         )
     for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention") or (kind == "sliding_attention" and not window):
+        if kind not in ("full_attention", "sliding_attention") or (
+            kind == "sliding_attention" and not window
+        ):
             raise UnsupportedModelError(
-                f"layer type {kind!r} with sliding_window {window!r} is not supported", value=kind,
-                limit=["full_attention", "sliding_attention"], param="layer_types",
+                f"layer type {kind!r} with sliding_window {window!r} is not supported",
+                value=kind,
+                limit=["full_attention", "sliding_attention"],
+                param="layer_types",
             )
     return tuple(int(window) if window and kind == "sliding_attention" else None for kind in kinds)

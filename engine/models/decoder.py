@@ -55,7 +55,11 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_size = config.num_heads, config.num_kv_heads, config.head_size
+        self.num_heads, self.num_kv_heads, self.head_size = (
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_size,
+        )
         self.window = config.sliding_windows[index]
         self.scale = config.head_size**-0.5
         self.invariant = False
@@ -78,7 +82,12 @@ class DecoderLayer(nn.Module):
         self.down = linear(inner, hidden, config.mlp_bias)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, cache: LayerCache, meta: AttentionMetadata, attention: AttentionBackend
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        cache: LayerCache,
+        meta: AttentionMetadata,
+        attention: AttentionBackend,
     ) -> Tensor:
         """x [T, hidden] -> [T, hidden]; `rotary` [T, D] holds the cosines and sines of the tokens' positions."""
         x = x + self.out(self._attend(self.input_norm(x), rotary, cache, meta, attention))
@@ -87,7 +96,12 @@ class DecoderLayer(nn.Module):
         return x + down
 
     def _attend(
-        self, x: Tensor, rotary: Tensor, cache: LayerCache, meta: AttentionMetadata, attention: AttentionBackend
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        cache: LayerCache,
+        meta: AttentionMetadata,
+        attention: AttentionBackend,
     ) -> Tensor:
         tokens = x.shape[0]
         heads = self.qkv(x).view(tokens, self.num_heads + 2 * self.num_kv_heads, self.head_size)
@@ -112,15 +126,20 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A causal LM without its cache. Weights are uninitialised until the loader has filled `weight_targets`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, max_positions: int) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, max_positions: int
+    ) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(
-            torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device), requires_grad=False
+            torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device),
+            requires_grad=False,
         )
         self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=torch.device("meta"))
+        self.lm_head = Linear(
+            config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=torch.device("meta")
+        )
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding
         else:

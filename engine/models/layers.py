@@ -30,7 +30,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.bias: nn.Parameter | None = None
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+            self.bias = nn.Parameter(
+                torch.empty(out_features, dtype=dtype, device=device), requires_grad=False
+            )
         self.row_tile = 0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ class Family:
     reads_mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotary embedding
     window: str = "none"  # "none"; "all": every layer; "by_layer": use_sliding_window and layer_types or max_window_layers
-    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # of keys a config may leave out
+    defaults: Mapping[str, Any] = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # of keys a config may leave out
 
 
 _FAMILIES = (

@@ -45,7 +45,9 @@ def load_weights(decoder: Decoder, folder: Path | str, progress: Progress | None
     if missing:
         raise CorruptWeightsError(
             f"{folder}: {len(missing)} of {len(targets)} tensors are in no weight file, the first is {missing[0]}",
-            value=missing, param="model", remedy="Check that config.json and the weight files belong together. " + AGAIN,
+            value=missing,
+            param="model",
+            remedy="Check that config.json and the weight files belong together. " + AGAIN,
         )
 
 
@@ -67,7 +69,9 @@ def weight_files(folder: Path) -> list[Path]:
     for path in files:
         if not path.is_file():
             raise CorruptWeightsError(
-                f"weight shard {path.name} is missing from {folder}", value=str(path), param="model",
+                f"weight shard {path.name} is missing from {folder}",
+                value=str(path),
+                param="model",
                 remedy=f"{INDEX_NAME} lists {len(files)} shards. " + AGAIN,
             )
     return files
@@ -83,7 +87,10 @@ def _shard_names(index: Path) -> list[str]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise CorruptWeightsError(
-                f"{index} names a shard outside the model's folder: {name!r}", value=name, param="model", remedy=AGAIN
+                f"{index} names a shard outside the model's folder: {name!r}",
+                value=name,
+                param="model",
+                remedy=AGAIN,
             )
     return names
 
@@ -92,16 +99,26 @@ def _raise_no_weights(folder: Path) -> None:
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickled:
         raise UnsupportedModelError(
-            f"{folder} has only pickled weights ({pickled[0]})", value=pickled, limit=["*.safetensors"], param="model",
+            f"{folder} has only pickled weights ({pickled[0]})",
+            value=pickled,
+            limit=["*.safetensors"],
+            param="model",
             remedy="Convert them: load the model with transformers and save_pretrained(safe_serialization=True).",
         )
     raise ModelNotFoundError(
-        f"no *.safetensors in {folder}", value=str(folder), param="model", remedy="Download the model's weights."
+        f"no *.safetensors in {folder}",
+        value=str(folder),
+        param="model",
+        remedy="Download the model's weights.",
     )
 
 
 def _load_file(
-    path: Path, targets: dict[str, Tensor], ignored: set[str], filled: dict[str, Path], progress: Progress | None
+    path: Path,
+    targets: dict[str, Tensor],
+    ignored: set[str],
+    filled: dict[str, Path],
+    progress: Progress | None,
 ) -> None:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
@@ -116,19 +133,26 @@ def _load_file(
     except (SafetensorError, OSError) as error:
         raise CorruptWeightsError(
             f"{path} cannot be read as safetensors ({error}); it has {path.stat().st_size} bytes",
-            value=str(path), param="model", remedy="The file is truncated or damaged. " + AGAIN,
+            value=str(path),
+            param="model",
+            remedy="The file is truncated or damaged. " + AGAIN,
         ) from error
 
 
 def _check_place(path: Path, name: str, targets: Iterable[str], filled: dict[str, Path]) -> None:
     if name not in targets:
         raise UnsupportedModelError(
-            f"{path.name} holds {name}, which the decoder of this architecture does not have", value=name, param="model",
+            f"{path.name} holds {name}, which the decoder of this architecture does not have",
+            value=name,
+            param="model",
             remedy="Check that config.json belongs to these weights.",
         )
     if name in filled:
         raise CorruptWeightsError(
-            f"{name} is in {filled[name].name} and again in {path.name}", value=name, param="model", remedy=AGAIN
+            f"{name} is in {filled[name].name} and again in {path.name}",
+            value=name,
+            param="model",
+            remedy=AGAIN,
         )
 
 
@@ -137,12 +161,16 @@ def _copy(path: Path, name: str, source: Tensor, target: Tensor) -> None:
     if source.shape != target.shape:
         raise CorruptWeightsError(
             f"{path.name}: {name} has shape {tuple(source.shape)}, config.json asks for {tuple(target.shape)}",
-            value=tuple(source.shape), limit=tuple(target.shape), param="model",
+            value=tuple(source.shape),
+            limit=tuple(target.shape),
+            param="model",
             remedy="Check that config.json and the weight files belong together.",
         )
     if not source.is_floating_point():
         raise UnsupportedModelError(
             f"{path.name}: {name} has dtype {source.dtype}; quantized weights are not supported",
-            value=str(source.dtype), param="model", remedy="Use the unquantized checkpoint of the model.",
+            value=str(source.dtype),
+            param="model",
+            remedy="Use the unquantized checkpoint of the model.",
         )
     target.copy_(source)

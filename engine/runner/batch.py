@@ -64,7 +64,9 @@ class RowBatch:
         self.seed = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_logprobs = np.full(max_num_seqs, -1, dtype=np.int64)
         self.wants_prompt_logprobs = np.zeros(max_num_seqs, dtype=bool)
-        self.min_length = np.zeros(max_num_seqs, dtype=np.int64)  # positions before it must not hold a stop token
+        self.min_length = np.zeros(
+            max_num_seqs, dtype=np.int64
+        )  # positions before it must not hold a stop token
         self.stop_ids: dict[int, tuple[int, ...]] = {}  # of rows with a min_length
 
     def apply(self, plan: StepPlan) -> None:
@@ -98,7 +100,9 @@ class RowBatch:
             rows, end, query_start,
             query_start[1:][picked] - 1, rows[picked] * self.row_tokens + end[picked],
         )  # fmt: skip
-        token_index, at, slot_mapping, row_index, seq_lens, starts, logit_index, write_index = self._upload(parts)
+        token_index, at, slot_mapping, row_index, seq_lens, starts, logit_index, write_index = self._upload(
+            parts
+        )
         max_seq_len = int(end.max())
         columns = -(-max_seq_len // self.block_size)
         several = np.nonzero(count != 1)[0]
@@ -156,7 +160,9 @@ class RowBatch:
         if params.min_tokens:
             ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
             self.stop_ids[row] = tuple(sorted(i for i in ids if 0 <= i < self.vocab_size))
-            self.min_length[row] = admission.num_prompt_tokens + params.min_tokens if self.stop_ids[row] else 0
+            self.min_length[row] = (
+                admission.num_prompt_tokens + params.min_tokens if self.stop_ids[row] else 0
+            )
 
     def _clear(self, row: int) -> None:
         self.num_blocks[row] = 0

@@ -28,7 +28,9 @@ from engine.runner.batch import RowBatch
 from engine.runner.sampler import LogprobTensors, Sampled, sample, token_logprobs
 from engine.runner.step_cost import StepCost
 
-PROMPT_LOGPROB_ROWS = 256  # rows of logits at once; a whole prompt's would be gigabytes with a large vocabulary
+PROMPT_LOGPROB_ROWS = (
+    256  # rows of logits at once; a whole prompt's would be gigabytes with a large vocabulary
+)
 _DEVICE_ERRORS: tuple[type[BaseException], ...] = tuple(
     error for error in (getattr(torch, "AcceleratorError", None),) if error is not None
 )
@@ -177,7 +179,9 @@ class ModelRunner:
         settings = batch.sample_settings(plan)
         clock.mark()
         prepare_ms = (time.perf_counter() - began) * 1e3
-        hidden = decoder.forward(inputs.token_ids, inputs.positions, self._caches, inputs.meta, self._attention)
+        hidden = decoder.forward(
+            inputs.token_ids, inputs.positions, self._caches, inputs.meta, self._attention
+        )
         sampled = Sampled(inputs.logit_index, None, ())
         logits = decoder.logits(hidden.index_select(0, inputs.logit_index)) if len(plan.logit_rows) else None
         clock.mark()
@@ -191,7 +195,16 @@ class ModelRunner:
         bytes_needed, flops_needed = self._cost.of(plan)
         wanted = settings.num_logprobs[list(sampled.logprob_rows)].tolist()
         return _Started(
-            plan, token_ids, logprobs, sampled.logprob_rows, wanted, prompt, prepare_ms, clock, bytes_needed, flops_needed
+            plan,
+            token_ids,
+            logprobs,
+            sampled.logprob_rows,
+            wanted,
+            prompt,
+            prepare_ms,
+            clock,
+            bytes_needed,
+            flops_needed,
         )
 
     def _prompt_logprobs(
@@ -213,7 +226,9 @@ class ModelRunner:
         return tuple(found)
 
 
-def allocate_caches(kv_spec: KVSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerCache]:
+def allocate_caches(
+    kv_spec: KVSpec, num_blocks: int, dtype: torch.dtype, device: torch.device
+) -> list[LayerCache]:
     """K and V of every layer in one allocation, each layer's in KVSpec's layout."""
     shape = (kv_spec.num_layers, 2, num_blocks, kv_spec.num_kv_heads, kv_spec.block_size, kv_spec.head_size)
     memory = torch.zeros(shape, dtype=dtype, device=device)
@@ -250,7 +265,8 @@ def _as_engine_error(error: BaseException) -> BaseException:
             remedy="Lower max_batched_tokens, max_num_seqs or num_blocks.",
         )
     if isinstance(error, _DEVICE_ERRORS) or (
-        isinstance(error, RuntimeError) and ("CUDA error" in str(error) or "Triton Error [CUDA]" in str(error))
+        isinstance(error, RuntimeError)
+        and ("CUDA error" in str(error) or "Triton Error [CUDA]" in str(error))
     ):
         return EngineDeadError(f"the device context is broken ({error})", remedy="Restart the process.")
     return error

@@ -88,7 +88,10 @@ class LogprobTensors:
     def to_host(self) -> LogprobTensors:
         """Start the copies to the host (pinned); they are valid once the stream has passed this point."""
         return LogprobTensors(
-            *(t.to("cpu", non_blocking=True) for t in (self.token_ids, self.chosen, self.rank, self.top_ids, self.top_values))
+            *(
+                t.to("cpu", non_blocking=True)
+                for t in (self.token_ids, self.chosen, self.rank, self.top_ids, self.top_values)
+            )
         )
 
     def entries(self, num_top: list[int]) -> list[TokenLogprobs]:
@@ -177,7 +180,9 @@ def _draw(logits: Tensor, settings: SampleSettings, rows: NDArray[np.int64], inv
     chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     left = np.arange(len(rows))
     few = filters.rows_that_keep_few(logits.shape[1])
-    if len(few) and logits.device.type == "cpu":  # elsewhere the question which rows are settled would be a wait
+    if (
+        len(few) and logits.device.type == "cpu"
+    ):  # elsewhere the question which rows are settled would be a wait
         index = _upload(few, logits)
         found, settled = _draw_among_few(scaled[index], filters.of(few), keys[:, index], invariant)
         chosen[index] = found

@@ -156,7 +156,11 @@ class TinyModel:
         """transformers' greedy continuation, generated token by token."""
         tokens = torch.tensor([list(prompt)])
         generated = self.reference.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
         )
         continuation: list[int] = generated[0, len(prompt) :].tolist()
         return continuation
@@ -239,7 +243,8 @@ def decoder_logits(folder: Path, values: dict[str, Any], tokens: Sequence[int], 
         query_start=torch.tensor([0, length], dtype=torch.int32),
         seq_lens=torch.tensor([length], dtype=torch.int32),
         block_tables=torch.arange(num_blocks, dtype=torch.int32)[None].flip(1).contiguous(),
-        slot_mapping=(num_blocks - 1 - torch.arange(length) // block_size) * block_size + torch.arange(length) % block_size,
+        slot_mapping=(num_blocks - 1 - torch.arange(length) // block_size) * block_size
+        + torch.arange(length) % block_size,
         max_query_len=length,
         max_seq_len=length,
         num_decode_rows=0,
@@ -293,7 +298,13 @@ def run_requests(
     **settings: Any,
 ) -> Run:
     """Run the prompts on a new engine; request r is added before step ``arrive_at[r]`` (0 when not named)."""
-    defaults: dict[str, Any] = {"dtype": "float64", "num_blocks": 256, "block_size": 4, "max_num_seqs": 16, "num_threads": 1}
+    defaults: dict[str, Any] = {
+        "dtype": "float64",
+        "num_blocks": 256,
+        "block_size": 4,
+        "max_num_seqs": 16,
+        "num_threads": 1,
+    }
     engine = build_engine(EngineConfig(model=str(folder), **{**defaults, **settings}))
     run, waiting, step = Run(), dict(prompts), 0
     arrive_at = arrive_at or {}

@@ -64,7 +64,9 @@ def test_the_context_is_clipped_to_the_pool(folder: Path) -> None:
 
 def test_a_context_that_the_pool_cannot_hold_names_settings_that_fit(folder: Path) -> None:
     config = config_of(folder, dtype="float32", num_blocks=5, max_model_len=100)
-    with pytest.raises(OutOfMemoryError, match=r"needs 7 KV blocks.*max_model_len=80.*kv_memory_bytes=64512") as caught:
+    with pytest.raises(
+        OutOfMemoryError, match=r"needs 7 KV blocks.*max_model_len=80.*kv_memory_bytes=64512"
+    ) as caught:
         resolve_config(config)
     assert caught.value.limit == 80
     assert resolve_config(replace(config, max_model_len=80)).num_blocks == 5
@@ -87,7 +89,10 @@ def test_a_pool_beyond_the_device_says_what_takes_the_bytes_and_what_fits(
     with pytest.raises(OutOfMemoryError, match=r"weights .*workspace .*KV cache .*are free") as caught:
         size_pool(config, model, spec, spec_dtype, torch.device("cpu"))
     fitting = int(str(caught.value).split("num_blocks=")[1].split()[0])
-    assert size_pool(replace(config, num_blocks=fitting), model, spec, spec_dtype, torch.device("cpu")) == fitting
+    assert (
+        size_pool(replace(config, num_blocks=fitting), model, spec, spec_dtype, torch.device("cpu"))
+        == fitting
+    )
     with pytest.raises(OutOfMemoryError):
         size_pool(replace(config, num_blocks=fitting + 1), model, spec, spec_dtype, torch.device("cpu"))
     monkeypatch.setattr(memory, "device_memory", lambda device: DeviceMemory(8 << 20, 1 << 10))
@@ -138,7 +143,9 @@ def test_close_gives_the_tensors_back_and_refuses_more(folder: Path) -> None:
     counts = []
     for _ in range(3):
         engine = build_engine(config_of(folder, dtype="float32", num_blocks=40))
-        engine.add(engine.make_request([1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True), request_id="a"))
+        engine.add(
+            engine.make_request([1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True), request_id="a")
+        )
         while engine.has_work:
             engine.step()
         engine.close()
@@ -151,7 +158,9 @@ def test_close_gives_the_tensors_back_and_refuses_more(folder: Path) -> None:
 
 def test_progress_is_told_from_start_to_ready(folder: Path) -> None:
     told: list[tuple[str, float]] = []
-    build_engine(config_of(folder, num_blocks=20), progress=lambda message, share: told.append((message, share))).close()
+    build_engine(
+        config_of(folder, num_blocks=20), progress=lambda message, share: told.append((message, share))
+    ).close()
     assert [share for _, share in told] == sorted(share for _, share in told)
     assert told[0][1] == 0.0
     assert told[-1] == ("ready", 1.0)
@@ -159,7 +168,10 @@ def test_progress_is_told_from_start_to_ready(folder: Path) -> None:
 
 
 def test_end_of_sequence_ids_come_from_config_and_generation_config(
-    tiny_models: Callable[[str], Any], tmp_path: Path, run_engine: Callable[..., Any], prompt_of: Callable[..., list[int]]
+    tiny_models: Callable[[str], Any],
+    tmp_path: Path,
+    run_engine: Callable[..., Any],
+    prompt_of: Callable[..., list[int]],
 ) -> None:
     tiny, prompt = tiny_models("mistral_window"), prompt_of(20)
     greedy = SamplingParams(max_tokens=16, temperature=0.0)
@@ -180,7 +192,9 @@ def test_end_of_sequence_ids_come_from_config_and_generation_config(
 
 
 def test_weights_are_filled_in_place(folder: Path) -> None:
-    decoder = Decoder(ModelConfig.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"), max_positions=8)
+    decoder = Decoder(
+        ModelConfig.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"), max_positions=8
+    )
     places = {parameter.data_ptr() for parameter in decoder.parameters()}
     load_weights(decoder, folder)
     assert {parameter.data_ptr() for parameter in decoder.parameters()} == places

@@ -25,16 +25,24 @@ def _asked(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-@pytest.mark.skipif(not (FOLDER / "model.safetensors").is_file(), reason="data/models/chat-base has no weights")
+@pytest.mark.skipif(
+    not (FOLDER / "model.safetensors").is_file(), reason="data/models/chat-base has no weights"
+)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_greedy_answers_equal_transformers(deterministic: bool) -> None:
-    reference: Any = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, attn_implementation="eager")
-    engine = build_engine(EngineConfig(model=str(FOLDER), dtype="float32", device="cpu", deterministic=deterministic))
+    reference: Any = AutoModelForCausalLM.from_pretrained(
+        FOLDER, dtype=torch.float32, attn_implementation="eager"
+    )
+    engine = build_engine(
+        EngineConfig(model=str(FOLDER), dtype="float32", device="cpu", deterministic=deterministic)
+    )
     assert engine.tokenizer is not None
     prompts = {str(i): engine.tokenizer.apply_chat_template(_asked(text)) for i, text in enumerate(QUESTIONS)}
     answers: dict[str, list[int]] = {name: [] for name in prompts}
     for name, prompt in prompts.items():
-        engine.add(engine.make_request(prompt, SamplingParams(max_tokens=48, temperature=0.0), request_id=name))
+        engine.add(
+            engine.make_request(prompt, SamplingParams(max_tokens=48, temperature=0.0), request_id=name)
+        )
     while engine.has_work:
         for delta in engine.step().deltas:
             answers[delta.request_id].extend(delta.token_ids)

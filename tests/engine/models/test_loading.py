@@ -162,7 +162,9 @@ def test_integer_weights_are_refused(tiny: Any, tmp_path: Path) -> None:
         load_weights(decoder_for(folder), folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../../etc/passwd"}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../../etc/passwd"}}']
+)
 def test_a_broken_index_is_named(sharded: Path, content: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CorruptWeightsError, match=r"index\.json"):
@@ -198,11 +200,17 @@ def test_a_folder_without_weights_or_config_is_not_found(tiny: Any, tmp_path: Pa
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"head_dim": 13}, "head_dim 13"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["linear_attention"] * 3}, "linear_attention"),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["linear_attention"] * 3},
+            "linear_attention",
+        ),
         ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "attention_bias"),
     ],
 )

@@ -20,7 +20,9 @@ FLOAT32_MARGIN = 1e-3
 DIFFERS = 0.05  # a wrong config moves some logit by more than this: fifty times the wider margin
 
 
-def test_the_distributions_are_sharp_enough_to_show_errors(tiny_model: Any, prompt_of: Callable[..., list[int]]) -> None:
+def test_the_distributions_are_sharp_enough_to_show_errors(
+    tiny_model: Any, prompt_of: Callable[..., list[int]]
+) -> None:
     logprobs = tiny_model.logits(prompt_of(120)).log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     assert entropy.mean() < 2.0, f"mean entropy {entropy.mean():.2f} nats"
@@ -85,7 +87,9 @@ def test_scores_equal_transformers_in_float32_on_the_best_path_of_this_machine(
     expected = tiny_model.logits(text).log_softmax(-1)
     entries = run.prompt_logprobs["a"] + run.logprobs["a"]
     for position, entry in enumerate(entries):
-        assert entry.logprob == pytest.approx(float(expected[position, text[position + 1]]), abs=FLOAT32_MARGIN)
+        assert entry.logprob == pytest.approx(
+            float(expected[position, text[position + 1]]), abs=FLOAT32_MARGIN
+        )
         found = torch.tensor(entry.top_logprobs, dtype=torch.float64)
         assert (found - expected[position, list(entry.top_ids)]).abs().max() < FLOAT32_MARGIN
 

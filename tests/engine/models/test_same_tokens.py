@@ -15,7 +15,9 @@ from engine.sampling_params import SamplingParams
 
 OUTPUT = 24
 GREEDY = SamplingParams(max_tokens=OUTPUT, temperature=0.0, ignore_eos=True, logprobs=3)
-DRAWN = SamplingParams(max_tokens=OUTPUT, temperature=0.9, top_k=30, top_p=0.95, seed=11, ignore_eos=True, logprobs=3)
+DRAWN = SamplingParams(
+    max_tokens=OUTPUT, temperature=0.9, top_k=30, top_p=0.95, seed=11, ignore_eos=True, logprobs=3
+)
 Prompts = Callable[..., list[int]]
 Engine = Callable[..., Any]
 Models = Callable[[str], Any]
@@ -25,7 +27,10 @@ Models = Callable[[str], Any]
 def alone(request: pytest.FixtureRequest, tiny_models: Models, prompt_of: Prompts, run_engine: Engine) -> Any:
     """A model, a prompt, and its tokens when it has the engine to itself, greedy and drawn."""
     tiny, prompt = tiny_models(request.param), prompt_of(66, 3)
-    runs = {name: run_engine(tiny.folder, {"x": prompt}, params) for name, params in (("greedy", GREEDY), ("drawn", DRAWN))}
+    runs = {
+        name: run_engine(tiny.folder, {"x": prompt}, params)
+        for name, params in (("greedy", GREEDY), ("drawn", DRAWN))
+    }
     assert runs["greedy"].steps_of("x")[0] == 66, "the prompt went in one piece"
     tokens = {name: run.tokens["x"] for name, run in runs.items()}
     assert tokens["greedy"] != tokens["drawn"]
@@ -68,9 +73,13 @@ def test_preemption(alone: Any, prompt_of: Prompts, run_engine: Engine, kind: st
     tiny, prompt, tokens = alone
     params = GREEDY if kind == "greedy" else DRAWN
     prompts = {"a": prompt_of(70, 5), "b": prompt_of(62, 6), "x": prompt}
-    run = run_engine(tiny.folder, prompts, params, num_blocks=60, max_model_len=110, enable_prefix_cache=False)
+    run = run_engine(
+        tiny.folder, prompts, params, num_blocks=60, max_model_len=110, enable_prefix_cache=False
+    )
     assert "x" in run.preempted
-    assert sum(run.steps_of("x")) > 66 + OUTPUT - 1, "what was computed before the preemption was computed again"
+    assert sum(run.steps_of("x")) > 66 + OUTPUT - 1, (
+        "what was computed before the preemption was computed again"
+    )
     assert run.tokens["x"] == tokens[kind]
 
 
@@ -99,7 +108,9 @@ DETERMINISTIC = {"dtype": "float32", "deterministic": True, "block_size": 8}
 
 
 @pytest.fixture(scope="module", params=[("reference", 1), ("cpu", 2)], ids=["reference", "cpu"])
-def needle(request: pytest.FixtureRequest, tiny_models: Models, prompt_of: Prompts, run_engine: Engine) -> Any:
+def needle(
+    request: pytest.FixtureRequest, tiny_models: Models, prompt_of: Prompts, run_engine: Engine
+) -> Any:
     """One request alone in deterministic mode; its prompt's log-probabilities are asked for too."""
     backend, num_threads = request.param
     if backend == "cpu":
@@ -114,7 +125,9 @@ def needle(request: pytest.FixtureRequest, tiny_models: Models, prompt_of: Promp
     return tiny, prompt, params, settings, run
 
 
-@pytest.mark.parametrize("settings", [{"max_batched_tokens": 7}, {"max_batched_tokens": 33}, {"block_size": 16}])
+@pytest.mark.parametrize(
+    "settings", [{"max_batched_tokens": 7}, {"max_batched_tokens": 33}, {"block_size": 16}]
+)
 def test_bits_across_chunks_and_blocks(needle: Any, run_engine: Engine, settings: dict[str, int]) -> None:
     tiny, prompt, params, base, expected = needle
     run = run_engine(tiny.folder, {"x": prompt}, params, **{**base, **settings})
@@ -145,8 +158,12 @@ def test_bits_across_preemption(needle: Any, prompt_of: Prompts, run_engine: Eng
 def test_bits_across_batch_mixes(needle: Any, prompt_of: Prompts, run_engine: Engine) -> None:
     tiny, prompt, params, base, expected = needle
     prompts = {f"n{i}": prompt_of(5 + 11 * i, i) for i in range(9)} | {"x": prompt}
-    every = {name: params.with_(seed=i, temperature=0.2 * i) for i, name in enumerate(prompts)} | {"x": params}
-    run = run_engine(tiny.folder, prompts, every, arrive_at={"x": 2, "n3": 9, "n6": 12}, max_batched_tokens=40, **base)
+    every = {name: params.with_(seed=i, temperature=0.2 * i) for i, name in enumerate(prompts)} | {
+        "x": params
+    }
+    run = run_engine(
+        tiny.folder, prompts, every, arrive_at={"x": 2, "n3": 9, "n6": 12}, max_batched_tokens=40, **base
+    )
     assert any(len(r.rows) > 1 and ("x", 1) in r.rows and r.num_prefill_tokens for r in run.records)
     assert len({len(r.rows) for r in run.records if any(name == "x" for name, _ in r.rows)}) > 3
     same_bits(run.logprobs["x"], expected.logprobs["x"])

@@ -73,7 +73,9 @@ def oracle() -> Callable[[Sequence[int]], torch.Tensor]:
         from engine.runner.model_runner import allocate_caches
 
         n = len(tokens)
-        caches = allocate_caches(make_kv_spec(MODEL, 64, torch.float64), 1, torch.float64, torch.device("cpu"))
+        caches = allocate_caches(
+            make_kv_spec(MODEL, 64, torch.float64), 1, torch.float64, torch.device("cpu")
+        )
         meta = AttentionMetadata(
             query_start=torch.tensor([0, n], dtype=torch.int32), seq_lens=torch.tensor([n], dtype=torch.int32),
             block_tables=torch.zeros(1, 1, dtype=torch.int32), slot_mapping=torch.arange(n),
@@ -119,7 +121,9 @@ def admit(row: int, tokens: Sequence[int], blocks: Sequence[int], **params: Any)
     seed = params.pop("row_seed", 0)
     num_prompt = params.pop("num_prompt", len(tokens))
     values = {"temperature": 0.0, **params}
-    return RowAdmission(row, f"r{row}", tuple(tokens), num_prompt, 0, (tuple(blocks),), SamplingParams(**values), seed)
+    return RowAdmission(
+        row, f"r{row}", tuple(tokens), num_prompt, 0, (tuple(blocks),), SamplingParams(**values), seed
+    )
 
 
 @pytest.fixture

@@ -30,7 +30,9 @@ def greedy(oracle: Oracle, tokens: list[int], count: int) -> list[int]:
     return text[len(tokens) :]
 
 
-def test_a_row_goes_through_chunks_new_blocks_and_decode(make_runner: Make, plans: Any, oracle: Oracle) -> None:
+def test_a_row_goes_through_chunks_new_blocks_and_decode(
+    make_runner: Make, plans: Any, oracle: Oracle
+) -> None:
     runner, expected = make_runner(), greedy(oracle, PROMPT, 4)
     first = step(runner, plans.plan_of(0, [(2, 0, 6)], admitted=[plans.admit(2, PROMPT, [7, 3])]))
     assert first.token_ids == []
@@ -41,7 +43,9 @@ def test_a_row_goes_through_chunks_new_blocks_and_decode(make_runner: Make, plan
     assert found == expected
 
 
-def test_rows_of_a_mixed_step_answer_in_the_plans_order(make_runner: Make, plans: Any, oracle: Oracle) -> None:
+def test_rows_of_a_mixed_step_answer_in_the_plans_order(
+    make_runner: Make, plans: Any, oracle: Oracle
+) -> None:
     runner, texts = make_runner(), {0: PROMPT, 3: PROMPT[::-1], 1: PROMPT[2:9]}
     begin = plans.plan_of(
         0, [(3, 0, 11), (0, 0, 11)], samples=[0, 1],
@@ -49,9 +53,16 @@ def test_rows_of_a_mixed_step_answer_in_the_plans_order(make_runner: Make, plans
     )  # fmt: skip
     assert step(runner, begin).token_ids == [greedy(oracle, texts[3], 1)[0], greedy(oracle, texts[0], 1)[0]]
     mixed = plans.plan_of(
-        1, [(0, 11, 1), (3, 11, 1), (1, 0, 7)], samples=[0, 1, 2], admitted=[plans.admit(1, texts[1], [12, 13])]
+        1,
+        [(0, 11, 1), (3, 11, 1), (1, 0, 7)],
+        samples=[0, 1, 2],
+        admitted=[plans.admit(1, texts[1], [12, 13])],
     )
-    expected = [greedy(oracle, texts[0], 2)[1], greedy(oracle, texts[3], 2)[1], greedy(oracle, texts[1], 1)[0]]
+    expected = [
+        greedy(oracle, texts[0], 2)[1],
+        greedy(oracle, texts[3], 2)[1],
+        greedy(oracle, texts[1], 1)[0],
+    ]
     result = step(runner, mixed)
     assert result.token_ids == expected
     assert result.step_id == 1
@@ -61,9 +72,13 @@ def test_rows_of_a_mixed_step_answer_in_the_plans_order(make_runner: Make, plans
     ]
 
 
-def test_a_row_given_back_and_taken_again_keeps_nothing(make_runner: Make, plans: Any, oracle: Oracle) -> None:
+def test_a_row_given_back_and_taken_again_keeps_nothing(
+    make_runner: Make, plans: Any, oracle: Oracle
+) -> None:
     runner = make_runner()
-    hot = plans.admit(1, PROMPT, [1, 2, 3], temperature=5.0, row_seed=9, logprobs=3, prompt_logprobs=True, min_tokens=9)
+    hot = plans.admit(
+        1, PROMPT, [1, 2, 3], temperature=5.0, row_seed=9, logprobs=3, prompt_logprobs=True, min_tokens=9
+    )
     step(runner, plans.plan_of(0, [(1, 0, 11)], samples=[0], admitted=[hot]))
     other = PROMPT[::-1][:6]
     again = plans.plan_of(1, [(1, 0, 6)], samples=[0], finished=[1], admitted=[plans.admit(1, other, [3, 1])])
@@ -77,7 +92,9 @@ def test_preempted_rows_bring_their_outputs_back(make_runner: Make, plans: Any, 
     expected = greedy(oracle, PROMPT, 3)
     runner = make_runner()
     back = plans.admit(0, PROMPT + expected[:2], [5, 6, 7, 8], num_prompt=len(PROMPT))
-    assert step(runner, plans.plan_of(0, [(0, 0, 13)], samples=[0], admitted=[back])).token_ids == expected[2:]
+    assert (
+        step(runner, plans.plan_of(0, [(0, 0, 13)], samples=[0], admitted=[back])).token_ids == expected[2:]
+    )
 
 
 def test_figures_are_given_to_the_rows_that_asked(make_runner: Make, plans: Any, oracle: Oracle) -> None:
@@ -97,7 +114,9 @@ def test_figures_are_given_to_the_rows_that_asked(make_runner: Make, plans: Any,
     rest = step(runner, plans.plan_of(1, [(2, 7, 4)], samples=[0]))
     entries = result.prompt_logprobs[2] + rest.prompt_logprobs[0]
     assert [e.token_id for e in entries] == PROMPT[1:]
-    assert [e.logprob for e in entries] == pytest.approx([float(expected[i, t]) for i, t in enumerate(PROMPT[1:])])
+    assert [e.logprob for e in entries] == pytest.approx(
+        [float(expected[i, t]) for i, t in enumerate(PROMPT[1:])]
+    )
     assert [e.top_ids for e in entries] == [(int(row.argmax()),) for row in expected[:-1]]
 
 
@@ -108,13 +127,16 @@ def test_no_stop_token_before_min_tokens(make_runner: Make, plans: Any, oracle: 
         ({"stop_token_ids": (stop,), "min_tokens": 1}, False),
         ({"min_tokens": 1}, True),  # the end-of-sequence id is another one
     ):
-        plan = plans.plan_of(0, [(0, 0, 11)], samples=[0], admitted=[plans.admit(0, PROMPT, [1, 2, 3], **params)])
+        plan = plans.plan_of(
+            0, [(0, 0, 11)], samples=[0], admitted=[plans.admit(0, PROMPT, [1, 2, 3], **params)]
+        )
         assert (step(make_runner(), plan).token_ids == [stop]) == may_stop, params
 
 
 def test_each_step_states_times_and_what_it_needed(make_runner: Make, plans: Any) -> None:
     result = step(
-        make_runner(), plans.plan_of(0, [(0, 0, 11)], samples=[0], admitted=[plans.admit(0, PROMPT, [1, 2, 3])])
+        make_runner(),
+        plans.plan_of(0, [(0, 0, 11)], samples=[0], admitted=[plans.admit(0, PROMPT, [1, 2, 3])]),
     )
     assert result.prepare_ms > 0
     assert result.forward_ms > 0
@@ -123,7 +145,9 @@ def test_each_step_states_times_and_what_it_needed(make_runner: Make, plans: Any
     assert result.flops_needed > 0
 
 
-def test_the_cost_of_a_step_counts_weights_windows_and_pairs(plans: Any, tiny_decoder: Callable[[], Any]) -> None:
+def test_the_cost_of_a_step_counts_weights_windows_and_pairs(
+    plans: Any, tiny_decoder: Callable[[], Any]
+) -> None:
     from dataclasses import replace
 
     from engine.memory import make_kv_spec
@@ -169,7 +193,12 @@ class Failing:
     ],
 )
 def test_a_failing_step_raises_in_collect_and_the_next_one_runs(
-    make_runner: Make, plans: Any, oracle: Oracle, tiny_decoder: Any, raised: BaseException, expected: type[BaseException]
+    make_runner: Make,
+    plans: Any,
+    oracle: Oracle,
+    tiny_decoder: Any,
+    raised: BaseException,
+    expected: type[BaseException],
 ) -> None:
     decoder = Failing(tiny_decoder())
     runner = make_runner(decoder)

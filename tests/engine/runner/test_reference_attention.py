@@ -35,7 +35,9 @@ class Case:
         order = torch.randperm(num_blocks, generator=generator).tolist()
         tables = torch.full((len(self.rows), max(needed) + 2), -7, dtype=torch.int32)
         slots = []
-        self.k_cache = torch.full((num_blocks, self.kv_heads, block_size, self.size), float("nan"), dtype=dtype)
+        self.k_cache = torch.full(
+            (num_blocks, self.kv_heads, block_size, self.size), float("nan"), dtype=dtype
+        )
         self.v_cache = self.k_cache.clone()
 
         def random(*shape: int) -> Tensor:
@@ -47,13 +49,21 @@ class Case:
         for row, (before, _) in enumerate(self.rows):
             blocks = [order.pop() for _ in range(needed[row])]
             tables[row, : len(blocks)] = torch.tensor(blocks)
-            places = torch.tensor([blocks[p // block_size] * block_size + p % block_size for p in range(lengths[row])])
+            places = torch.tensor(
+                [blocks[p // block_size] * block_size + p % block_size for p in range(lengths[row])]
+            )
             self.backend.store_kv(
-                self.keys[row][:before], self.values[row][:before], self.k_cache, self.v_cache, places[:before]
+                self.keys[row][:before],
+                self.values[row][:before],
+                self.k_cache,
+                self.v_cache,
+                places[:before],
             )
             slots.append(places[before:])
         self.new_keys = torch.cat([k[before:] for k, (before, _) in zip(self.keys, self.rows, strict=True)])
-        self.new_values = torch.cat([v[before:] for v, (before, _) in zip(self.values, self.rows, strict=True)])
+        self.new_values = torch.cat(
+            [v[before:] for v, (before, _) in zip(self.values, self.rows, strict=True)]
+        )
         self.q = random(sum(new for _, new in self.rows), self.heads, self.size)
         starts = torch.tensor([0, *(new for _, new in self.rows)]).cumsum(0)
         self.meta = AttentionMetadata(
@@ -68,7 +78,9 @@ class Case:
 
     def run(self, backend: ReferenceAttention, window: int | None) -> Tensor:
         backend.store_kv(self.new_keys, self.new_values, self.k_cache, self.v_cache, self.meta.slot_mapping)
-        return backend.forward(self.q, self.k_cache, self.v_cache, self.meta, scale=0.3, sliding_window=window)
+        return backend.forward(
+            self.q, self.k_cache, self.v_cache, self.meta, scale=0.3, sliding_window=window
+        )
 
     def expected(self, window: int | None) -> Tensor:
         """One token, one head at a time, in float64."""
@@ -104,7 +116,9 @@ def test_shapes_and_block_sizes(shape: str, block_size: int) -> None:
     torch.testing.assert_close(case.run(ReferenceAttention(), 20), case.expected(20), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("dtype", "margin"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "margin"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)]
+)
 def test_narrow_types_sum_in_float32(dtype: torch.dtype, margin: float) -> None:
     case = Case("mixed", "gqa", 16, dtype)
     found = case.run(ReferenceAttention(), None)
@@ -142,4 +156,6 @@ def test_store_writes_its_slots_and_no_others() -> None:
 def test_another_cache_layout_is_refused() -> None:
     cache = torch.zeros(4, 8, 2, 3).transpose(1, 2)
     with pytest.raises(AssertionError, match="HND"):
-        ReferenceAttention().store_kv(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), cache, cache, torch.tensor([0]))
+        ReferenceAttention().store_kv(
+            torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), cache, cache, torch.tensor([0])
+        )

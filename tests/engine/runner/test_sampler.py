@@ -95,7 +95,9 @@ def test_noise_is_gumbel_distributed_over_tokens_positions_and_seeds() -> None:
     for name, noise in samples.items():
         uniform = (-(-noise).exp()).exp().sort().values
         steps = torch.arange(1, count + 1, dtype=torch.float64) / count
-        distance = (uniform - steps).abs().max()  # Kolmogorov-Smirnov; 1.95 / sqrt(n) is passed with p = 0.001
+        distance = (
+            (uniform - steps).abs().max()
+        )  # Kolmogorov-Smirnov; 1.95 / sqrt(n) is passed with p = 0.001
         assert distance < 1.95 / count**0.5, name
 
 
@@ -104,14 +106,19 @@ def test_noise_is_the_same_wherever_a_token_stands() -> None:
     whole = gumbel_noise(keys, torch.arange(1000, dtype=torch.int32), torch.float32, invariant=True)
     some = torch.tensor([7, 999, 31, 500, 1], dtype=torch.int32)
     assert torch.equal(whole[0], whole[1])
-    assert torch.equal(gumbel_noise(keys[:, 2:], some, torch.float32, invariant=True)[0], whole[2][some.long()])
+    assert torch.equal(
+        gumbel_noise(keys[:, 2:], some, torch.float32, invariant=True)[0], whole[2][some.long()]
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_draws_follow_the_softmax(temperature: float) -> None:
     vocab, draws = 12, 20_000
     logits = random_logits(1, vocab, seed=3) * 0.3
-    chosen = sample(logits.expand(draws, -1), settings_of(draws, temperature=temperature, seed=np.arange(draws), position=9))
+    chosen = sample(
+        logits.expand(draws, -1),
+        settings_of(draws, temperature=temperature, seed=np.arange(draws), position=9),
+    )
     counts = torch.bincount(chosen.token_ids, minlength=vocab).double()
     expected = (logits[0].double() / temperature).softmax(-1) * draws
     assert expected.min() > 5
@@ -126,7 +133,9 @@ def test_filtered_draws_follow_the_renormalised_softmax(filters: dict[str, float
     vocab, draws = 16, 10_000
     logits = random_logits(1, vocab, seed=1) * 0.5
     kept = sorted(brute_force_kept(logits[0].tolist(), **filters))
-    chosen = sample(logits.expand(draws, -1), settings_of(draws, seed=np.arange(draws) * 7, position=1, **filters)).token_ids
+    chosen = sample(
+        logits.expand(draws, -1), settings_of(draws, seed=np.arange(draws) * 7, position=1, **filters)
+    ).token_ids
     assert set(chosen.tolist()) == set(kept)
     counts = torch.bincount(chosen, minlength=vocab).double()[kept]
     expected = logits[0, kept].double().softmax(-1) * draws
@@ -135,7 +144,9 @@ def test_filtered_draws_follow_the_renormalised_softmax(filters: dict[str, float
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5 + 4
 
 
-def brute_force_kept(logits: list[float], top_k: float = 0, top_p: float = 1.0, min_p: float = 0.0) -> set[int]:
+def brute_force_kept(
+    logits: list[float], top_k: float = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> set[int]:
     """The filters one after the other on plain lists."""
     kept = list(range(len(logits)))
 
@@ -170,7 +181,11 @@ def test_filters_equal_brute_force_on_a_mixed_batch() -> None:
     found = keep_likely(logits, Filters(top_k, top_p, min_p))
     for i in range(rows):
         kept = set(torch.nonzero(found[i] > float("-inf")).flatten().tolist())
-        assert kept == brute_force_kept(logits[i].tolist(), top_k[i], top_p[i], min_p[i]), (top_k[i], top_p[i], min_p[i])
+        assert kept == brute_force_kept(logits[i].tolist(), top_k[i], top_p[i], min_p[i]), (
+            top_k[i],
+            top_p[i],
+            min_p[i],
+        )
         assert all(found[i, j] == logits[i, j] for j in kept)
 
 
@@ -191,7 +206,9 @@ def test_looking_at_few_tokens_changes_no_draw(monkeypatch: pytest.MonkeyPatch) 
         position=generator.integers(0, 4000, rows),
     )
     drawn = settings.temperature > 0
-    few = Filters(settings.top_k[drawn], settings.top_p[drawn], settings.min_p[drawn]).rows_that_keep_few(vocab)
+    few = Filters(settings.top_k[drawn], settings.top_p[drawn], settings.min_p[drawn]).rows_that_keep_few(
+        vocab
+    )
     assert len(few) > 100
     found = sample(logits, settings).token_ids
     monkeypatch.setattr(sampler, "FEW", vocab)  # never
@@ -208,7 +225,9 @@ def test_greedy_takes_the_lowest_id_among_equals_and_any_seed() -> None:
 def test_a_row_draws_the_same_whatever_is_in_the_batch() -> None:
     logits = random_logits(40, 300)
     temperature = np.where(np.arange(40) % 3 == 0, 0.0, 0.8)
-    everything = settings_of(40, temperature=temperature, seed=np.arange(40), position=np.arange(40) + 5, top_p=0.9)
+    everything = settings_of(
+        40, temperature=temperature, seed=np.arange(40), position=np.arange(40) + 5, top_p=0.9
+    )
     together = sample(logits, everything).token_ids
     for i in (0, 1, 17, 39):
         one = settings_of(1, temperature=temperature[i], seed=i, position=i + 5, top_p=0.9)
@@ -228,7 +247,9 @@ def test_a_tiny_temperature_is_greedy_and_the_extremes_stay_finite() -> None:
 def test_banned_tokens_are_never_chosen_but_keep_their_log_probability() -> None:
     logits = random_logits(2, 30)
     best = logits.argmax(-1).tolist()
-    settings = settings_of(2, temperature=[0.0, 1.0], banned=((0, (best[0],)), (1, tuple(range(29)))), num_logprobs=1)
+    settings = settings_of(
+        2, temperature=[0.0, 1.0], banned=((0, (best[0],)), (1, tuple(range(29)))), num_logprobs=1
+    )
     sampled = sample(logits, settings)
     assert sampled.token_ids.tolist() == [int(logits[0].topk(2).indices[1]), 29]
     assert sampled.logprobs is not None
@@ -239,7 +260,9 @@ def test_banned_tokens_are_never_chosen_but_keep_their_log_probability() -> None
 
 def test_log_probabilities_are_those_of_the_raw_logits() -> None:
     logits = random_logits(4, 60, dtype=torch.float64)
-    settings = settings_of(4, temperature=[0.0, 0.3, 2.0, 1.0], top_k=[0, 5, 0, 3], num_logprobs=[2, -1, 0, 5], seed=4)
+    settings = settings_of(
+        4, temperature=[0.0, 0.3, 2.0, 1.0], top_k=[0, 5, 0, 3], num_logprobs=[2, -1, 0, 5], seed=4
+    )
     sampled = sample(logits, settings)
     assert sampled.logprob_rows == (0, 2, 3)
     assert sampled.logprobs is not None
@@ -248,7 +271,9 @@ def test_log_probabilities_are_those_of_the_raw_logits() -> None:
         token = int(sampled.token_ids[row])
         assert entry.token_id == token
         assert entry.logprob == pytest.approx(float(expected[row, token]), abs=1e-12)
-        assert entry.rank == sorted(expected[row].tolist(), reverse=True).index(float(expected[row, token])) + 1
+        assert (
+            entry.rank == sorted(expected[row].tolist(), reverse=True).index(float(expected[row, token])) + 1
+        )
         top = expected[row].topk(len(entry.top_ids))
         assert list(entry.top_ids) == top.indices.tolist()
         assert list(entry.top_logprobs) == pytest.approx(top.values.tolist(), abs=1e-12)

@@ -180,6 +180,16 @@ def test_schedule_warms_up_stays_and_decays_to_zero() -> None:
     assert lr_factor(config, 500, 1.0) == 0.0
 
 
+def test_deadline_that_has_passed_ends_the_run(tokenizer: Tokenizer, dialogues: dict[str, list[Any]]) -> None:
+    config = demo_config(600, hidden_size=64, num_layers=2)
+    device, past = torch.device("cpu"), time.time() - 1
+    trainer = Trainer(config, CONFIG, MIX, tokenizer, dialogues, device, past)
+    trainer.progress.wall_s = 100.0
+    assert trainer.done_share() == 1.0
+    trainer.run(lambda t: True)
+    assert trainer.progress.step == 0
+
+
 def test_orthogonalized_matrices_keep_their_vectors_and_level_their_values() -> None:
     torch.manual_seed(0)
     for shape in ((2, 16, 48), (1, 48, 16), (3, 24, 24)):

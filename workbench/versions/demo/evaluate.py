@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -120,15 +121,18 @@ def _generate(model: LlamaForCausalLM, prompts: list[list[int]], max_new_tokens:
 
 
 def score_tasks(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, families: dict[str, list[Task]]
+    model: LlamaForCausalLM, tokenizer: Tokenizer, families: dict[str, list[Task]], num_workers: int = 1
 ) -> dict[str, Score]:
-    """The score of each family."""
-    scores = {}
-    for family, tasks in families.items():
+    """The score of each family; families run side by side, each on one thread."""
+
+    def score(tasks: list[Task]) -> Score:
         answers = greedy_answers(model, tokenizer, tasks)
-        passed = sum(task.passes(answer) for task, answer in zip(tasks, answers, strict=True))
-        scores[family] = wilson(passed, len(tasks))
-    return scores
+        return wilson(
+            sum(task.passes(answer) for task, answer in zip(tasks, answers, strict=True)), len(tasks)
+        )
+
+    with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+        return dict(zip(families, workers.map(score, families.values()), strict=True))
 
 
 def evaluate(
@@ -136,19 +140,26 @@ def evaluate(
     tokenizer: Tokenizer,
     data: Path,
     per_family: int,
+    *,
+    per_family_known: int | None = None,
     dialogues_per_domain: int | None = None,
     num_stories: int | None = None,
+    num_workers: int = 1,
 ) -> Evaluation:
-    """The whole judgement: perplexity on the dev parts, scores on `per_family` held-out tasks each, and on dev stories."""
+    """The whole judgement: perplexity on the dev parts, scores on held-out tasks, and on dev stories."""
     dev = {domain: load_domain(data, domain, "dev") for domain in DOMAINS}
     tasks = held_out_tasks(EVALUATION_SEED, per_family)
-    known = held_out_tasks(EVALUATION_SEED, per_family, Split.NEW_VALUES)
+    known = held_out_tasks(EVALUATION_SEED, per_family_known or per_family, Split.NEW_VALUES)
     stories = story_tasks(dev["story"])[:num_stories]
-    families = {**tasks, "story": stories} if stories else dict(tasks)
+    families = {"story": stories, **tasks} if stories else tasks
+    scores = score_tasks(model, tokenizer, families, num_workers)
+    with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+        parts = workers.map(lambda d: perplexity(model, tokenizer, dev[d][:dialogues_per_domain]), dev)
+        perplexities = dict(zip(dev, parts, strict=True))
     return Evaluation(
-        perplexity={d: perplexity(model, tokenizer, dev[d][:dialogues_per_domain]) for d in dev},
-        scores=score_tasks(model, tokenizer, families),
-        scores_new_values=score_tasks(model, tokenizer, known),
+        perplexity=perplexities,
+        scores={family: scores[family] for family in [*tasks, *families.keys() - tasks.keys()]},
+        scores_new_values=score_tasks(model, tokenizer, known, num_workers),
     )
 
 
@@ -169,7 +180,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load_model(arguments.model)
-    result = evaluate(model, tokenizer, arguments.data, arguments.per_family)
+    result = evaluate(model, tokenizer, arguments.data, arguments.per_family, num_workers=arguments.threads)
     print(json.dumps(asdict(result), indent=2))
 
 

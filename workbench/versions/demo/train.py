@@ -118,8 +118,10 @@ class Trainer:
         """Share of the run that is behind: of the tokens, or of the time until the deadline, whichever is more."""
         share = self.progress.tokens / self.config.total_tokens
         if self._deadline_unix_s is not None:
-            left_s = max(0.0, self._deadline_unix_s - time.time())
-            share = max(share, self.progress.wall_s / (self.progress.wall_s + left_s + 1e-9))
+            left_s = self._deadline_unix_s - time.time()
+            if left_s <= 0.0:
+                return 1.0
+            share = max(share, self.progress.wall_s / (self.progress.wall_s + left_s))
         return share
 
     def run(self, on_step: Callable[[Trainer], bool]) -> None:
