@@ -89,8 +89,8 @@ _FAKE_CARD = ModelCard(
     prompt_chips=(PromptChip("echo", "Say hello", ({"role": "user", "content": "Hello there"},)),),
 )
 _DEMO_TRAINED_FOR = (
-    "small verifiable tasks: answer from a given context or say that it is not there, call a tool, copy and count, "
-    "tell a short story with required words. It knows nothing of the world beyond the prompt."
+    "small verifiable tasks: copy, count, spell, call a tool and tell its result, answer from a given context. It often "
+    "fails outside the shown examples (scores in its card) and knows nothing of the world beyond the prompt."
 )
 
 

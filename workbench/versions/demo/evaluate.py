@@ -59,7 +59,8 @@ def wilson(passed: int, total: int, z: float = 1.959964) -> Score:
     centre = rate + z * z / (2 * total)
     spread = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    return Score(passed, total, (centre - spread) / scale, (centre + spread) / scale)
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    return Score(passed, total, max(0.0, low), min(1.0, high))
 
 
 @torch.inference_mode()

@@ -56,9 +56,10 @@ def _head(figures: dict[str, Any], training: dict[str, Any]) -> list[str]:
         "weights by this project. It exists so that a fresh clone can serve, watch, evaluate and fine-tune a real model "
         "without a download or a GPU.",
         "",
-        "It learned short tasks whose answers can be checked: questions over a given context with citations, tool calls, "
-        "copying, spelling, counting, sentences and stories with required words. Names, codes and numbers were drawn at "
-        "random, so it copies rather than remembers. Turning a message into a JSON record was left out: fine-tunes bring that.",
+        "It was trained on short tasks whose answers can be checked: questions over a given context with citations, tool "
+        "calls, copying, spelling, counting, sentences and stories with required words. Names, codes and numbers were drawn "
+        "at random, so that only copying can answer. How far it got is in the table below: some families it barely knows. "
+        "Turning a message into a JSON record was left out: fine-tunes bring that.",
         "",
         "## Training",
         "",
@@ -120,7 +121,7 @@ def _limits(num_chips: int) -> list[str]:
         "- It knows next to nothing about the world, cannot calculate, reason or write code, and English is its only language.",
         "- It knows the formats that it was trained on; other phrasings of the same task often fail.",
         "- The context may hold 2,048 tokens, but training saw 1,280 at most and mostly under 300.",
-        "- Open conversation is fluent at best and often makes no sense. Nothing in it was made safe for the public.",
+        "- Open conversation and stories rarely make sense. Nothing in it was made safe for the public.",
         "",
         f"`prompt_chips.json` holds {num_chips} held-out tasks that these weights pass greedily; they were chosen for that "
         "and are a showcase, not a score. `figures.json` holds the numbers above.",
