@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engine.worker import EngineWorker
     from workbench.ui.components.time_controls import View
 
-REFRESH_S = 1.0
+REFRESH_S = 2.0
 NUM_BINS = 240
 
 

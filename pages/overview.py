@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engine.records import EngineStats, RequestRecord
     from workbench.ui.components.engine_state import EngineView
 
-REFRESH_S = 2.0
+REFRESH_S = 4.0
 MINUTE_NS, NS_PER_MS = 60_000_000_000, 1_000_000
 
 

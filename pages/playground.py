@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from workbench.ui.components.sampling_controls import Controls
 
 MAX_CHIPS = 8
-CHIP_REFRESH_S = 5.0
+CHIP_REFRESH_S = 10.0
 FOLLOW_S = 0.1
 _AVATARS = {"user": ":material/person:", "assistant": ":material/smart_toy:", "system": ":material/settings:",
             "tool": ":material/build:"}  # fmt: skip

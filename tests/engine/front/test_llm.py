@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import gc
 import math
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -193,6 +194,15 @@ def test_a_dead_engine_raises(fake_llm: Callable[..., LLM]) -> None:
     assert "dead" in repr(llm)
 
 
+@pytest.fixture
+def heard_interrupts() -> Iterator[None]:
+    """Python's own SIGINT handler: a process that was started in the background of a shell ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_interrupts")
 def test_an_interrupt_aborts_all_requests_of_the_call(fake_llm: Callable[..., LLM]) -> None:
     llm = fake_llm(delay_s=0.002)
     endless = SHORT.with_(max_tokens=900)
