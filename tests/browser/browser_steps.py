@@ -34,7 +34,7 @@ def summary_of(page: Page) -> str:
     return page.locator(".timeline canvas").get_attribute("aria-label") or ""
 
 
-def hold_still(page: Page, milliseconds: int = 2500) -> bool:
+def hold_still(page: Page, milliseconds: int = 4500) -> bool:
     """Whether the timeline stays as it is."""
     before = summary_of(page)
     page.wait_for_timeout(milliseconds)

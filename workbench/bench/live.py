@@ -8,8 +8,8 @@ of each neighbouring pair of rounds shows the spread.
 
 What can cost: the fragments' Python (it shares the interpreter with the engine thread), their messages, and the
 browser's painting, which on a small machine takes the very cores that the engine computes on. A person's browser usually
-runs on another machine: `--browser-nice` lowers the browser's priority to come near to that, and the output says which one
-was used. CPU times of server and browser are printed beside the latencies.
+runs on another machine: by default the browser's priority is lowered to come near to that (`--browser-nice 0` leaves it), and
+the output says which one was used. CPU times of server and browser are printed beside the latencies.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", type=int, default=1500, help="output tokens a stream (default 1500)")
     parser.add_argument(
-        "--browser-nice", type=int, default=0, help="nice value of the browser (default 0: none)"
+        "--browser-nice",
+        type=int,
+        default=19,
+        help="nice value of the browser; 0: the server's priority (default 19)",
     )
     parser.add_argument(
         "--threads", type=int, default=None, help="CPU threads of the engine (default: its own choice)"
