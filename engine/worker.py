@@ -297,6 +297,8 @@ class EngineWorker:
 
     def _take_in(self, engine: Engine, output: StepOutput) -> None:
         """Hand a step's results out: first to the readers, who wait for them."""
+        if output.requests:  # whoever has its result finds it counted
+            self._stats = engine.stats()
         for request_id in self._hub.publish(output.deltas):
             engine.abort(request_id)
         record = output.record
