@@ -1,6 +1,6 @@
 """The engine's exception tree: what can go wrong, as types that a caller can act on.
 
-    EngineError                      base: message, value, limit, remedy, param
+    EngineError                      base, a TypedError: message, value, limit, remedy, param
     ├── ConfigError                  an EngineConfig that cannot hold (before any work)
     ├── InvalidRequestError          a request that can never run (before any work)
     │   ├── InvalidParamsError       a sampling parameter out of its range
@@ -21,14 +21,14 @@ from __future__ import annotations
 from typing import Any
 
 
-class EngineError(Exception):
-    """Base of all errors that the engine raises on purpose.
+class TypedError(Exception):
+    """What every error raised on purpose carries, the engine's and those of what is built on it.
 
     `message` says what is wrong; `value` is the offending value, `limit` what would have been accepted, `remedy`
     what to do, `param` the argument's name. ``str(error)`` joins them into one sentence for people.
     """
 
-    code = "engine_error"
+    code = "error"
 
     def __init__(
         self,
@@ -51,6 +51,12 @@ class EngineError(Exception):
         if self.remedy:
             text = f"{text.rstrip('.')}. {self.remedy}"
         return text
+
+
+class EngineError(TypedError):
+    """Base of all errors that the engine raises on purpose."""
+
+    code = "engine_error"
 
 
 class ConfigError(EngineError, ValueError):

@@ -18,38 +18,13 @@ Boundary: types and their text. HTTP status codes belong to ``workbench.api.erro
 
 from __future__ import annotations
 
-from typing import Any
+from engine.errors import TypedError
 
 
-class WorkbenchError(Exception):
-    """Base of all errors that the workbench raises on purpose.
-
-    `message` says what is wrong; `value` is the offending value, `limit` what would have been accepted, `remedy`
-    what to do, `param` the setting's or argument's name.
-    """
+class WorkbenchError(TypedError):
+    """Base of all errors that the workbench raises on purpose."""
 
     code = "workbench_error"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        value: Any = None,
-        limit: Any = None,
-        remedy: str | None = None,
-        param: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.value = value
-        self.limit = limit
-        self.remedy = remedy
-        self.param = param
-
-    def __str__(self) -> str:
-        if self.remedy:
-            return f"{self.message.rstrip('.')}. {self.remedy}"
-        return self.message
 
 
 class SettingsError(WorkbenchError, ValueError):
