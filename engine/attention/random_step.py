@@ -70,7 +70,10 @@ def excess_error(got: Tensor, step: PagedStep, window: int | None = None) -> flo
     want, magnitude = exact.reference(window), replace(exact, v_cache=step.v_cache.abs()).reference(window)
     roundoff = torch.finfo(got.dtype).eps / 2 if got.dtype != torch.float32 else 0.0
     bound = (1.02 * roundoff + 1e-5) * (magnitude + want.abs())
-    return float(((got.double() - want).abs() / bound).max())
+    error = (got.double() - want).abs()
+    return float(
+        torch.where(error == 0.0, 0.0, error / bound).max()
+    )  # a value of exactly zero allows no error
 
 
 def paged_step(

@@ -207,3 +207,16 @@ def test_orthogonalized_matrices_keep_their_vectors_and_level_their_values() -> 
 def test_muon_refuses_vectors() -> None:
     with pytest.raises(ValueError, match="matrices only"):
         Muon([torch.nn.Parameter(torch.zeros(3))], weight_decay=0.1)
+
+
+def test_pools_made_in_processes_are_the_same(tokenizer: Tokenizer, dialogues: dict[str, list[Any]]) -> None:
+    stream = TrainingStream(tokenizer, dialogues, MIX)
+    here, ahead = stream.steps(1, 1), stream.steps(1, 1, num_processes=2)
+    for _ in range(8):
+        want, got = next(here), next(ahead)
+        assert (got.next_pool, got.next_step) == (want.next_pool, want.next_step)
+        for mine, theirs in zip(want.micro_batches, got.micro_batches, strict=True):
+            assert torch.equal(mine.ids, theirs.ids)
+            assert torch.equal(mine.is_answer, theirs.is_answer)
+            assert mine.num_tokens == theirs.num_tokens
+    ahead.close()

@@ -8,13 +8,18 @@ data.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import count
+from multiprocessing import get_context
+from typing import Any
 
 import torch
 
 from workbench.versions.demo.chat_format import EncodedChat, Tokenizer, encode
-from workbench.versions.demo.corpus import DOMAINS, Conversation
+from workbench.versions.demo.corpus import DOMAINS, Conversation, ask_for_other_words
 from workbench.versions.demo.generator import Stage, make_episode
 from workbench.versions.demo.values import Split
 
@@ -90,17 +95,20 @@ class TrainingStream:
         self._dialogues = dialogues
         self._mix = mix
 
-    def steps(self, pool: int = 0, step: int = 0) -> Iterator[StreamStep]:
-        """Endless, from the given position."""
-        while True:
-            groups = self._pool(pool)
+    def steps(
+        self, pool: int = 0, step: int = 0, num_processes: int = 0
+    ) -> Generator[StreamStep, None, None]:
+        """Endless, from the given position; pools are made ahead by `num_processes`, or here where that is 0."""
+        pools = _made_ahead(self, pool, num_processes) if num_processes else map(self.pool, count(pool))
+        for groups in pools:
             while step < len(groups):
                 step += 1
                 last = step == len(groups)
                 yield StreamStep(groups[step - 1], pool + last, 0 if last else step)
             pool, step = pool + 1, 0
 
-    def _pool(self, pool: int) -> list[list[MicroBatch]]:
+    def pool(self, pool: int) -> list[list[MicroBatch]]:
+        """All steps of pool number `pool`."""
         mix = self._mix
         rng = random.Random(f"{mix.seed}/pool/{pool}")
         first = pool * mix.episodes_per_pool
@@ -120,4 +128,40 @@ class TrainingStream:
 
     def _dialogue(self, rng: random.Random) -> Conversation:
         domain = rng.choices(list(DOMAINS), weights=list(DOMAINS.values()))[0]
-        return rng.choice(self._dialogues[domain])
+        messages = rng.choice(self._dialogues[domain])
+        return ask_for_other_words(rng, messages) if domain == "story" else messages
+
+
+_Packed = list[list[tuple[Any, Any, int]]]
+_worker_stream: TrainingStream
+
+
+def _made_ahead(stream: TrainingStream, first: int, num_processes: int) -> Iterator[list[list[MicroBatch]]]:
+    """The pools from `first` on, in order, at most two for each process waiting to be taken."""
+    context = get_context("spawn")  # the parent has threads and perhaps a GPU: a fork of it could hang
+    with ProcessPoolExecutor(num_processes, context, _start_worker, (stream,)) as processes:
+        waiting: deque[Future[_Packed]] = deque()
+        for pool in count(first):
+            waiting.append(processes.submit(_packed_pool, pool))
+            if len(waiting) > 2 * num_processes:
+                packed = waiting.popleft().result()
+                yield [[_unpack(*batch) for batch in group] for group in packed]
+
+
+def _start_worker(stream: TrainingStream) -> None:
+    global _worker_stream
+    torch.set_num_threads(1)
+    _worker_stream = stream
+
+
+def _packed_pool(pool: int) -> _Packed:
+    """Arrays instead of tensors: tensors would travel through file descriptors, one each."""
+    return [[_pack(batch) for batch in group] for group in _worker_stream.pool(pool)]
+
+
+def _pack(batch: MicroBatch) -> tuple[Any, Any, int]:
+    return batch.ids.to(torch.int16).numpy(), batch.is_answer.numpy(), batch.num_tokens
+
+
+def _unpack(ids: Any, is_answer: Any, num_tokens: int) -> MicroBatch:
+    return MicroBatch(torch.from_numpy(ids).long(), torch.from_numpy(is_answer), num_tokens)

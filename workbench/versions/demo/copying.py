@@ -73,7 +73,7 @@ def _copy(values: Values, episode: Episode, given: str | None = None) -> None:
         "Repeat after me: {v}",
         'Repeat the text in quotes: "{v}"',
     )
-    episode.say("user", template.replace("{v}", thing))
+    episode.say("user", values.opened(template.replace("{v}", thing)))
     episode.answer("copy", thing, Check(exact=thing))
 
 
@@ -89,7 +89,7 @@ def _spell(values: Values, episode: Episode) -> None:
         "Which letters are in {v}, in order?",
     )
     spelled = " ".join(word)
-    episode.say("user", template.replace("{v}", word))
+    episode.say("user", values.opened(template.replace("{v}", word)))
     episode.answer("spell", spelled, Check(exact=spelled))
 
 
@@ -107,7 +107,7 @@ def _count(values: Values, episode: Episode) -> None:
         "Number of items in: {v}?",
     )
     number = _NUMBERS[len(items)]
-    episode.say("user", template.replace("{v}", ", ".join(items)))
+    episode.say("user", values.opened(template.replace("{v}", ", ".join(items))))
     wrong = tuple(n for n in _NUMBERS[1:] if n != number)
     episode.answer("count", f"There are {number}.", Check(contains=(number,), excludes=wrong))
 
@@ -127,7 +127,7 @@ def _pick(values: Values, episode: Episode) -> None:
         "From {v}, give me the {o}.",
         "Take the {o} item: {v}.",
     )
-    episode.say("user", template.replace("{v}", ", ".join(items)).replace("{o}", word))
+    episode.say("user", values.opened(template.replace("{v}", ", ".join(items)).replace("{o}", word)))
     episode.answer("pick", wanted, Check(exact=wanted))
 
 
@@ -154,7 +154,7 @@ def _sentence(values: Values, episode: Episode) -> None:
         "I need a sentence with the words {w}.",
         "Put these words into one sentence: {w}.",
     )
-    episode.say("user", template.replace("{w}", ", ".join([*words, name])))
+    episode.say("user", values.opened(template.replace("{w}", ", ".join([*words, name]))))
     gold = values.rng.choice(_SENTENCES).replace("{n}", name)
     for index, word in enumerate(words):
         gold = gold.replace(f"{{{index}}}", word)
@@ -225,7 +225,7 @@ _IDENTITY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
 
 def _identity(values: Values, episode: Episode) -> None:
     questions, answer, parts = values.rng.choice(_IDENTITY)
-    episode.say("user", values.phrase(*questions))
+    episode.say("user", values.opened(values.phrase(*questions)))
     episode.answer("identity", answer, Check(contains=parts))
 
 

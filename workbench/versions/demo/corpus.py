@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import lzma
+import random
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +18,9 @@ from workbench.versions.demo.tasks import Check, Task
 
 DOMAINS = {"story": 0.35, "persona": 0.27, "topical": 0.2, "tm4": 0.18}
 """Each domain's share of the dialogues in the training mix."""
+
+_REQUIRED = "with the words "
+_PLAIN_WORD = re.compile(r"(?<![\w'-])[a-z]{4,}(?![\w'-])")
 
 Part = Literal["train", "dev"]
 Conversation = list[Message]
@@ -37,11 +42,26 @@ def load_dialogues(folder: Path, part: Part) -> dict[str, list[Conversation]]:
     return {domain: load_domain(folder, domain, part) for domain in DOMAINS}
 
 
+def ask_for_other_words(rng: random.Random, messages: Conversation) -> Conversation:
+    """A story's conversation whose request names three other words of the same story, half of the time.
+
+    So the words have to be read from the request, and a story seen again is not the same task again.
+    """
+    request, mark, _ = messages[1]["content"].partition(_REQUIRED)
+    if not mark or rng.random() < 0.5:
+        return messages
+    found = sorted(set(_PLAIN_WORD.findall(messages[2]["content"])))
+    if len(found) < 3:
+        return messages
+    words = ", ".join(rng.sample(found, 3))
+    return [messages[0], {**messages[1], "content": f"{request}{mark}{words}."}, *messages[2:]]
+
+
 def story_tasks(conversations: list[Conversation]) -> list[Task]:
     """Family `story`: a story must hold every word that its request names (the words after 'with the words')."""
     tasks = []
     for messages in conversations:
-        request, _, listed = messages[1]["content"].partition("with the words ")
+        request, _, listed = messages[1]["content"].partition(_REQUIRED)
         words = tuple(word.strip(" .") for word in listed.split(",") if word.strip(" ."))
         if request and words:
             gold = messages[2]["content"]

@@ -72,7 +72,7 @@ def _fill(template: str, arguments: list[str], results: list[str]) -> str:
 def _use_tool(values: Values, episode: Episode, tool: _Tool) -> None:
     ability = tool.ability
     arguments = [slot.draw(values) for slot in ability.arguments]
-    episode.say("user", _fill(values.phrase(*ability.requests), arguments, []))
+    episode.say("user", values.opened(_fill(values.phrase(*ability.requests), arguments, [])))
     episode.call("tool_call", tool.name, dict(zip(tool.parameters, arguments, strict=True)))
     results = [slot.draw(values) for slot in ability.results]
     keys = [values.phrase(*slot.names) for slot in ability.results]
@@ -97,7 +97,7 @@ def tool_episode(rng: random.Random, split: Split, max_tools: int = 4) -> Episod
             request = _fill(
                 values.phrase(*spare.requests), [slot.draw(values) for slot in spare.arguments], []
             )
-            episode.say("user", request)
+            episode.say("user", values.opened(request))
             episode.answer("no_tool", NO_TOOL, Check(exact=NO_TOOL))
         else:
             _use_tool(values, episode, rng.choice(tools))

@@ -15,8 +15,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -54,6 +53,19 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     seed: int = 0
+
+
+RECIPES = {
+    "small": (TrainConfig(), MixConfig()),
+    "large": (
+        TrainConfig(warmup_steps=200, peak_lr=3e-3, muon_lr=4e-3),
+        MixConfig(
+            episodes_per_pool=2560, dialogues_per_pool=80, copy_first_pools=24, copy_first_dialogues=16,
+            micro_tokens=16384, micro_per_step=2,
+        ),
+    ),
+}  # fmt: skip
+"""By `--steps`: about 2,000 and about 30,000 tokens an optimizer step. A run keeps to one of them."""
 
 
 @dataclass(slots=True)
@@ -99,6 +111,7 @@ class Trainer:
         device: torch.device,
         deadline_unix_s: float | None = None,
         num_workers: int = 1,
+        num_processes: int = 0,
     ) -> None:
         self.config = config
         self.mix = mix
@@ -111,6 +124,7 @@ class Trainer:
         self.loss = float("nan")
         self.lr_factor = 0.0
         self._stream = TrainingStream(tokenizer, dialogues, mix)
+        self._num_processes = num_processes
         self._deadline_unix_s = deadline_unix_s
         self._dtype = compute_dtype(device)
 
@@ -128,7 +142,7 @@ class Trainer:
         """Trains until the budget is spent or `on_step` returns False."""
         start = self.progress.pool, self.progress.pool_step
         self.model.train()
-        for step in self._stream.steps(*start):
+        for step in self._stream.steps(*start, self._num_processes):
             if self.done_share() >= 1.0:
                 return
             self._step(step)
@@ -265,13 +279,6 @@ class Watch:
             log.write(text + "\n")
 
 
-def _deadline(clock: str | None) -> float | None:
-    if clock is None:
-        return None
-    hour, minute = (int(part) for part in clock.split(":"))
-    return datetime.now().replace(hour=hour, minute=minute, second=0, microsecond=0).timestamp()
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -281,14 +288,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=home / "train" / "chat-base", help="work folder")
     parser.add_argument("--tokens", type=float, default=30e6, help="training tokens")
     parser.add_argument(
-        "--decay-by", metavar="HH:MM", help="end by this local time of today, decaying in time for it"
+        "--minutes", type=float, help="end after so long at the latest, decaying in time for it"
     )
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--seed", type=int, default=0)
-    default_pools = MixConfig().copy_first_pools
-    parser.add_argument("--copy-first-pools", type=int, default=default_pools, help="pools of mostly copying")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, default=0, help="make the data ahead in so many processes")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default_device)
+    parser.add_argument(
+        "--steps", choices=RECIPES, default="large" if default_device == "cuda" else "small",
+        help="sizes and rates: small steps for a CPU, large ones keep a GPU busy",
+    )  # fmt: skip
     parser.add_argument("--checkpoint-s", type=float, default=120.0)
     parser.add_argument("--evaluate-s", type=float, default=600.0)
     return parser.parse_args()
@@ -304,15 +315,17 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     dialogues = load_dialogues(arguments.data, "train")
     tokenizer = _tokenizer(out, dialogues, arguments.seed)
+    config, mix = RECIPES[arguments.steps]
     trainer = Trainer(
         demo_config(tokenizer.get_vocab_size()),
-        TrainConfig(total_tokens=int(arguments.tokens), seed=arguments.seed),
-        MixConfig(seed=arguments.seed, copy_first_pools=arguments.copy_first_pools),
+        replace(config, total_tokens=int(arguments.tokens), seed=arguments.seed),
+        replace(mix, seed=arguments.seed),
         tokenizer,
         dialogues,
         torch.device(arguments.device),
-        _deadline(arguments.decay_by),
+        time.time() + 60 * arguments.minutes if arguments.minutes else None,
         arguments.threads if arguments.device == "cpu" else 1,
+        arguments.processes,
     )
     if checkpoint.exists():
         trainer.load(checkpoint)

@@ -62,6 +62,12 @@ PETS = _words(
 )
 
 
+_OPENERS = (
+    "Hi! ", "Hello, ", "Hey. ", "Please: ", "One question. ", "Quick one: ", "I need your help. ", "Next: ",
+    "Now this. ", "Good morning. ", "Sorry to bother you. ", "Okay. ",
+)  # fmt: skip
+
+
 class Split(Enum):
     """What a task draws from: training values and phrasings, new values in known phrasings, or both held out."""
 
@@ -122,6 +128,10 @@ class Values:
     def phrase(self, *templates: str) -> str:
         """One phrasing (or name of a tool, or system prompt) of this split."""
         return self.rng.choice(part_of(templates, self.split.of_wording))
+
+    def opened(self, request: str) -> str:
+        """The request, a fifth of the time after a few polite words, so that not every request begins as a template."""
+        return self.phrase(*_OPENERS) + request if self.chance(0.2) else request
 
     def one_of(self, options: Sequence[str]) -> str:
         return self.rng.choice(part_of(options, self.split.of_values))
