@@ -102,9 +102,7 @@ def _measure_engine(limits: Limits, device: torch.device, began: float) -> dict[
     before = torch.cuda.memory_allocated(device)
     engine = random_engine(shape, device)
     print(f"{name}'s shape, random weights, bfloat16, attention: {engine.config.attention_backend}")
-    print(
-        f"{'workload':>16} {'seconds':>8} {'tokens/s in':>12} {'out':>9} {'of limit':>9} {'device busy':>12}"
-    )
+    print(f"{'workload':>16} {'seconds':>8} {'tokens/s in':>12} {'out':>9} {'of limit':>9} {'ms a step':>12}")
     runs = []
     try:
         for length in (

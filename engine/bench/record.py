@@ -70,13 +70,16 @@ def versions() -> dict[str, str]:
 def commit() -> dict[str, Any]:
     """Revision of the code that ran and whether files differ from it; None outside of a repository.
 
-    A copy without its repository may be told its revision in SOURCE_REVISION.
+    A copy without its repository is told its revision in SOURCE_REVISION.
     """
+    told = os.environ.get("SOURCE_REVISION")
+    if told:
+        return {"revision": told, "dirty": None}
     root = Path(__file__).resolve().parents[2]
     revision = _output(["git", "rev-parse", "HEAD"], root)
     changes = _output(["git", "status", "--porcelain", "--untracked-files=no"], root)
     return {
-        "revision": revision or os.environ.get("SOURCE_REVISION"),
+        "revision": revision or None,
         "dirty": None if changes is None else bool(changes),
     }
 

@@ -37,15 +37,16 @@ class _Tool:
 
 
 def _make_tool(values: Values, ability: Ability) -> _Tool:
-    name = values.phrase(*ability.names)
+    name = values.key(*ability.names)
     parameters: list[str] = []
     for slot in ability.arguments:
         parameters.append(next(n for n in _shuffled(values, slot.names) if n not in parameters))
+    described = name not in ability.names or values.chance(0.7)
     schema = {
         "type": "function",
         "function": {
             "name": name,
-            "description": values.phrase(*ability.descriptions) if values.chance(0.7) else "",
+            "description": values.phrase(*ability.descriptions) if described else "",
             "parameters": {
                 "type": "object",
                 "properties": {parameter: {"type": "string"} for parameter in parameters},
@@ -57,7 +58,7 @@ def _make_tool(values: Values, ability: Ability) -> _Tool:
 
 
 def _shuffled(values: Values, names: tuple[str, ...]) -> list[str]:
-    first = values.phrase(*names)
+    first = values.key(*names)
     return [first, *(name for name in names if name != first)]
 
 
@@ -75,7 +76,7 @@ def _use_tool(values: Values, episode: Episode, tool: _Tool) -> None:
     episode.say("user", values.opened(_fill(values.phrase(*ability.requests), arguments, [])))
     episode.call("tool_call", tool.name, dict(zip(tool.parameters, arguments, strict=True)))
     results = [slot.draw(values) for slot in ability.results]
-    keys = [values.phrase(*slot.names) for slot in ability.results]
+    keys = [values.key(*slot.names) for slot in ability.results]
     episode.say(
         "tool", json.dumps(dict(zip(keys, results, strict=True)), separators=(",", ":"), ensure_ascii=False)
     )

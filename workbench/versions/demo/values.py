@@ -15,6 +15,8 @@ from functools import cache
 
 HELD_OUT_SHARE = 6
 """One value in this many is held out for evaluation."""
+MADE_UP_SHARE = 0.4
+"""How often training replaces a word of a list, which could be learned by heart, by a made-up one."""
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -134,12 +136,28 @@ class Values:
         return self.phrase(*_OPENERS) + request if self.chance(0.2) else request
 
     def one_of(self, options: Sequence[str]) -> str:
-        return self.rng.choice(part_of(options, self.split.of_values))
+        """An entry of this split; in training often a made-up word in its place, so that entries are read, not known."""
+        return self._often_made_up(self.rng.choice(part_of(options, self.split.of_values)))
 
     def some_of(self, options: Sequence[str], count: int) -> list[str]:
-        """Distinct entries, as many as asked or as the split has."""
+        """Distinct entries, as many as asked or as the split has; in training often made-up words in their places."""
         available = part_of(options, self.split.of_values)
-        return self.rng.sample(available, min(count, len(available)))
+        drawn = self.rng.sample(available, min(count, len(available)))
+        return list(dict.fromkeys(self._often_made_up(entry) for entry in drawn))
+
+    def _often_made_up(self, entry: str) -> str:
+        if self.split is not Split.TRAIN or not self.chance(MADE_UP_SHARE):
+            return entry
+        word = self._made_up()
+        return word if entry[0].isupper() else word.lower()
+
+    def key(self, *names: str) -> str:
+        """The name of a tool or of a parameter: in training often a made-up one, so that names are read, not known."""
+        name = self.phrase(*names)
+        if self.split is not Split.TRAIN or not self.chance(MADE_UP_SHARE):
+            return name
+        parts = [self._syllables() for _ in range(self.rng.choice((1, 1, 2)))]
+        return "_".join(parts if self.chance(0.5) else [*name.split("_")[:1], *parts])
 
     def name(self) -> str:
         """A made-up name of two or three syllables, or (rarely) a common first name."""
@@ -170,7 +188,7 @@ class Values:
             return letters + digits
         if style < 0.75:
             return f"{letters}-{digits}"
-        return digits + letters[0] if style < 0.85 else f"{self._syllables()}-{digits}"
+        return digits + letters[0] if style < 0.85 else f"{self._syllables().capitalize()}-{digits}"
 
     def number(self, low: int, high: int) -> str:
         """A whole number in [low, high] of this split; the range must hold enough of them."""
