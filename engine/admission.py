@@ -97,6 +97,7 @@ def make_request(
     *,
     request_id: str | None = None,
     cache_salt: str = "",
+    arrival_ns: int | None = None,
 ) -> Request:
     """A checked request with its seed drawn. Safe to call from any thread.
 
@@ -110,7 +111,7 @@ def make_request(
         prompt_token_ids=token_ids,
         params=params,
         seed=seeds.getrandbits(63) if params.seed is None else params.seed,
-        arrival_ns=time.monotonic_ns(),
+        arrival_ns=time.monotonic_ns() if arrival_ns is None else arrival_ns,
         cache_salt=cache_salt,
     )
 

@@ -109,6 +109,7 @@ class Engine:
         *,
         request_id: str | None = None,
         cache_salt: str = "",
+        arrival_ns: int | None = None,
     ) -> Request:
         """A checked request with its seed drawn; it is not queued yet. Safe to call from any thread.
 
@@ -118,8 +119,9 @@ class Engine:
         """
         self._require_alive()
         return admission.make_request(
-            prompt_token_ids, params, self._limits, self._seeds, request_id=request_id, cache_salt=cache_salt
-        )
+            prompt_token_ids, params, self._limits, self._seeds, request_id=request_id, cache_salt=cache_salt,
+            arrival_ns=arrival_ns,
+        )  # fmt: skip
 
     def add(self, request: Request) -> None:
         """Queue a request made by `make_request`.

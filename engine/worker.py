@@ -153,8 +153,12 @@ class EngineWorker:
         *,
         request_id: str | None = None,
         cache_salt: str = "",
+        arrival_ns: int | None = None,
     ) -> RequestStream:
         """Queue a request; tokenization and all checks happen here, in the caller's thread.
+
+        `arrival_ns`: when it reached the server (``time.monotonic_ns``), where that was before this call: its TTFT counts
+        from there.
 
         Raises:
             InvalidRequestError: the request can never run, or its id is in use.
@@ -162,7 +166,7 @@ class EngineWorker:
         """
         token_ids = self._prompt_ids(prompt)
         with self._lock:
-            return self._queue([self._open_stream(token_ids, params, request_id, cache_salt)])[0]
+            return self._queue([self._open_stream(token_ids, params, request_id, cache_salt, arrival_ns)])[0]
 
     def submit_all(
         self, prompts: Sequence[str | Sequence[int]], params: Sequence[SamplingParams]
@@ -175,12 +179,15 @@ class EngineWorker:
         """
         tokenized = [self._prompt_ids(prompt) for prompt in prompts]
         with self._lock:
-            return self._queue(
-                [self._open_stream(*pair, None, "") for pair in zip(tokenized, params, strict=True)]
-            )
+            return self._queue([self._open_stream(*pair) for pair in zip(tokenized, params, strict=True)])
 
     def _open_stream(
-        self, token_ids: Sequence[int], params: SamplingParams, request_id: str | None, cache_salt: str
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        cache_salt: str = "",
+        arrival_ns: int | None = None,
     ) -> RequestStream:
         self._refuse_if_dead()
         if request_id is not None and request_id in self._hub:
@@ -191,7 +198,9 @@ class EngineWorker:
                 param="request_id",
             )
         assert self._engine is not None
-        request = self._engine.make_request(token_ids, params, request_id=request_id, cache_salt=cache_salt)
+        request = self._engine.make_request(
+            token_ids, params, request_id=request_id, cache_salt=cache_salt, arrival_ns=arrival_ns
+        )
         detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens) if self.tokenizer else None
         return RequestStream(request, self._hub, detokenizer, self.abort)
 
@@ -202,6 +211,11 @@ class EngineWorker:
         if self._death is not None:  # died meanwhile: the streams that it ended may not include these
             self._hub.end_all(FinishReason.ERROR, self._death)
         return streams
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended, those included that the engine has not seen yet: its statistics lag by a step."""
+        return len(self._hub.ids())
 
     def abort(self, request_id: str) -> None:
         """End a request soon; unknown and finished ids are ignored."""

@@ -14,6 +14,7 @@ import gc
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -22,30 +23,35 @@ import time
 import tomllib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from workbench import exit_codes
 from workbench import settings as settings_module
 from workbench.api.metrics import EngineMetrics
+from workbench.api.mlflow_proxy import MlflowProxy
 from workbench.api.origin import LoopbackOnly
 from workbench.api.routes import api_routes
-from workbench.errors import PortInUseError, SettingsError
+from workbench.device_lock import DeviceLock
+from workbench.errors import WorkbenchError
 from workbench.guard import die_with_parent
 from workbench.host import EngineHost, HostPhase, OnFatal, WorkerFactory, fake_worker
 from workbench.model_card import ModelCard
 from workbench.ports import bind
 from workbench.run_state import RunState
+from workbench.services import Services
 from workbench.settings import Settings
 
 if TYPE_CHECKING:
     from engine.worker import EngineWorker
+    from workbench.versions.ref import ResolvedVersion
 
 log = logging.getLogger(__name__)
 _DRAIN_S = 3  # running streams may finish after SIGTERM
@@ -60,11 +66,15 @@ class Announce(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What one app process consists of."""
+    """What one app process consists of. Without `services` it keeps no records and runs no jobs."""
 
     settings: Settings
     host: EngineHost
     metrics: EngineMetrics
+    services: Services | None = None
+    token: str = field(
+        default_factory=lambda: secrets.token_urlsafe(32), repr=False
+    )  # of the internal routes
 
 
 def wire(
@@ -72,36 +82,41 @@ def wire(
 ) -> Wiring:
     """Make the parts; nothing is started. `factory` replaces the engine's own. Raises ConfigError."""
     metrics = EngineMetrics()
-    config = settings.engine_config()
+    services = Services(settings)
 
     def ready(card: ModelCard, worker: EngineWorker) -> None:
         metrics.watch(card, worker)
+        services.attach(card, worker)
         # What start-up made lives as long as the process: a full collection that walks it holds the GIL for 50 ms.
         gc.collect()
         gc.freeze()
 
+    def resolver(ref: str) -> ResolvedVersion:
+        from workbench.versions import resolve
+
+        return resolve(ref, settings)
+
     host = EngineHost(
-        config,
+        settings.engine_config(),
         factory=factory or (fake_worker if settings.fake else None),
+        resolver=resolver,
         on_ready=ready,
+        on_closed=metrics.unwatch,
         on_fatal=on_fatal,
     )
-    return Wiring(settings, host, metrics)
+    return Wiring(settings, host, metrics, services)
 
 
 def build_api_app(wiring: Wiring) -> ASGIApp:
     """The API and the probes, without pages."""
+    proxy = MlflowProxy(wiring.settings.mlflow_url)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with running(wiring.host):
+        async with running(wiring, proxy):
             yield
 
-    return Starlette(
-        routes=api_routes(wiring.host, wiring.settings, wiring.metrics),
-        middleware=[Middleware(LoopbackOnly)],
-        lifespan=lifespan,
-    )
+    return Starlette(routes=_routes(wiring, proxy), middleware=[Middleware(LoopbackOnly)], lifespan=lifespan)
 
 
 def build_app(wiring: Wiring) -> ASGIApp:
@@ -111,31 +126,54 @@ def build_app(wiring: Wiring) -> ASGIApp:
 
     from workbench.ui import resources
 
+    proxy = MlflowProxy(wiring.settings.mlflow_url)
+
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
-        async with running(wiring.host):
-            resources.provide(wiring.host)
+        async with running(wiring, proxy):
+            if wiring.services is None:
+                resources.provide(wiring.host)
+            else:
+                resources.provide(
+                    wiring.host, settings=wiring.settings, jobs=wiring.services.jobs, store=wiring.services.store
+                )  # fmt: skip
             threading.Thread(target=_preload, name="quire-preload", daemon=True).start()
             yield {"host": wiring.host}
 
     script = Path(__file__).resolve().parent / "ui" / "main.py"
     app: ASGIApp = st.App(
-        script,
-        routes=api_routes(wiring.host, wiring.settings, wiring.metrics),
-        middleware=[Middleware(LoopbackOnly)],
-        lifespan=lifespan,
+        script, routes=_routes(wiring, proxy), middleware=[Middleware(LoopbackOnly)], lifespan=lifespan
     )
     return app
 
 
+def _routes(wiring: Wiring, proxy: MlflowProxy) -> list[BaseRoute]:
+    return api_routes(
+        wiring.host, wiring.settings, wiring.metrics, token=wiring.token, proxy=proxy, services=wiring.services
+    )  # fmt: skip
+
+
 @asynccontextmanager
-async def running(host: EngineHost) -> AsyncIterator[None]:
-    """The host loads while this is open; it is closed off the loop afterwards."""
+async def running(wiring: Wiring, proxy: MlflowProxy) -> AsyncIterator[None]:
+    """Engines, jobs and logs run while this is open; all is closed off the loop afterwards.
+
+    The order of the end: no new work (jobs, aliases), then the engines, whose last requests are still logged, then the log.
+    """
+    host, services = wiring.host, wiring.services
+    if services is not None:
+        await asyncio.to_thread(services.open)
     host.start()
+    if services is not None:
+        services.start(host)
     try:
         yield
     finally:
+        await proxy.aclose()
+        if services is not None:
+            await asyncio.to_thread(services.stop)
         await asyncio.to_thread(host.close)
+        if services is not None:
+            await asyncio.to_thread(services.close)
 
 
 def configure_streamlit(settings: Settings) -> None:
@@ -196,17 +234,35 @@ def serve(
     """Run the app on a bound socket until it is told to stop; the process's exit code.
 
     `announce` is called with "listening" and later "loaded" (id and title of the model) or "failed" (message).
+
+    Raises:
+        DeviceBusyError: another process has a model in memory under this HOME_DIR.
+        StoreError, RequestLogError: the records of this HOME_DIR cannot be opened.
     """
+    with listener, DeviceLock(settings.run_dir, settings.device_id).acquire(settings.url):
+        return _serve(settings, with_ui=with_ui, listener=listener, announce=announce, factory=factory)
+
+
+def _serve(
+    settings: Settings,
+    *,
+    with_ui: bool,
+    listener: socket.socket,
+    announce: Announce,
+    factory: WorkerFactory | None,
+) -> int:
     server: AppServer
 
     def on_fatal(error: BaseException) -> None:
         server.die(error)
 
     wiring = wire(settings, on_fatal=on_fatal, factory=factory)
+    assert wiring.services is not None
+    wiring.services.open()  # here, where a typed error still reaches the caller
     run_state = RunState(settings.run_dir)
 
     def on_listening() -> None:
-        run_state.write(settings.url, model=settings.model_path)
+        run_state.write(settings.url, model=settings.model_path, token=wiring.token)
         announce("listening")
         threading.Thread(
             target=_announce_load, args=(wiring.host, announce), name="quire-announce", daemon=True
@@ -220,7 +276,6 @@ def serve(
         server.run(sockets=[listener])
     finally:
         run_state.remove()
-        listener.close()
     return server.exit_code if server.started else exit_codes.FAILURE
 
 
@@ -237,7 +292,7 @@ def main() -> int:
         configure_logging(settings.log_level)
         listener = socket.socket(fileno=int(listen_fd)) if listen_fd else bind(settings.host, settings.port)
         return serve(settings, with_ui=True, listener=listener, announce=_to_supervisor(ready_fd))
-    except (SettingsError, PortInUseError) as error:
+    except WorkbenchError as error:
         print(f"quire: {error}", file=sys.stderr)
         return exit_codes.BAD_INPUT
 

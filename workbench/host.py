@@ -1,24 +1,33 @@
 """EngineHost: the one owner of the engines in this process: loads them off the loop, hands out their workers.
 
-Pages, API and CLI ask it for a worker and never build an engine themselves. Loading happens in a background thread, so
-the UI answers at once; until then `worker` raises NotReadyError with the progress. Importing this module imports no torch:
-the loader thread does.
+Pages, API and CLI ask it for a worker and never build an engine themselves. The default model loads in a background thread,
+so the UI answers at once; until then `worker` raises NotReadyError with the progress. Further models become resident with
+`load`. A model stays while there is a reason: it is the default, it was asked for, a job holds it, or a followed alias names
+it. Without one it drains: new requests do not reach it, running ones end on it, then it closes and gives its memory back.
 
-Boundary: lifecycle and lookup. It does not schedule, tokenize or render.
+Boundary: lifecycle and lookup. It does not schedule, tokenize or render, and reads no registry itself (a resolver and
+``workbench.alias_watcher`` do). Importing this imports no torch: the loading thread does.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from workbench import memory_budget
+from workbench.draining import give_memory_back, wait_until_idle
 from workbench.errors import NotReadyError, UnknownModelError, WorkbenchError
+from workbench.memory_budget import Budget
 from workbench.model_card import ModelCard, PromptChip, read_model_card
+from workbench.model_source import ModelSource, Resolver, alias_of, plain, resolve_source
+from workbench.resident import Followed, HostPhase, HostState, Resident
+from workbench.resident_table import DETERMINISTIC_SUFFIX, ResidentTable, Slot, Wish
 from workbench.settings import FAKE_MODEL
+from workbench.worker_factory import FAKE_ANSWER, OnFatal, Progress, WorkerFactory, fake_worker, load_worker
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -26,60 +35,41 @@ if TYPE_CHECKING:
     from engine.worker import EngineWorker
 
 __all__ = [
+    "FAKE_ANSWER",
     "EngineHost",
+    "Followed",
     "HostPhase",
     "HostState",
     "ModelCard",
+    "OnFatal",
+    "Progress",
     "PromptChip",
+    "Resident",
+    "ResidentInUseError",
+    "WorkerFactory",
     "fake_host",
     "fake_worker",
     "load_worker",
 ]
 
 log = logging.getLogger(__name__)
-Progress = Callable[[str, float], None]
-FAKE_ANSWER = (
-    "This answer comes from a runner without a model. Its scheduler, its KV blocks and its records are real: every letter "
-    "is one token and one step, so that a page has something to show while you read."
-)
-OnFatal = Callable[[BaseException], None]
-OnReady = Callable[[ModelCard, "EngineWorker"], None]
+OnWorker = Callable[[ModelCard, "EngineWorker"], None]
 
 
-class HostPhase(str, Enum):
-    IDLE = "idle"  # start() was not called
-    LOADING = "loading"
-    READY = "ready"
-    FAILED = "failed"  # the load failed, or the engine died later; `error` says why
-    CLOSED = "closed"
+class ResidentInUseError(WorkbenchError):
+    """The model cannot be unloaded: something needs it."""
 
-
-@dataclass(frozen=True, slots=True)
-class HostState:
-    """How far the host is. `fraction` of the load is between 0 and 1; `error` is typed and has a remedy."""
-
-    phase: HostPhase
-    message: str = ""
-    fraction: float = 0.0
-    error: EngineError | WorkbenchError | None = None
-
-    @property
-    def ready(self) -> bool:
-        return self.phase is HostPhase.READY
-
-
-class WorkerFactory(Protocol):
-    """Makes the worker of a configuration. Runs in the loader thread; the host starts what it returns."""
-
-    def __call__(self, config: EngineConfig, *, progress: Progress, on_fatal: OnFatal) -> EngineWorker: ...
+    code = "model_in_use"
 
 
 class EngineHost:
-    """Holds the resident engine and tells how it is.
+    """Holds the resident engines and tells how they are.
 
-    `config.model` is a folder or a hub id. `factory` builds the worker (default: the real engine). `on_ready` sees each
-    worker before it takes requests, in the loader thread. `on_fatal` is called, from the engine's thread, when the engine
-    dies under load: the process should then exit for its supervisor.
+    `config.model` is the default model: a folder, a hub id, or a registered version where there is a `resolver`. `factory`
+    builds workers (default: the real engine), `budget` decides their memory (default: ``memory_budget.fit_beside`` for the
+    real engine). `on_ready` sees each worker before it takes requests, in the loading thread; `on_closed` sees it after it
+    was closed. `on_fatal` is called, from the engine's thread, when an engine dies under load: the process should then exit
+    for its supervisor.
     """
 
     def __init__(
@@ -87,69 +77,199 @@ class EngineHost:
         config: EngineConfig,
         *,
         factory: WorkerFactory | None = None,
-        on_ready: OnReady | None = None,
+        resolver: Resolver | None = None,
+        budget: Budget | None = None,
+        on_ready: OnWorker | None = None,
+        on_closed: OnWorker | None = None,
         on_fatal: OnFatal | None = None,
     ) -> None:
         self._config = config
         self._factory = factory or load_worker
+        self._resolver = resolver
+        real = factory is None or factory is load_worker
+        self._budget = budget or (memory_budget.fit_beside if real else None)
         self._on_ready = on_ready
+        self._on_closed = on_closed
         self._on_fatal = on_fatal
         self._lock = threading.Lock()
-        self._done = threading.Event()  # the load ended, well or not
-        self._state = HostState(HostPhase.IDLE, "Not started")
-        self._card: ModelCard | None = None
-        self._worker: EngineWorker | None = None
+        self._loading = threading.Lock()  # one load at a time; never taken while _lock is held
+        self._done = threading.Event()  # the first load ended, well or not
+        self._stopping = threading.Event()
+        self._table = ResidentTable()
+        self._without_default = HostState(HostPhase.IDLE, "Not started")
         self._thread: threading.Thread | None = None
 
+    # ── the default model ───────────────────────────────────────────────────────────────────────────────────────────
+
     def start(self) -> None:
-        """Load in the background. A second call does nothing."""
+        """Load the default model in the background. A second call does nothing."""
         with self._lock:
-            if self._thread is not None or self._state.phase is HostPhase.CLOSED:
+            if self._thread is not None or self._stopping.is_set():
                 return
-            self._state = HostState(HostPhase.LOADING, "Starting")
-            self._thread = threading.Thread(target=self._load, name="quire-loader", daemon=True)
+            source = ModelSource(self._config.model, self._config.model, self._config.model)
+            loading = HostState(HostPhase.LOADING, "Starting")
+            slot = Slot(source, source.id, self._config.deterministic, loading)
+            self._table.add(slot)
+            self._table.default = slot
+            self._thread = threading.Thread(
+                target=self._load_default, args=(slot,), name="quire-loader", daemon=True
+            )
             self._thread.start()
 
     def wait(self, timeout_s: float | None = None) -> HostState:
-        """Block until the load ended or the time is over; the state then. Not for an event loop."""
+        """Block until the first load ended or the time is over; the state then. Not for an event loop."""
         self._done.wait(timeout_s)
         return self.state()
 
     def state(self) -> HostState:
-        """A snapshot; never waits for the engine."""
-        return self._state
+        """How the default model is: a snapshot that never waits for the engine."""
+        default = self._table.default
+        return default.state if default is not None else self._without_default
 
     def models(self) -> list[ModelCard]:
-        """Cards of the models that this host serves or is loading."""
-        return [self._card] if self._card is not None else []
+        """Cards of the models that this host serves, the default one first, even while it loads."""
+        default = self._table.default
+        shown = [slot for slot in self._table.in_order() if slot.state.ready or slot is default]
+        return [slot.card for slot in shown if slot.card is not None]
+
+    # ── lookup ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def resident(self) -> list[Resident]:
+        """The models that requests can name, those that are loading included; the default one first."""
+        return [self._table.describe(slot) for slot in self._table.in_order()]
+
+    def draining(self) -> list[Resident]:
+        """The models that take no new requests and close when their running ones have ended."""
+        return [self._table.describe(slot) for slot in self._table.draining]
 
     def worker(self, model_id: str | None = None) -> EngineWorker:
-        """The worker of a model; of the default one for None.
+        """The worker of a resident model, by id, NAME@alias, NAME/version or ``models:/…``; the default's for None.
 
         Raises:
-            UnknownModelError: no model of that id is served here.
+            UnknownModelError: no model of that name is served here.
             NotReadyError: still loading, or failed, with progress or cause.
         """
-        worker, card, state = self._worker, self._card, self._state
-        if model_id is not None and card is not None and model_id != card.id:
-            raise UnknownModelError(
-                f"model {model_id!r} does not exist", value=model_id, limit=[card.id], param="model",
-                remedy=f"Models here: {card.id}.",
-            )  # fmt: skip
+        slot = self._slot(model_id)
+        worker, state = slot.worker, slot.state
         if worker is None or not state.ready:
-            raise self._not_ready(state)
+            raise _not_ready(state)
+        slot.used_at = time.monotonic()
         return worker
+
+    def find(self, model_id: str | None = None) -> Resident:
+        """The resident that `worker` would take, though it may still be loading. Raises as `worker` does."""
+        return self._table.describe(self._slot(model_id))
+
+    def followed(self) -> list[Followed]:
+        """The aliases that this host follows, and which versions serve them."""
+        return self._table.followed()
+
+    def known_aliases(self) -> dict[str, int | None]:
+        """Every ``NAME@alias`` that leads to a resident model, or should, and the version that serves it."""
+        known: dict[str, int | None] = {ref: slot.source.version for ref, slot in self._table.aliases.items()}
+        known.update({each.ref: each.serving_version for each in self.followed()})
+        return known
+
+    # ── loading and unloading ───────────────────────────────────────────────────────────────────────────────────────
+
+    def load(
+        self, ref: str, *, deterministic: bool = False, as_default: bool = False, hold: bool = False
+    ) -> Resident:
+        """Make a model resident; when it is there already, only note the new reason. Blocks: not for an event loop.
+
+        `ref`: a folder, a hub id, ``NAME/3``, ``NAME@alias``, ``models:/…``. A plain ``NAME@alias`` is followed from now
+        on. `as_default`: it answers requests without a model from now on, and the former default drains. `hold`: it stays
+        until `release` (for jobs), else until `unload`.
+
+        Raises:
+            UnknownModelError, ModelLoadError, ConfigError: it cannot be loaded; what was resident stays as it was.
+            OutOfMemoryError: it does not fit beside the others: bytes and remedy are named.
+            NotReadyError: the host is closed.
+        """
+        alias = alias_of(ref)
+        follow = alias is not None and not hold and not deterministic
+        wish = Wish(
+            pinned=not (hold or as_default or follow),
+            hold=hold,
+            as_default=as_default,
+            alias="@".join(alias) if alias else None,
+            follow=follow,
+        )
+        return self._load(ref, wish, deterministic)
+
+    def unload(self, model_id: str) -> None:
+        """Let a model go, whoever asked for it: new requests do not reach it, running ones end on it. Does not wait.
+
+        A followed alias that leads to it is not followed any more.
+
+        Raises:
+            UnknownModelError: it is not resident.
+            ResidentInUseError: it is the default model.
+        """
+        with self._lock:
+            slot = self._slot(model_id)
+            if slot is self._table.default:
+                raise ResidentInUseError(
+                    f"{slot.id} is the default model", value=slot.id, param="id",
+                    remedy="Load another one as the default first.",
+                )  # fmt: skip
+            self._retire(self._table.drop_reasons(slot))
+
+    def release(self, model_id: str) -> None:
+        """Take back one `load(hold=True)`. The model goes when nobody else needs it. Raises UnknownModelError."""
+        with self._lock:
+            slot = self._slot(model_id)
+            slot.holds = max(0, slot.holds - 1)
+            self._retire(self._table.settle())
+
+    def release_idle(self, after_s: float) -> None:
+        """Drop the holds of models that nobody has used for so long: whoever held them was killed."""
+        oldest = time.monotonic() - after_s
+        with self._lock:
+            for slot in self._table.slots:
+                busy = slot.worker is not None and slot.worker.num_live > 0
+                if slot.holds and slot.used_at < oldest and not busy:
+                    log.info("nobody has used %s for %.0f s: its holds are dropped", slot.id, after_s)
+                    slot.holds = 0
+            self._retire(self._table.settle())
+
+    # ── followed aliases: the alias watcher's side ──────────────────────────────────────────────────────────────────
+
+    def follow(self, ref: str) -> None:
+        """Follow ``NAME@alias`` from now on; it is served once `serve` was called for it."""
+        with self._lock:
+            self._table.follow(ref)
+
+    def note(self, ref: str, registry_version: int | None, error: str | None = None) -> None:
+        """What the registry says of an alias. One that is not followed and has moved leads nowhere any more."""
+        with self._lock:
+            self._table.note(ref, registry_version, error)
+
+    def serve(self, ref: str, version: int) -> Resident:
+        """Load `version` of a followed alias and send the alias's new requests to it; the former one drains.
+
+        Raises: as `load`; the former version then goes on serving.
+        """
+        found = alias_of(ref)
+        assert found is not None, f"{ref} is no alias"
+        return self._load(f"{found[0]}/{version}", Wish(alias=ref, follow=True), deterministic=False)
+
+    # ── life ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def close(self) -> None:
         """Abort what runs, give the memory back. A load under way ends first, unseen. A second call does nothing."""
         with self._lock:
-            if self._state.phase is HostPhase.CLOSED:
+            if self._stopping.is_set():
                 return
-            self._state = HostState(HostPhase.CLOSED, "Closed")
-            worker, self._worker = self._worker, None
+            self._stopping.set()
+            self._without_default = HostState(HostPhase.CLOSED, "Closed")
+            ending = self._table.everyone()
+            for slot in ending:
+                slot.state = self._without_default
         self._done.set()
-        if worker is not None:
-            worker.close()
+        for slot in ending:
+            if slot.worker is not None:
+                self._end(slot)
 
     def __enter__(self) -> EngineHost:
         self.start()
@@ -158,102 +278,171 @@ class EngineHost:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _load(self) -> None:
-        try:
-            self._report("Reading the model's files", 0.02)
-            card = read_model_card(self._config.model)
-            self._card = card
-            config = replace(self._config, version_digest=self._config.version_digest or card.digest)
-            worker = self._factory(config, progress=self._report, on_fatal=self._engine_died)
-            self._card = replace(card, context=worker.config.max_model_len or card.context)
-            if self._on_ready is not None:
-                self._on_ready(self._card, worker)
-            worker.start()
-            self._publish(worker)
-        except BaseException as error:  # thread boundary: every cause becomes a state that people can read
-            log.warning("model load failed", exc_info=not _is_typed(error))
-            self._fail(error, "The model could not be loaded")
-        finally:
-            self._done.set()
+    # ── inside ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _publish(self, worker: EngineWorker) -> None:
+    def _slot(self, model_id: str | None) -> Slot:
+        table = self._table
+        found = table.default if model_id is None else table.lookup(plain(model_id))
+        if found is not None:
+            return found
+        if model_id is None or table.default is None or table.default.card is None:  # nobody can know yet
+            raise _not_ready(self.state())
+        known = [slot.id for slot in table.in_order()]
+        raise UnknownModelError(
+            f"model {model_id!r} does not exist", value=model_id, limit=known, param="model",
+            remedy=f"Models here: {', '.join(known)}.",
+        )  # fmt: skip
+
+    def _load_default(self, slot: Slot) -> None:
+        with self._loading:
+            try:
+                source = resolve_source(self._config.model, self._resolver)
+                slot.source, slot.id = source, source.id
+                self._build(slot)
+            except Exception as error:
+                log.info("the model could not be loaded", exc_info=error)
+                self._fail(slot, error, "The model could not be loaded")
+            finally:
+                self._done.set()
+
+    def _load(self, ref: str, wish: Wish, deterministic: bool) -> Resident:
+        suffix = DETERMINISTIC_SUFFIX if deterministic and not self._config.deterministic else ""
+        deterministic = deterministic or self._config.deterministic
+        table = self._table
+        with self._loading:
+            if self._stopping.is_set():
+                raise _not_ready(self.state())
+            source = resolve_source(ref, self._resolver)
+            digest = source.digest or read_model_card(source.path).digest
+            with self._lock:
+                known = table.same(source, digest, deterministic)
+                if known is not None:
+                    self._retire(table.grant(known, wish))
+                    return table.describe(known)
+                former = table.replaced_by(source, deterministic)
+                new_id = table.free_id(source, digest, suffix, former)
+                slot = Slot(source, new_id, deterministic, HostState(HostPhase.LOADING, "Starting"))
+                table.add(slot)
+            try:
+                self._build(slot)
+            except BaseException as error:
+                with self._lock:
+                    table.remove(slot)
+                if not isinstance(error, Exception):
+                    raise
+                typed = _typed(error, f"{ref} could not be loaded")
+                raise typed from error.__cause__ if typed is error else error
+            with self._lock:
+                self._retire(table.grant(slot, wish, former))
+                return table.describe(slot)
+
+    def _build(self, slot: Slot) -> None:
+        """Load the model of a slot and publish its worker."""
+        report = self._reporter(slot)
+        report("Reading the model's files", 0.02)
+        card = read_model_card(slot.source.path)
+        own = self._config.version_digest if slot.source.path == self._config.model else ""
+        slot.digest = own or slot.source.digest or card.digest
+        slot.card = card = _named(card, slot)
+        config = replace(
+            self._config, model=slot.source.path, deterministic=slot.deterministic, version_digest=slot.digest
+        )
+        if self._budget is not None:
+            report("Importing torch", 0.05)
+            config = self._budget(config, self._table.ledgers())
+        worker = self._factory(config, progress=report, on_fatal=lambda error: self._engine_died(slot, error))
+        try:
+            slot.card = card = replace(card, context=worker.config.max_model_len or card.context)
+            slot.ledger = worker.stats().memory
+            if self._on_ready is not None:
+                self._on_ready(card, worker)
+            worker.start()
+        except BaseException:
+            worker.close()
+            raise
+        self._publish(slot, worker)
+
+    def _publish(self, slot: Slot, worker: EngineWorker) -> None:
         with self._lock:
-            closed = self._state.phase is HostPhase.CLOSED
+            closed = self._stopping.is_set()
             if not closed:
-                self._worker = worker
-                self._state = HostState(HostPhase.READY, "Ready", 1.0)
+                slot.worker = worker
+                slot.state = HostState(HostPhase.READY, "Ready", 1.0)
         if closed:
             worker.close()
+            raise _not_ready(self._without_default)
 
-    def _report(self, message: str, fraction: float) -> None:
-        with self._lock:
-            if self._state.phase is HostPhase.LOADING:
-                self._state = HostState(HostPhase.LOADING, message, min(max(fraction, 0.0), 1.0))
+    def _retire(self, going: list[Slot]) -> None:
+        """Let the models drain that the table gave up. Under the lock."""
+        for slot in going:
+            slot.state = HostState(HostPhase.DRAINING, "Running requests end", 1.0)
+            threading.Thread(target=self._drain, args=(slot,), name="quire-drain", daemon=True).start()
 
-    def _fail(self, error: BaseException, what: str) -> None:
+    def _drain(self, slot: Slot) -> None:
+        if slot.worker is not None:
+            wait_until_idle(slot.worker, self._stopping)
+        if not self._stopping.is_set():  # else close() ends it
+            self._end(slot)
+
+    def _end(self, slot: Slot) -> None:
+        """Close a slot's worker and forget it."""
+        worker, card = slot.worker, slot.card
+        try:
+            if worker is not None:
+                worker.close()
+                if self._on_closed is not None and card is not None:
+                    self._on_closed(card, worker)
+        finally:
+            with self._lock:
+                slot.worker, slot.state = None, HostState(HostPhase.CLOSED, "Closed")
+                if slot is not self._table.default:
+                    self._table.remove(slot)
+            del worker
+            give_memory_back()
+
+    def _reporter(self, slot: Slot) -> Progress:
+        def report(message: str, fraction: float) -> None:
+            with self._lock:
+                if slot.state.phase is HostPhase.LOADING:
+                    slot.state = HostState(HostPhase.LOADING, message, min(max(fraction, 0.0), 1.0))
+
+        return report
+
+    def _fail(self, slot: Slot, error: BaseException, what: str) -> None:
         with self._lock:
-            if self._state.phase is not HostPhase.CLOSED:
+            if slot.state.phase is not HostPhase.CLOSED:
                 typed = _typed(error, what)
-                self._state = HostState(HostPhase.FAILED, str(typed), self._state.fraction, typed)
+                slot.state = HostState(HostPhase.FAILED, str(typed), slot.state.fraction, typed)
 
-    def _engine_died(self, error: BaseException) -> None:
-        self._fail(error, "The engine stopped")
+    def _engine_died(self, slot: Slot, error: BaseException) -> None:
+        self._fail(slot, error, "The engine stopped")
         if self._on_fatal is not None:
             self._on_fatal(error)
 
-    def _not_ready(self, state: HostState) -> NotReadyError:
-        if state.phase is HostPhase.LOADING:
-            text, remedy = (
-                f"the model is loading: {state.message} ({state.fraction:.0%})",
-                "Try again in some seconds.",
-            )
-        elif state.phase is HostPhase.FAILED:
-            text, remedy = (
-                f"there is no model: {state.message}",
-                "See the error, then restart with another model.",
-            )
-        else:
-            text, remedy = f"the engine is {state.phase.value}", "Start it, or wait for the restart."
-        return NotReadyError(text, value=state.phase.value, remedy=remedy, param="model")
+
+def _named(card: ModelCard, slot: Slot) -> ModelCard:
+    """The folder's card under the name that requests use."""
+    source = slot.source
+    title = f"{source.name} v{source.version}" if source.name else card.title
+    if slot.id.endswith(DETERMINISTIC_SUFFIX):
+        title += " (deterministic)"
+    return replace(card, id=slot.id, title=title, digest=slot.digest)
 
 
-def load_worker(config: EngineConfig, *, progress: Progress, on_fatal: OnFatal) -> EngineWorker:
-    """Build the real engine on this device. Slow; imports torch. Raises ModelLoadError, ConfigError, OutOfMemoryError."""
-    progress("Importing torch", 0.05)
-    from engine.build import build_engine
-    from engine.worker import EngineWorker
-
-    return EngineWorker(build_engine(config, progress=progress), on_fatal=on_fatal)
-
-
-def fake_worker(
-    config: EngineConfig | None = None,
-    *,
-    progress: Progress | None = None,
-    on_fatal: OnFatal | None = None,
-    answer: str = FAKE_ANSWER,
-    num_blocks: int = 512,
-    max_model_len: int = 2048,
-    delay_s: float = 0.005,
-    fail_at: dict[int, Exception] | None = None,
-) -> EngineWorker:
-    """A worker, not started, over FakeRunner and FakeTokenizer: real scheduler, cache and records, no model.
-
-    Itself a WorkerFactory: ``EngineHost(config, factory=fake_worker)``. Every request is answered with `answer`; a step
-    takes `delay_s`; `fail_at` maps a step's number to the exception that it raises.
-    """
-    from engine.worker import EngineWorker
-    from workbench.fake_engine import build_fake_engine
-
-    engine = build_fake_engine(
-        config,
-        answer=answer,
-        num_blocks=num_blocks,
-        max_model_len=max_model_len,
-        delay_s=delay_s,
-        fail_at=fail_at,
-    )
-    return EngineWorker(engine, on_fatal=on_fatal)
+def _not_ready(state: HostState) -> NotReadyError:
+    if state.phase is HostPhase.LOADING:
+        text, remedy = (
+            f"the model is loading: {state.message} ({state.fraction:.0%})",
+            "Try again in some seconds.",
+        )
+    elif state.phase is HostPhase.FAILED:
+        text, remedy = (
+            f"there is no model: {state.message}",
+            "See the error, then restart with another model.",
+        )
+    else:
+        text, remedy = f"the engine is {state.phase.value}", "Start it, or wait for the restart."
+    return NotReadyError(text, value=state.phase.value, remedy=remedy, param="model")
 
 
 def fake_host() -> EngineHost:
@@ -264,12 +453,6 @@ def fake_host() -> EngineHost:
     host.start()
     host.wait(10)
     return host
-
-
-def _is_typed(error: BaseException) -> bool:
-    from engine.errors import EngineError
-
-    return isinstance(error, EngineError | WorkbenchError)
 
 
 def _typed(error: BaseException, what: str) -> EngineError | WorkbenchError:

@@ -1,6 +1,7 @@
 """``HOME_DIR/run/app.json``: where the running app is, for the CLI, notebooks and scripts.
 
-Written atomically by the app when it listens, removed when it leaves. A file whose process is gone counts as none.
+Written atomically by the app when it listens, removed when it leaves. A file whose process is gone counts as none. It holds
+the token of the internal routes, so only its owner may read it (mode 0600).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class RunningApp:
     pid: int
     started_at: str  # UTC, ISO 8601
     model: str
+    token: str = ""  # of the internal routes (``/quire/*``); "" where there are none
 
 
 class RunState:
@@ -29,11 +31,14 @@ class RunState:
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / "app.json"
 
-    def write(self, url: str, *, model: str) -> None:
-        app = RunningApp(url, os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"), model)
+    def write(self, url: str, *, model: str, token: str = "") -> None:
+        """Publish this process. The file is new each time and its owner's alone, as mkstemp makes it."""
+        app = RunningApp(url, os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"), model, token)
         handle, temporary = tempfile.mkstemp(dir=self._file.parent, prefix=".app-")
         with os.fdopen(handle, "w", encoding="utf-8") as opened:
             json.dump(asdict(app), opened)
+            opened.flush()
+            os.fsync(opened.fileno())
         os.replace(temporary, self._file)
 
     def read(self) -> RunningApp | None:

@@ -52,6 +52,10 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)  # of one API request
     log_level: LogLevel = "warning"
     fake: bool = False  # no model: the engine runs on FakeRunner (tests and page work)
+    follow: str = "ticket-extractor@champion"  # aliases that stay resident, separated by commas; empty: none
+    demo: bool = True  # register the bundled versions when MLflow answers for the first time
+    request_text: Literal["off", "redacted", "full"] = "redacted"  # what the request log keeps of texts
+    database_url: str | None = None  # of jobs, schedules and feedback; None: HOME_DIR/quire.db
 
     @property
     def url(self) -> str:
@@ -65,6 +69,17 @@ class Settings(BaseSettings):
     @property
     def run_dir(self) -> Path:
         return self.home_dir / "run"
+
+    @property
+    def device_id(self) -> str:
+        """The device's number, for its lock: "1" of "cuda:1", else "0"."""
+        number = self.device.rpartition(":")[2]
+        return number if number.isdigit() else "0"
+
+    @property
+    def follow_refs(self) -> tuple[str, ...]:
+        """The followed aliases, ``NAME@alias``."""
+        return tuple(part.strip().removeprefix("models:/") for part in self.follow.split(",") if part.strip())
 
     @property
     def model_path(self) -> str:
@@ -118,6 +133,7 @@ def load(**overrides: Any) -> Settings:
     except ValidationError as error:
         raise _settings_error(error) from None
     _check_loopback(settings.host)
+    _check_follow(settings)
     if settings.port == settings.mlflow_port and not settings.mlflow_tracking_uri:
         raise SettingsError(
             f"PORT and MLFLOW_PORT are both {settings.port}", value=settings.port, param="MLFLOW_PORT",
@@ -178,6 +194,17 @@ def _check_loopback(host: str) -> None:
         param="QUIRE_HOST",
         remedy="Use 127.0.0.1 and forward the port, for example: ssh -L 8501:127.0.0.1:8501 this-machine.",
     )
+
+
+def _check_follow(settings: Settings) -> None:
+    for ref in settings.follow_refs:
+        name, at, alias = ref.partition("@")
+        if not (name and at and alias) or "@" in alias or "/" in ref:
+            raise SettingsError(
+                f"QUIRE_FOLLOW={settings.follow} is not accepted: {ref!r} is no alias", value=settings.follow,
+                limit="NAME@alias, separated by commas; empty for none", param="QUIRE_FOLLOW",
+                remedy="Set it like ticket-extractor@champion.",
+            )  # fmt: skip
 
 
 def _refuse_misspelt_variables() -> None:

@@ -1,8 +1,8 @@
-"""`quire up`: starts the app and a lean MLflow server, restarts what dies, and leaves nothing behind.
+"""`quire up`: starts the app, a lean MLflow server and the scheduler, restarts what dies, and leaves nothing behind.
 
 The supervisor binds the app's port itself and hands the socket down, so that the port is checked before any work and stays
-ours while a new app starts. Each child leads its own process group; it is told to end when the supervisor does, even by
-SIGKILL (`workbench.guard`).
+ours while a new app starts. It makes the store's tables before any child opens it. Each child leads its own process group;
+it is told to end when the supervisor does, even by SIGKILL (`workbench.guard`).
 
 Boundary: processes and signals. It imports no model, no Streamlit and no MLflow.
 """
@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from workbench import exit_codes
 from workbench.child import Child
@@ -49,6 +49,7 @@ class Supervisor:
     _reports: tuple[int, int] = (-1, -1)  # the app tells how far it is
     _app: Child | None = None
     _mlflow: Child | None = None
+    _scheduler: Child | None = None
     _mlflow_due: float | None = None
     _mlflow_answers: bool = False
     _report_buffer: bytes = b""
@@ -58,7 +59,7 @@ class Supervisor:
         """Supervise until SIGTERM, SIGINT or SIGHUP; the exit code.
 
         Raises:
-            PortInUseError, AlreadyRunningError: before anything is started.
+            PortInUseError, AlreadyRunningError, StoreError: before anything is started.
         """
         with ExitStack() as held:
             listener = self._hold(held)
@@ -82,16 +83,13 @@ class Supervisor:
         self._wake, self._reports = os.pipe(), os.pipe()
         for end in (*self._wake, *self._reports):
             held.callback(os.close, end)
+        _create_schema(settings)
         return listener
 
     def _start_app(self, listener: socket.socket) -> None:
         write_end = self._reports[1]
         env = {
-            **os.environ,
-            **self.settings.to_env(),
-            "MLFLOW_TRACKING_URI": self.settings.mlflow_url,
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "QUIRE_SUPERVISOR_PID": str(os.getpid()),
+            **self._own_env(),
             "QUIRE_LISTEN_FD": str(listener.fileno()),
             "QUIRE_READY_FD": str(write_end),
         }
@@ -104,15 +102,34 @@ class Supervisor:
         self._mlflow_due = None
         folder = self.settings.home_dir / "mlflow"
         folder.mkdir(parents=True, exist_ok=True)
-        logs = self.settings.home_dir / "logs"
-        logs.mkdir(exist_ok=True)
         self._mlflow = Child(
-            "MLflow",
-            _mlflow_command(self.settings, folder),
-            _mlflow_env(),
-            output=(logs / "mlflow.log").open("ab"),
+            "MLflow", _mlflow_command(self.settings, folder), _mlflow_env(), output=self._log_file("mlflow")
         )
         self._mlflow.start()
+
+    def _start_scheduler(self) -> None:
+        command = [sys.executable, "-m", "workbench.runs.scheduler"]
+        self._scheduler = Child("scheduler", command, self._own_env(), output=self._log_file("scheduler"))
+        self._scheduler.start()
+
+    def _own_env(self) -> dict[str, str]:
+        """The environment of a child that is our own code."""
+        return {
+            **os.environ,
+            **self.settings.to_env(),
+            "MLFLOW_TRACKING_URI": self.settings.mlflow_url,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "QUIRE_SUPERVISOR_PID": str(os.getpid()),
+        }
+
+    def _log_file(self, name: str) -> BinaryIO:
+        logs = self.settings.home_dir / "logs"
+        logs.mkdir(exist_ok=True)
+        return (logs / f"{name}.log").open("ab")
+
+    @property
+    def _children(self) -> list[Child]:
+        return [child for child in (self._scheduler, self._mlflow, self._app) if child is not None]
 
     def _wait_for_news(self) -> None:
         timeout = 1.0 if self._pending_work() else 30.0
@@ -124,15 +141,15 @@ class Supervisor:
 
     def _pending_work(self) -> bool:
         """Whether something is due soon that no signal announces."""
-        restart = any(c is not None and c.restart_at is not None for c in (self._app, self._mlflow))
+        restart = any(child.restart_at is not None for child in self._children)
         starting = self._mlflow is not None and self._mlflow.alive and not self._mlflow_answers
         return restart or starting or self._mlflow_due is not None
 
     def _tend(self) -> None:
         now = time.monotonic()
-        for child in (self._app, self._mlflow):
-            if child is None or self._stopping:
-                continue
+        for child in self._children:
+            if self._stopping:
+                break
             if child.restart_at is not None:
                 if now >= child.restart_at:
                     child.start()
@@ -177,6 +194,8 @@ class Supervisor:
             self._print(f"No model: {event['message']}")
         if self._mlflow_due is not None:
             self._mlflow_due = time.monotonic()
+        if self._scheduler is None:  # not before: its imports would slow the model's load down
+            self._start_scheduler()
         if self.as_json and not self._reported:
             self._reported = True
             facts = {
@@ -196,7 +215,7 @@ class Supervisor:
         self._print(f"MLflow is at {self.settings.mlflow_url}")
 
     def _stop_children(self) -> None:
-        children = [c for c in (self._mlflow, self._app) if c is not None]
+        children = self._children
         for child in children:
             child.signal_group(signal.SIGTERM)
         deadline = time.monotonic() + _TERM_GRACE_S
@@ -221,6 +240,13 @@ class Supervisor:
 
     def _print(self, text: str) -> None:
         print(text, file=self.say, flush=True)
+
+
+def _create_schema(settings: Settings) -> None:
+    """Make the store's tables while nobody else uses them. Raises StoreError."""
+    from workbench.store import open_store
+
+    open_store(settings.home_dir).close()
 
 
 def _mlflow_command(settings: Settings, folder: Path) -> list[str]:

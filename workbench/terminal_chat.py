@@ -1,7 +1,7 @@
 """`quire chat`: one question or a conversation in the terminal, with a running server or an engine of its own.
 
 Without --url it attaches to the app of this HOME_DIR if that answers, so that no second copy of a model is loaded by
-accident; a model named by --model is always loaded here.
+accident; a model named by --model is loaded here, where no other process of this HOME_DIR has one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 import httpx
 
+from workbench.device_lock import DeviceLock
 from workbench.errors import ApiError, NotReadyError, ServerUnreachableError, WorkbenchError
 from workbench.host import EngineHost, HostPhase, fake_worker
 from workbench.model_card import check_model
 from workbench.run_state import RunState
-from workbench.settings import Settings
+from workbench.settings import Settings, prepare_home
 
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 Messages = list[dict[str, Any]]
@@ -139,11 +140,13 @@ class EnginePartner:
     def __init__(self, settings: Settings) -> None:
         if not settings.fake:
             check_model(settings.model_path)
+        prepare_home(settings)
+        self._lock = DeviceLock(settings.run_dir, settings.device_id).acquire()
         self._host = EngineHost(settings.engine_config(), factory=fake_worker if settings.fake else None)
         self._host.start()
         state = self._host.wait()
         if state.phase is not HostPhase.READY:
-            self._host.close()
+            self.close()
             raise state.error or NotReadyError(state.message)
         self.name = self._host.models()[0].id
 
@@ -173,6 +176,7 @@ class EnginePartner:
 
     def close(self) -> None:
         self._host.close()
+        self._lock.release()
 
 
 def run_chat(

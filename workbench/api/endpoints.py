@@ -6,14 +6,17 @@ Boundary: what a request means in engine terms. Formats are in `wire`, running r
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.errors import EngineDeadError
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from workbench.api.answer_log import AnswerLog
 from workbench.api.errors import json_response
 from workbench.api.generation import GenerationResponse, submit_choices
 from workbench.api.intake import read_json, take_request_id
@@ -21,12 +24,13 @@ from workbench.api.schema import ChatRequest, CompletionRequest, Message, parse
 from workbench.api.tool_calls import ToolCallMarkers, find_markers
 from workbench.api.wire import ChatWire, CompletionWire, Head
 from workbench.errors import ApiError, UnknownModelError, UnsupportedFieldError
-from workbench.host import EngineHost, ModelCard
+from workbench.host import EngineHost, Resident
 from workbench.settings import Settings
 
 if TYPE_CHECKING:
     from engine.tokenizer import TokenizerLike
     from engine.worker import EngineWorker
+    from workbench.services import Services
 
 MAX_PROMPTS = 256  # of one /v1/completions request
 _INLINE_CHARS = 20_000  # longer prompts are tokenized in a thread, beside the event loop
@@ -37,16 +41,46 @@ T = TypeVar("T")
 class Endpoints:
     """The handlers, with what they need."""
 
-    def __init__(self, host: EngineHost, settings: Settings) -> None:
+    def __init__(self, host: EngineHost, settings: Settings, services: Services | None = None) -> None:
         self._host = host
         self._max_body_bytes = settings.max_body_bytes
+        self._services = services
         self._started = int(time.time())
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
+        arrival_ns = time.monotonic_ns()
         request_id = take_request_id(request)
         body = parse(ChatRequest, await read_json(request, self._max_body_bytes))
-        worker = self._host.worker(body.model)
+        return await self._on_current_worker(
+            body.model, lambda worker: self._start_chat(worker, body, request_id, arrival_ns)
+        )
+
+    async def completion(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        arrival_ns = time.monotonic_ns()
+        request_id = take_request_id(request)
+        body = parse(CompletionRequest, await read_json(request, self._max_body_bytes))
+        return await self._on_current_worker(
+            body.model, lambda worker: self._start_completion(worker, body, request_id, arrival_ns)
+        )
+
+    async def _on_current_worker(
+        self, model: str | None, start: Callable[[EngineWorker], Awaitable[Response]]
+    ) -> Response:
+        """`start` on the model's worker; again when that was swapped for another while the prompt was read."""
+        worker = self._host.worker(model)
+        try:
+            return await start(worker)
+        except EngineDeadError:
+            successor = self._host.worker(model)
+            if successor is worker:
+                raise
+            return await start(successor)
+
+    async def _start_chat(
+        self, worker: EngineWorker, body: ChatRequest, request_id: str, arrival_ns: int
+    ) -> Response:
         tokenizer = _tokenizer_of(worker)
         params, include_usage = _chat_params(body), _include_usage(body)
         messages = [_template_message(message) for message in body.messages]
@@ -64,19 +98,19 @@ class Endpoints:
             self._head("chatcmpl", request_id, body.model), tokenizer.token_text,
             wants_logprobs=bool(body.logprobs), include_usage=include_usage,
         )  # fmt: skip
+        answer_log = self._answer_log(lambda: json.dumps(messages, ensure_ascii=False))
         choices = submit_choices(  # the last thing that can refuse: nothing runs that is not answered
             worker, [prompt], params, num_choices=body.n or 1, request_id=request_id,
-            cache_salt=body.cache_salt or "", markers=markers,
+            cache_salt=body.cache_salt or "", arrival_ns=arrival_ns, markers=markers, answer_log=answer_log,
         )  # fmt: skip
         return GenerationResponse(
-            choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage
-        )
+            choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage,
+            answer_log=answer_log,
+        )  # fmt: skip
 
-    async def completion(self, request: Request) -> Response:
-        """POST /v1/completions."""
-        request_id = take_request_id(request)
-        body = parse(CompletionRequest, await read_json(request, self._max_body_bytes))
-        worker = self._host.worker(body.model)
+    async def _start_completion(
+        self, worker: EngineWorker, body: CompletionRequest, request_id: str, arrival_ns: int
+    ) -> Response:
         tokenizer = _tokenizer_of(worker)
         params = _common_params(body, body.max_tokens, _DEFAULT_COMPLETION_TOKENS, body.logprobs)
         include_usage = _include_usage(body)
@@ -89,53 +123,63 @@ class Endpoints:
             self._head("cmpl", request_id, body.model), tokenizer.token_text,
             wants_logprobs=body.logprobs is not None, include_usage=include_usage,
         )  # fmt: skip
+        answer_log = self._answer_log(lambda: "\n".join(p for p in given if isinstance(p, str)))
         choices = submit_choices(
-            worker,
-            prompts,
-            params,
-            num_choices=body.n or 1,
-            request_id=request_id,
-            cache_salt=body.cache_salt or "",
-        )
+            worker, prompts, params, num_choices=body.n or 1, request_id=request_id,
+            cache_salt=body.cache_salt or "", arrival_ns=arrival_ns, answer_log=answer_log,
+        )  # fmt: skip
         return GenerationResponse(
-            choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage
-        )
+            choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage,
+            answer_log=answer_log,
+        )  # fmt: skip
+
+    def _answer_log(self, prompt: Callable[[], str]) -> AnswerLog:
+        request_log = self._services.request_log if self._services is not None else None
+        keeps_text = request_log is not None and request_log.text != "off"
+        return AnswerLog(request_log, prompt() if keeps_text else "")
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
         request_id = take_request_id(request)
-        data = [self._model(card) for card in self._host.models()]
+        data = [self._model(each) for each in self._host.resident() if _is_listed(each)]
         return json_response({"object": "list", "data": data}, headers={"x-request-id": request_id})
 
     async def model(self, request: Request) -> Response:
-        """GET /v1/models/{id}."""
+        """GET /v1/models/{id}: also by alias, NAME/version or ``models:/…``."""
         request_id = take_request_id(request)
         model_id = request.path_params["model_id"]
-        cards = self._host.models()
-        for card in cards:
-            if card.id == model_id:
-                return json_response(self._model(card), headers={"x-request-id": request_id})
-        known = ", ".join(card.id for card in cards)
-        raise UnknownModelError(
-            f"model {model_id!r} does not exist",
-            value=model_id,
-            param="model",
-            remedy=f"Models here: {known}.",
-        )
+        found = self._host.find(model_id)
+        if not _is_listed(found):
+            raise UnknownModelError(
+                f"model {model_id!r} is not there yet: {found.state.message}", value=model_id, param="model",
+                remedy="Try again in some seconds.",
+            )  # fmt: skip
+        return json_response(self._model(found), headers={"x-request-id": request_id})
 
     def _head(self, prefix: str, request_id: str, model: str | None) -> Head:
         return Head(f"{prefix}-{request_id}", int(time.time()), model or self._host.models()[0].id)
 
-    def _model(self, card: ModelCard) -> dict[str, Any]:
+    def _model(self, resident: Resident) -> dict[str, Any]:
+        card = resident.card
+        assert card is not None, "only models with a card are listed"
         return {
-            "id": card.id,
+            "id": resident.id,
             "object": "model",
             "created": self._started,
             "owned_by": "quire",
             "root": card.path or card.id,
             "max_model_len": card.context,
-            "digest": card.digest or None,
+            "digest": resident.digest or None,
+            "name": resident.name,
+            "version": resident.version,
+            "aliases": list(resident.aliases),
+            "deterministic": resident.deterministic,
         }
+
+
+def _is_listed(resident: Resident) -> bool:
+    """Whether clients may see it: it is ready, or the default, whose state `/readyz` tells."""
+    return resident.card is not None and (resident.state.ready or resident.is_default)
 
 
 def _tokenizer_of(worker: EngineWorker) -> TokenizerLike:

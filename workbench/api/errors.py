@@ -14,19 +14,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import (
+    ConfigError,
     EngineDeadError,
     EngineError,
     InvalidRequestError,
+    ModelLoadError,
+    ModelNotFoundError,
     OutOfMemoryError,
     StepFailedError,
 )
 from workbench.errors import ApiError, BodyTooLargeError, NotReadyError, UnknownModelError, WorkbenchError
+from workbench.host import ResidentInUseError
 
 log = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (BodyTooLargeError, 413),
     (ApiError, 400),
     (UnknownModelError, 404),
+    (ModelNotFoundError, 404),
+    (ModelLoadError, 422),
+    (ConfigError, 400),
+    (ResidentInUseError, 409),
     (NotReadyError, 503),
     (InvalidRequestError, 400),
     (EngineDeadError, 503),
@@ -42,6 +50,12 @@ class MediaTypeError(ApiError):
     code = "unsupported_media_type"
 
 
+class UnauthorizedError(ApiError):
+    """A route of this machine's own programs was called without their token."""
+
+    code = "unauthorized"
+
+
 class RequestFailedError(WorkbenchError):
     """The request was accepted and then failed in the engine."""
 
@@ -52,7 +66,14 @@ def status_of(error: Exception) -> int:
     """The HTTP status of a typed error; 500 for everything else."""
     if isinstance(error, MediaTypeError):
         return 415
-    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+    if isinstance(error, UnauthorizedError):
+        return 401
+    known = next((status for kind, status in _STATUS if isinstance(error, kind)), None)
+    if known is None and isinstance(
+        error, WorkbenchError
+    ):  # another room's: the caller's mistake says so by its type
+        known = 404 if isinstance(error, LookupError) else 400 if isinstance(error, ValueError) else None
+    return known or 500
 
 
 def error_body(error: Exception, status: int) -> dict[str, Any]:
@@ -69,13 +90,17 @@ def error_body(error: Exception, status: int) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(error: Exception, request_id: str | None = None) -> Response:
-    """The whole HTTP response of an error."""
+def error_response(error: Exception, request_id: str | None = None, *, details: bool = False) -> Response:
+    """The whole HTTP response of an error. `details` adds value, limit and remedy, for our own programs."""
     status = status_of(error)
     headers = {"x-request-id": request_id} if request_id else {}
     if status == 503:
         headers["retry-after"] = _RETRY_AFTER_S
-    return json_response(error_body(error, status), status, headers)
+    body = error_body(error, status)
+    if details and isinstance(error, EngineError | WorkbenchError):
+        facts = {"value": error.value, "limit": error.limit, "remedy": error.remedy}
+        body["error"].update(json.loads(json.dumps(facts, default=str)))
+    return json_response(body, status, headers)
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -114,4 +139,4 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     return json_response(body, error.status_code, dict(error.headers or {}))
 
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/feedback")

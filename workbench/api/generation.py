@@ -20,6 +20,7 @@ from engine.errors import EngineError
 from engine.records import Completion, StreamDelta
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from workbench.api.answer_log import AnswerLog
 from workbench.api.errors import RequestFailedError, error_body, error_response, json_response, status_of
 from workbench.api.tool_calls import ToolCallMarkers, ToolCallParser
 from workbench.api.wire import DONE, ChoicePart, Usage, Wire, error_chunk
@@ -102,9 +103,11 @@ def submit_choices(
     num_choices: int,
     request_id: str,
     cache_salt: str = "",
+    arrival_ns: int | None = None,
     markers: ToolCallMarkers | None = None,
+    answer_log: AnswerLog | None = None,
 ) -> list[Choice]:
-    """Submit `num_choices` requests a prompt; all of them or none.
+    """Submit `num_choices` requests a prompt; all of them or none. `arrival_ns`: when the request came in.
 
     Choice i of a prompt gets the seed plus i, so that n answers with a seed differ and repeat.
     """
@@ -113,11 +116,15 @@ def submit_choices(
         for prompt in prompts:
             for i in range(num_choices):
                 seed = None if params.seed is None else params.seed + i
+                engine_id = f"{request_id}-{len(choices)}" if choices else request_id
+                if answer_log is not None:
+                    answer_log.expect(engine_id)
                 stream = worker.submit(
                     prompt,
                     params if seed == params.seed else replace(params, seed=seed),
-                    request_id=f"{request_id}-{len(choices)}" if choices else request_id,
+                    request_id=engine_id,
                     cache_salt=cache_salt,
+                    arrival_ns=arrival_ns,
                 )
                 choices.append(Choice(len(choices), stream, markers, counts_prompt=i == 0))
     except BaseException:
@@ -131,10 +138,18 @@ class GenerationResponse(Response):
     """Answers from running requests; `stream` says how."""
 
     def __init__(
-        self, choices: list[Choice], wire: Wire, *, request_id: str, stream: bool, include_usage: bool
+        self,
+        choices: list[Choice],
+        wire: Wire,
+        *,
+        request_id: str,
+        stream: bool,
+        include_usage: bool,
+        answer_log: AnswerLog | None = None,
     ) -> None:
         super().__init__()
         self._choices = choices
+        self._answer_log = answer_log or AnswerLog(None)
         self._wire = wire
         self._request_id = request_id
         self._stream = stream
@@ -167,6 +182,7 @@ class GenerationResponse(Response):
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             completions = await asyncio.gather(*(choice.stream.aresult() for choice in self._choices))
+            await self._logged()
             for completion in completions:
                 _raise_if_failed(completion.finish_reason, completion.error)
         except (EngineError, WorkbenchError) as error:
@@ -189,6 +205,7 @@ class GenerationResponse(Response):
             await self._pump(self._choices[0], send)
         else:
             await asyncio.gather(*(self._pump(choice, send) for choice in self._choices))
+        await self._logged()
         rest = b""
         if self._include_usage and not self._failed:
             rest += self._wire.usage_chunk(self._usage())
@@ -207,6 +224,14 @@ class GenerationResponse(Response):
             if not self._gone:
                 body = error_chunk(error_body(error, status_of(error)))
                 await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _logged(self) -> None:
+        """The answer's end is told only when its rows outlast this process."""
+        self._answer_log.ended(
+            choice.stream.completion for choice in self._choices if choice.stream.completion
+        )
+        if not self._gone:
+            await self._answer_log.written()
 
     def _usage(self) -> Usage:
         usage = Usage()

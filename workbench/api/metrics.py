@@ -196,16 +196,27 @@ class EngineMetrics(Collector):
         with self._lock:
             self._engines[card.id] = (worker, sink)
 
+    def unwatch(self, card: ModelCard, worker: EngineWorker) -> None:
+        """Forget an engine that was closed (an EngineHost's `on_closed`); its successor of the same id stays."""
+        with self._lock:
+            if self._engines.get(card.id, (None, None))[0] is worker:
+                del self._engines[card.id]
+
     def describe(self) -> Iterable[Metric]:
         """No metric before there is an engine."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
+        """One family a metric, with a sample for each model: the format allows a name to be described once."""
         with self._lock:
             engines = list(self._engines.items())
-        for model, (worker, sink) in engines:
-            yield from _stats_families(model, worker)
-            yield from sink.families(model)
+        models = [
+            [*_stats_families(model, worker), *sink.families(model)] for model, (worker, sink) in engines
+        ]
+        for first, *others in zip(*models, strict=True):
+            for other in others:
+                first.samples += other.samples
+            yield first
 
 
 def _stats_families(model: str, worker: EngineWorker) -> Iterator[Metric]:

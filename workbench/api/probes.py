@@ -47,6 +47,7 @@ class Probes:
             "fraction": round(state.fraction, 3),
             "model": next((card.id for card in self._host.models()), None),
             "engine": None,
+            "models": {each.id: each.state.phase.value for each in self._host.resident()},
         }
         try:
             health = self._host.worker().health()

@@ -5,40 +5,66 @@ They are explicit because Streamlit answers every path it does not know with its
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from engine.errors import EngineError
 from workbench.api.endpoints import Endpoints
 from workbench.api.errors import on_http_exception, on_typed_error, on_unexpected_error
+from workbench.api.feedback import FeedbackRoute
+from workbench.api.internal import internal_app
 from workbench.api.metrics import EngineMetrics
+from workbench.api.mlflow_proxy import MlflowProxy
 from workbench.api.probes import Probes
 from workbench.errors import WorkbenchError
 from workbench.host import EngineHost
 from workbench.settings import Settings
 
+if TYPE_CHECKING:
+    from workbench.services import Services
 
-def api_routes(host: EngineHost, settings: Settings, metrics: EngineMetrics) -> list[BaseRoute]:
-    """Routes for a Starlette or Streamlit app. `metrics` must watch the host's engines (EngineHost's `on_ready`)."""
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+
+def api_routes(
+    host: EngineHost,
+    settings: Settings,
+    metrics: EngineMetrics,
+    *,
+    token: str,
+    proxy: MlflowProxy,
+    services: Services | None = None,
+) -> list[BaseRoute]:
+    """Routes for a Starlette or Streamlit app. `metrics` must watch the host's engines (EngineHost's `on_ready`).
+
+    `token` opens the internal routes. Without `services` nothing is logged and feedback is refused.
+    """
     probes = Probes(host, metrics.registry)
     return [
         Route("/healthz", probes.healthz),
         Route("/readyz", probes.readyz),
         Route("/metrics", probes.metrics),
-        Route("/v1", _no_such_path, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
-        Mount("/v1", _openai_app(host, settings)),
+        Route("/v1", _no_such_path, methods=_METHODS),
+        Mount("/v1", _openai_app(host, settings, services)),
+        Mount("/quire", internal_app(host, token, services)),
+        Route("/mlflow", _to_mlflow, methods=["GET"]),
+        Mount("/mlflow", proxy),
     ]
 
 
-def _openai_app(host: EngineHost, settings: Settings) -> Starlette:
-    endpoints = Endpoints(host, settings)
+def _openai_app(host: EngineHost, settings: Settings, services: Services | None) -> Starlette:
+    endpoints = Endpoints(host, settings, services)
+    feedback = FeedbackRoute(services)
     return Starlette(
         routes=[
             Route("/chat/completions", endpoints.chat, methods=["POST"]),
             Route("/completions", endpoints.completion, methods=["POST"]),
+            Route("/feedback", feedback.post, methods=["POST"]),
             Route("/models", endpoints.models, methods=["GET"]),
             Route("/models/{model_id:path}", endpoints.model, methods=["GET"]),
         ],
@@ -49,6 +75,10 @@ def _openai_app(host: EngineHost, settings: Settings) -> Starlette:
             Exception: on_unexpected_error,
         },
     )
+
+
+async def _to_mlflow(request: Request) -> Response:
+    return RedirectResponse("/mlflow/", 307)
 
 
 async def _no_such_path(request: Request) -> Response:

@@ -106,6 +106,17 @@ class CompletionRequest(_Generation):
     logprobs: int | None = None
 
 
+class FeedbackRequest(_Strict):
+    """What a person thinks of an answer; the values of each kind are `workbench.observe.feedback`'s to check."""
+
+    request_id: str  # the answer's `id` or its x-request-id header
+    kind: str
+    value: str | int | float | bool | None = None
+    comment: str | None = None
+    correction: str | None = None
+    user: str | None = None
+
+
 # OpenAI's and vLLM's fields that are not served: name -> (values without effect, what to do instead).
 _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "presence_penalty": ((None, 0), "Leave it out: penalties are not served."),
@@ -141,7 +152,7 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "priority": ((None, 0), "Leave it out: requests are served in order of arrival."),
 }
 
-Body = TypeVar("Body", bound=_Generation)
+Body = TypeVar("Body", bound=_Strict)
 
 
 def parse(kind: type[Body], raw: Any) -> Body:

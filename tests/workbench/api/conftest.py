@@ -21,6 +21,7 @@ from workbench.api.metrics import EngineMetrics
 from workbench.app import Wiring, build_api_app
 from workbench.host import EngineHost, WorkerFactory, fake_worker
 from workbench.ports import bind
+from workbench.services import Services
 from workbench.settings import FAKE_MODEL, Settings
 
 
@@ -30,6 +31,7 @@ class Server:
     host: EngineHost
     http: httpx.Client
     openai: OpenAI
+    token: str
 
     @property
     def worker(self) -> EngineWorker:
@@ -49,11 +51,27 @@ class Server:
 
 @contextmanager
 def run_server(
-    factory: WorkerFactory, config: EngineConfig | None = None, *, wait: bool = True, **settings: Any
+    factory: WorkerFactory,
+    config: EngineConfig | None = None,
+    *,
+    wait: bool = True,
+    resolver: Any = None,
+    services: Services | None = None,
+    **settings: Any,
 ) -> Iterator[Server]:
     metrics = EngineMetrics()
-    host = EngineHost(config or EngineConfig(model=FAKE_MODEL), factory=factory, on_ready=metrics.watch)
-    app = build_api_app(Wiring(Settings(**settings), host, metrics))
+
+    def ready(card: Any, worker: EngineWorker) -> None:
+        metrics.watch(card, worker)
+        if services is not None:
+            services.attach(card, worker)
+
+    host = EngineHost(
+        config or EngineConfig(model=FAKE_MODEL), factory=factory, resolver=resolver, on_ready=ready,
+        on_closed=metrics.unwatch,
+    )  # fmt: skip
+    wiring = Wiring(services.settings if services else Settings(**settings), host, metrics, services)
+    app = build_api_app(wiring)
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server = uvicorn.Server(
@@ -70,7 +88,7 @@ def run_server(
             state = host.wait(120)
             assert state.ready, state.message
         with httpx.Client(base_url=url, timeout=60) as http:
-            yield Server(url, host, http, client)
+            yield Server(url, host, http, client, wiring.token)
     finally:
         client.close()
         server.should_exit = True

@@ -43,6 +43,7 @@ def test_a_client_that_leaves_frees_its_blocks(serve: Any, eventually: Any, stre
         connection.close()
         assert eventually(lambda: worker.stats().num_running == 0, 3.0)
         assert worker.stats().num_free_blocks == worker.stats().num_blocks
+        assert eventually(lambda: len(worker.records.requests()) == n)  # a record follows the last token
         assert [r.finish_reason for r in worker.records.requests()] == [FinishReason.ABORT] * n
         assert all(r.num_output_tokens < 1500 for r in worker.records.requests())
 

@@ -116,10 +116,10 @@ def test_a_death_of_the_engine_is_told_once_and_shown() -> None:
     host = EngineHost(CONFIG, factory=factory, on_fatal=deaths.append)
     host.start()
     host.wait(10)
-    host.worker().submit("hi", SamplingParams()).result(10)
-    assert host._worker is not None
-    assert host._worker._thread is not None
-    host._worker._thread.join(10)
+    worker = host.worker()
+    worker.submit("hi", SamplingParams()).result(10)
+    assert worker._thread is not None
+    worker._thread.join(10)
     assert len(deaths) == 1
     assert host.state().phase is HostPhase.FAILED
     assert "device lost" in host.state().message

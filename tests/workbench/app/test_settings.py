@@ -45,6 +45,9 @@ def test_children_get_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_pat
         deterministic=True,
         max_model_len=99,
         mlflow_tracking_uri="http://x",
+        follow="",
+        demo=False,
+        request_text="full",
     )
     for name, value in settings.to_env().items():
         monkeypatch.setenv(name, value)
@@ -54,7 +57,8 @@ def test_children_get_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize(
     ("name", "value"),
     [("PORT", "99999"), ("PORT", "abc"), ("MLFLOW_PORT", "0"), ("QUIRE_DTYPE", "int7"), ("QUIRE_THREADS", "0"),
-     ("QUIRE_LOG_LEVEL", "loud"), ("QUIRE_MAX_BODY_BYTES", "1")],
+     ("QUIRE_LOG_LEVEL", "loud"), ("QUIRE_MAX_BODY_BYTES", "1"), ("QUIRE_FOLLOW", "ticket-extractor"),
+     ("QUIRE_FOLLOW", "a@b@c"), ("QUIRE_FOLLOW", "a@champion, @x"), ("QUIRE_REQUEST_TEXT", "some"), ("QUIRE_DEMO", "perhaps")],
 )  # fmt: skip
 def test_a_bad_variable_is_named_with_value_limit_and_remedy(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
@@ -67,6 +71,19 @@ def test_a_bad_variable_is_named_with_value_limit_and_remedy(
     assert error.limit
     assert error.remedy
     assert f"{name}={value}" in str(error)
+
+
+def test_followed_aliases_are_a_list_and_may_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings_module.load().follow_refs == ("ticket-extractor@champion",)
+    monkeypatch.setenv("QUIRE_FOLLOW", "models:/a@champion, b@candidate")
+    assert settings_module.load().follow_refs == ("a@champion", "b@candidate")
+    monkeypatch.setenv("QUIRE_FOLLOW", "")
+    assert settings_module.load().follow_refs == ()
+
+
+@pytest.mark.parametrize(("device", "number"), [("auto", "0"), ("cpu", "0"), ("cuda", "0"), ("cuda:3", "3")])
+def test_each_gpu_has_a_lock_of_its_own(device: str, number: str) -> None:
+    assert settings_module.load(device=device).device_id == number
 
 
 def test_a_misspelt_variable_is_refused_and_a_foreign_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

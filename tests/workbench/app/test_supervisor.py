@@ -19,10 +19,23 @@ from workbench.ports import free_port
 NO_MLFLOW = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9/none"}  # an MLflow of one's own: no child for it
 
 
+REGISTER = """
+import sys
+from pathlib import Path
+from workbench.settings import Settings
+from workbench.versions.registry import Registry
+
+home, uri, *folders = sys.argv[1:]
+registry = Registry(Settings(home_dir=Path(home), mlflow_tracking_uri=uri))
+for folder in folders:
+    registry.register("tickets", base=Path(folder))
+"""
+
+
 def test_two_run_side_by_side_with_pages_api_and_mlflow_and_leave_nothing(
-    quire: Callable[..., Any], proc: Any
+    quire: Callable[..., Any], proc: Any, tiny_model: Path, other_model: Path
 ) -> None:
-    one = quire("up", home="one")
+    one = quire("up", home="one", QUIRE_FOLLOW="tickets@champion")
     two = quire("up", home="two", **NO_MLFLOW)
     for each in (one, two):
         assert each.url in each.wait_line("Quire is at")
@@ -37,9 +50,16 @@ def test_two_run_side_by_side_with_pages_api_and_mlflow_and_leave_nothing(
     assert httpx.get(f"{mlflow}/health", timeout=30).status_code == 200
     assert "<html" in httpx.get(f"{mlflow}/", timeout=30).text.lower()
     assert (one.home / "mlflow" / "mlflow.db").is_file()
+    assert (one.home / "quire.db").is_file()
+    assert "<html" in one.get("/mlflow/").text.lower()
+    assert two.get("/mlflow/").status_code == 503
+    check_alias_reaches_the_app(one, [tiny_model, other_model], proc)
+    assert (one.home / "logs" / "scheduler.log").read_text() == "", (
+        "the scheduler has nothing to complain about"
+    )
     assert proc.is_free(two.mlflow_port), "an MLflow was named, so none is started"
     children = {each: each.descendants() for each in (one, two)}
-    assert len(children[one]) >= 3  # app, guard, MLflow
+    assert len(children[one]) >= 4  # app, guard, MLflow, scheduler
     for each in (one, two):
         assert each.stop() < 10
         assert each.process.returncode == 0
@@ -47,6 +67,27 @@ def test_two_run_side_by_side_with_pages_api_and_mlflow_and_leave_nothing(
         assert proc.is_free(each.port)
         assert proc.is_free(each.mlflow_port)
         assert not (each.home / "run" / "app.json").exists()
+
+
+def check_alias_reaches_the_app(running: Any, folders: list[Path], proc: Any) -> None:
+    """Register and move an alias through the app's own port, as somebody in MLflow's UI behind a tunnel would."""
+    uri = f"{running.url}/mlflow"
+    command = [sys.executable, "-c", REGISTER, str(running.home), uri, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    for version in (1, 2):
+        alias = {"name": "tickets", "alias": "champion", "version": str(version)}
+        moved = httpx.post(f"{uri}/api/2.0/mlflow/registered-models/alias", json=alias, timeout=30)
+        assert moved.status_code == 200, moved.text
+
+        def serves(wanted: int = version) -> bool:
+            models = {each["id"]: each for each in running.get("/v1/models").json()["data"]}
+            return models.get(f"tickets/{wanted}", {}).get("aliases") == ["tickets@champion"]
+
+        assert proc.eventually(serves, 5.0 if version > 1 else 30.0)  # the first load imports MLflow
+    body = {"model": "tickets@champion", "prompt": "hi", "max_tokens": 3}
+    answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=30).json()
+    assert answer["usage"]["completion_tokens"] == 3
 
 
 def test_a_killed_app_is_started_again_on_the_same_port(quire: Callable[..., Any]) -> None:

@@ -1,0 +1,97 @@
+"""From what a person writes to what can be loaded: a folder, a hub id, or a version of the registry.
+
+``NAME/3``, ``NAME@alias`` and ``models:/…`` belong to the registry and go through a resolver (``workbench.versions.resolve``);
+a folder that exists is a folder; everything else is taken for a hub id, which the engine's loader will find or not.
+
+Boundary: names and paths. It loads nothing, and reads nothing of a folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workbench.errors import UnknownModelError
+
+if TYPE_CHECKING:
+    from workbench.versions.ref import ResolvedVersion
+
+Resolver = Callable[[str], "ResolvedVersion"]
+_VERSION = re.compile(r"(?P<name>[^/@]+)/(?P<version>[1-9]\d*)")
+_ALIAS = re.compile(r"(?P<name>[^/@]+)@(?P<alias>[^/@\s]+)")
+_SCHEME = "models:/"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What to load, and under which name it will be asked for."""
+
+    ref: str
+    id: str
+    path: str  # a folder or a hub id
+    name: str | None = None  # in the registry
+    version: int | None = None
+    alias: str | None = None  # as it was asked for: NAME@alias
+    digest: str = ""  # as the registry has it; "": what the folder says
+
+
+def plain(ref: str) -> str:
+    """`ref` without the registry's scheme."""
+    return ref.strip().removeprefix(_SCHEME)
+
+
+def alias_of(ref: str) -> tuple[str, str] | None:
+    """Name and alias of ``NAME@alias``, with or without scheme; None for anything else."""
+    found = _ALIAS.fullmatch(plain(ref))
+    return (found["name"], found["alias"]) if found else None
+
+
+def version_of(ref: str) -> tuple[str, int] | None:
+    """Name and version of ``NAME/3``, with or without scheme; None for anything else."""
+    found = _VERSION.fullmatch(plain(ref))
+    return (found["name"], int(found["version"])) if found else None
+
+
+def resolve_source(ref: str, resolver: Resolver | None) -> ModelSource:
+    """What `ref` means now. A registered version is looked up, and its weights are prepared, by `resolver`.
+
+    Raises:
+        UnknownModelError: empty, or a registered version where there is no registry.
+        WorkbenchError: from the resolver.
+    """
+    if not plain(ref):
+        raise UnknownModelError(
+            "no model was named", value=ref, param="model", remedy="Name a folder, a hub id or NAME@alias."
+        )
+    registered = ref.strip().startswith(_SCHEME) or alias_of(ref) or version_of(ref)
+    folder = Path(ref).expanduser()
+    perhaps_adapter = folder.is_dir() and not (folder / "config.json").is_file()
+    if perhaps_adapter and resolver is not None:
+        found = resolver(ref)
+        return ModelSource(ref, folder.resolve().name, str(found.folder), digest=found.ref.digest or "")
+    if not registered or folder.is_dir():
+        return ModelSource(ref, _folder_id(ref), ref)
+    if resolver is None:
+        raise UnknownModelError(
+            f"{ref!r} names a registered version, and there is no registry here", value=ref, param="model",
+            remedy="Name a folder or a hub id.",
+        )  # fmt: skip
+    found = resolver(ref)
+    alias = alias_of(ref)
+    return ModelSource(
+        ref,
+        f"{found.ref.name}/{found.ref.version}",
+        str(found.folder),
+        name=found.ref.name,
+        version=found.ref.version,
+        alias="@".join(alias) if alias else None,
+        digest=found.ref.digest or "",
+    )
+
+
+def _folder_id(path: str) -> str:
+    folder = Path(path).expanduser()
+    return folder.resolve().name if folder.is_dir() else path
