@@ -1,0 +1,66 @@
+"""A store of one's own, and a runner that is ended with the test."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from workbench import settings as settings_module
+from workbench.jobs import JobRunner, Jobs
+from workbench.store import Store, open_store
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("QUIRE_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def store(home: Path) -> Iterator[Store]:
+    with open_store(home) as opened:
+        yield opened
+
+
+@pytest.fixture
+def jobs(store: Store, home: Path) -> Jobs:
+    return Jobs(store, home)
+
+
+@pytest.fixture
+def start_runner(jobs: Jobs, home: Path) -> Iterator[Callable[..., JobRunner]]:
+    """Starts a JobRunner; it is closed with the test."""
+    started: list[JobRunner] = []
+
+    def start(max_parallel: int = 3) -> JobRunner:
+        started.append(JobRunner(jobs, settings_module.load(home_dir=home), max_parallel=max_parallel))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for runner in started:
+        runner.close()
+
+
+@pytest.fixture
+def eventually() -> Callable[..., bool]:
+    def wait(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if condition():
+                return True
+            time.sleep(0.02)
+        return False
+
+    return wait

@@ -1,0 +1,48 @@
+"""Errors from the wire: an OpenAI-shaped error object becomes the typed error that the server had raised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+
+from engine.errors import TypedError
+from workbench.backends.protocol import BackendError, BackendLostError
+
+
+def error_of(response: httpx.Response, who: str) -> TypedError:
+    """The typed error of a refused request; BackendError where the code is not one of ours."""
+    try:
+        error = response.json()["error"]
+        message = str(error["message"])
+    except (ValueError, LookupError, TypeError):
+        return BackendError(
+            f"{who} answered with status {response.status_code}: {response.text[:200]!r}", value=response.status_code
+        )  # fmt: skip
+    facts = {name: error.get(name) for name in ("value", "limit", "remedy", "param")}
+    if facts["remedy"] and message.endswith(facts["remedy"]):
+        message = message.removesuffix(facts["remedy"]).rstrip(" .")
+    kind = _kinds().get(str(error.get("code")), BackendError)
+    try:
+        return kind(message, **facts)
+    except TypeError:  # a type that is made in another way
+        return BackendError(message, **facts)
+
+
+def lost(who: str, error: Exception) -> BackendLostError:
+    """The connection failed."""
+    return BackendLostError(
+        f"{who} does not answer ({type(error).__name__}: {error})", value=who,
+        remedy="It may have been stopped or restarted: connect again.",
+    )  # fmt: skip
+
+
+def _kinds() -> dict[str, type[TypedError]]:
+    return {kind.code: kind for kind in _tree(TypedError)}
+
+
+def _tree(kind: type[TypedError]) -> Iterator[type[TypedError]]:
+    # Children first: where a code is inherited, the type that introduced it stays.
+    for child in kind.__subclasses__():
+        yield from _tree(child)
+    yield kind

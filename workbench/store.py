@@ -1,0 +1,289 @@
+"""Store: the workbench's own tables (jobs, schedules, occurrences, feedback) in ``HOME_DIR/quire.db``.
+
+One SQLite file in WAL mode with a busy timeout, so that several processes write at once; ``QUIRE_DATABASE_URL`` names another
+database. A transaction is the unit of truth: what `begin` has left without an error is on the disk, anything else never was.
+
+Boundary: tables, transactions and their errors. What the rows mean is the room's that writes them; versions, runs and metrics
+are MLflow's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import sqlalchemy as sa
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from workbench.errors import WorkbenchError
+
+DATABASE_URL_VARIABLE = "QUIRE_DATABASE_URL"
+_BUSY_TIMEOUT_MS = 10_000
+_WRITE = "quire_write"
+
+metadata = sa.MetaData()
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("kind", sa.String(40), nullable=False),
+    sa.Column("title", sa.Text, nullable=False),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("fraction", sa.Float, nullable=False, default=0.0),
+    sa.Column("message", sa.Text, nullable=False, default=""),
+    sa.Column("result", sa.JSON(none_as_null=True)),
+    sa.Column("partial", sa.JSON(none_as_null=True)),
+    sa.Column("error", sa.JSON(none_as_null=True)),
+    sa.Column("device", sa.String(16), nullable=False),
+    sa.Column("parent_id", sa.String(40)),  # the job that submitted this one
+    sa.Column("created_at", sa.String(40), nullable=False),  # UTC, ISO 8601, as all times here
+    sa.Column("started_at", sa.String(40)),
+    sa.Column("ended_at", sa.String(40)),
+    sa.Column("heartbeat_at", sa.String(40)),
+    sa.Column("pid", sa.Integer),
+    sa.Column("process", sa.Text),  # who runs it: a ProcessId's text, which no later process can have
+    sa.Column("attempts", sa.Integer, nullable=False, default=0),
+    sa.Column("cancel_requested", sa.Boolean, nullable=False, default=False),
+    sa.Column("log_path", sa.Text, nullable=False),
+    sa.Index("jobs_by_state", "state", "created_at"),
+)
+
+schedules = sa.Table(
+    "schedules",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("name", sa.Text, nullable=False, unique=True),
+    sa.Column("notebook", sa.Text, nullable=False),
+    sa.Column("parameters", sa.JSON, nullable=False),
+    sa.Column("trigger", sa.JSON, nullable=False),  # {"cron": …} | {"every_s": …} | {"at": …}
+    sa.Column("timezone", sa.String(64), nullable=False),
+    sa.Column("grace_s", sa.Float, nullable=False),
+    sa.Column("enabled", sa.Boolean, nullable=False, default=True),
+    sa.Column("created_at", sa.String(40), nullable=False),
+    sa.Column("next_due_at", sa.String(40)),  # NULL: it will not fire again
+    sa.Index("schedules_by_due", "enabled", "next_due_at"),
+)
+
+schedule_occurrences = sa.Table(
+    "schedule_occurrences",
+    metadata,
+    sa.Column("id", sa.String(80), primary_key=True),  # schedule id + due time: an occurrence exists once
+    sa.Column("schedule_id", sa.String(40), nullable=False),  # kept when the schedule is removed
+    sa.Column("schedule_name", sa.Text, nullable=False),
+    sa.Column("due_at", sa.String(40), nullable=False),
+    sa.Column("decided_at", sa.String(40), nullable=False),
+    sa.Column("outcome", sa.String(16), nullable=False),  # fired | missed | overlap
+    sa.Column(
+        "coalesced", sa.Integer, nullable=False, default=0
+    ),  # earlier due times that this one stands for
+    sa.Column("job_id", sa.String(40)),
+    sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Index("occurrences_by_time", "decided_at"),
+)
+
+feedback_outbox = sa.Table(
+    "feedback_outbox",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("request_id", sa.Text, nullable=False),
+    sa.Column("created_at", sa.String(40), nullable=False),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("value", sa.JSON(none_as_null=True)),
+    sa.Column("comment", sa.Text),
+    sa.Column("correction", sa.Text),
+    sa.Column("user", sa.Text),
+    sa.Column("sent_at", sa.String(40)),
+    sa.Index("feedback_by_request", "request_id"),
+)
+
+
+class StoreError(WorkbenchError):
+    """The store cannot be read or written; nothing of the transaction was kept."""
+
+    code = "store_error"
+
+
+class StoreBusyError(StoreError):
+    """Another process held the write lock for too long."""
+
+    code = "store_busy"
+
+
+class StoreFullError(StoreError):
+    """The disk or the quota of HOME_DIR is full."""
+
+    code = "store_full"
+
+
+class Store:
+    """One database. Thread-safe; each process opens its own. Close it, or use it as a context manager."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.engine = sa.create_engine(url, json_serializer=_dumps)
+        if self.engine.dialect.name == "sqlite":
+            sa.event.listen(self.engine, "connect", _configure_sqlite)
+            sa.event.listen(self.engine, "begin", _begin_sqlite)
+
+    def create_schema(self) -> None:
+        """Make what is missing of the tables; several processes may do so at once. Raises StoreError."""
+        with self.begin() as connection:
+            for table in metadata.sorted_tables:
+                connection.execute(CreateTable(table, if_not_exists=True))
+                for index in sorted(table.indexes, key=lambda each: str(each.name)):
+                    connection.execute(CreateIndex(index, if_not_exists=True))
+
+    @contextmanager
+    def begin(self) -> Iterator[sa.Connection]:
+        """A write transaction: committed when the block ends, undone when it raises.
+
+        Raises:
+            StoreFullError, StoreBusyError, StoreError: nothing of the block was kept.
+            sqlalchemy.exc.IntegrityError: a row contradicts another; the caller knows what that means.
+        """
+        with self._typed_errors(), self.engine.connect() as connection:
+            writing = connection.execution_options(**{_WRITE: True})
+            with writing.begin():
+                yield writing
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A consistent view that waits for no writer. Raises StoreError."""
+        with self._typed_errors(), self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    def close(self) -> None:
+        """Close the connections. A second call does nothing; a use after it opens new ones."""
+        self.engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _typed_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sa.exc.OperationalError, sa.exc.DatabaseError) as error:
+            if isinstance(error, sa.exc.IntegrityError | sa.exc.ProgrammingError):
+                raise
+            raise _store_error(self.url, str(error.orig)) from error
+        except sqlite3.Error as error:  # of the pragmas, before SQLAlchemy has the connection
+            raise _store_error(self.url, str(error)) from error
+
+
+def open_store(home_dir: Path) -> Store:
+    """The store of this HOME_DIR, its schema made. Raises StoreError."""
+    url = os.environ.get(DATABASE_URL_VARIABLE)
+    if not url:
+        try:
+            home_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _store_error(str(home_dir), str(error)) from error
+        url = f"sqlite:///{home_dir.absolute() / 'quire.db'}"
+    store = Store(url)
+    try:
+        store.create_schema()
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def utc_now() -> str:
+    """Now as the store writes times: UTC, ISO 8601 with microseconds, so that text order is time order."""
+    return utc_text(datetime.now(UTC))
+
+
+def utc_text(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def to_json(value: Any) -> Any:
+    """`value` in JSON's own types: not-a-number and infinities become null, NumPy's scalars numbers, paths and enums text.
+
+    Raises:
+        StoreError: a value of a type that JSON has no form for.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): to_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_json(item) for item in value]
+    if isinstance(value, Path | Enum | datetime):
+        return str(value.value if isinstance(value, Enum) else value)
+    if hasattr(value, "tolist"):  # NumPy's arrays and scalars
+        return to_json(value.tolist())
+    raise StoreError(
+        f"a {type(value).__name__} cannot be stored as JSON", value=type(value).__name__,
+        limit="numbers, texts, lists and objects",
+    )  # fmt: skip
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(to_json(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _configure_sqlite(connection: sqlite3.Connection, record: object) -> None:
+    connection.isolation_level = None  # transactions begin where we say so
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA synchronous = FULL")  # an acknowledged row outlasts a power cut
+    _use_wal(cursor)
+    cursor.close()
+
+
+def _use_wal(cursor: sqlite3.Cursor) -> None:
+    """Switch to WAL once. The switch needs the file alone and does not heed the busy timeout."""
+    deadline = time.monotonic() + _BUSY_TIMEOUT_MS / 1000
+    while cursor.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    writes = connection.get_execution_options().get(_WRITE, False)
+    # A reader that later writes could be refused for good; a writer says so at once and waits its turn.
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _store_error(where: str, reason: str) -> StoreError:
+    text = reason.lower()
+    if "full" in text or "no space" in text or "quota" in text:
+        return StoreFullError(
+            f"the store {where} cannot grow: {reason}", value=where, param="HOME_DIR",
+            remedy="Free space on that disk; what was stored before is intact.",
+        )  # fmt: skip
+    if "locked" in text or "busy" in text:
+        return StoreBusyError(
+            f"the store {where} was held by another process for {_BUSY_TIMEOUT_MS / 1000:g} s", value=where,
+            limit=_BUSY_TIMEOUT_MS, param="HOME_DIR", remedy="Try again; if it stays so, end the process that holds it.",
+        )  # fmt: skip
+    return StoreError(
+        f"the store {where} cannot be used: {reason}", value=where, param="HOME_DIR",
+        remedy="Check that HOME_DIR can be written and that the file is a Quire database.",
+    )  # fmt: skip
