@@ -1,0 +1,201 @@
+"""Votes: kept when acknowledged, one of a kind a person and request, and on the MLflow trace when there is one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from workbench.observe import feedback
+from workbench.observe.errors import FeedbackError
+from workbench.store import Store, open_store
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def store(tmp_path):
+    with open_store(tmp_path) as opened:
+        yield opened
+
+
+def test_what_was_recorded_is_listed_newest_first(store):
+    feedback.record(store, "r1", "thumbs", "up", "nice", user="ada")
+    feedback.record(store, "r2", "score", 4)
+    feedback.record(store, "r3", "comment", comment="too long")
+    feedback.record(store, "r4", "correction", "the answer is 42", user="bob")
+    listed = feedback.list_feedback(store)
+    assert [
+        (item.request_id, item.kind, item.value, item.comment, item.correction, item.user) for item in listed
+    ] == [
+        ("r4", "correction", None, None, "the answer is 42", "bob"),
+        ("r3", "comment", None, "too long", None, None),
+        ("r2", "score", 4.0, None, None, None),
+        ("r1", "thumbs", "up", "nice", None, "ada"),
+    ]
+    assert [item.request_id for item in feedback.list_feedback(store, kind="score")] == ["r2"]
+    assert [item.request_id for item in feedback.list_feedback(store, request_ids=["r1", "r3"], limit=1)] == [
+        "r3"
+    ]
+
+
+def test_saying_it_again_replaces_it_for_that_person_alone(store):
+    first = feedback.record(store, "r", "thumbs", True, user="ada")
+    feedback.record(store, "r", "thumbs", "up", user="bob")
+    feedback.record(store, "r", "thumbs", "up")
+    again = feedback.record(store, "r", "thumbs", -1, "changed my mind", user="ada")
+    feedback.record(store, "r", "thumbs", "up")
+    assert again.id == first.id
+    assert {(item.user, item.value) for item in feedback.list_feedback(store)} == {
+        ("ada", "down"),
+        ("bob", "up"),
+        (None, "up"),
+    }
+    counts = feedback.summary(store)
+    assert (counts.num_up, counts.num_down, counts.num_comments, counts.num_unsent) == (2, 1, 1, 3)
+
+
+def test_summary_of_nothing_has_no_mean(store):
+    assert feedback.summary(store).mean_score is None
+    feedback.record(store, "a", "score", 2)
+    feedback.record(store, "b", "score", 5)
+    assert feedback.summary(store).mean_score == 3.5
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"request_id": "r", "kind": "star", "value": 1}, "kind"),
+        ({"request_id": "", "kind": "thumbs", "value": "up"}, "request_id"),
+        ({"request_id": "r" * 300, "kind": "thumbs", "value": "up"}, "request_id"),
+        ({"request_id": "r", "kind": "thumbs", "value": "sideways"}, "value"),
+        ({"request_id": "r", "kind": "thumbs", "value": ["up"]}, "value"),
+        ({"request_id": "r", "kind": "score", "value": 6}, "value"),
+        ({"request_id": "r", "kind": "score", "value": float("nan")}, "value"),
+        ({"request_id": "r", "kind": "score", "value": True}, "value"),
+        ({"request_id": "r", "kind": "comment"}, "comment"),
+        ({"request_id": "r", "kind": "comment", "comment": " "}, "comment"),
+        ({"request_id": "r", "kind": "correction", "value": 3}, "correction"),
+        ({"request_id": "r", "kind": "correction", "value": "a", "correction": "b"}, "value"),
+        ({"request_id": "r", "kind": "comment", "value": "x" * 100_001}, "comment"),
+    ],
+)  # fmt: skip
+def test_bad_feedback_is_refused_by_name_and_nothing_is_kept(store, given, param):
+    with pytest.raises(FeedbackError) as refused:
+        feedback.record(store, **given)
+    assert refused.value.param == param
+    assert feedback.list_feedback(store) == []
+
+
+def test_equal_votes_at_once_make_one_row_and_no_vote_is_lost(tmp_path):
+    problems: list[Exception] = []
+
+    def vote(worker: int) -> None:
+        try:
+            with open_store(tmp_path) as own:
+                for number in range(50):
+                    feedback.record(own, "shared", "thumbs", number % 2 == 0, user="ada")
+                    feedback.record(own, f"own-{worker}-{number}", "thumbs", "up")
+        except Exception as error:  # noqa: BLE001 - told in the main thread
+            problems.append(error)
+
+    threads = [threading.Thread(target=vote, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    with open_store(tmp_path) as store:
+        listed = feedback.list_feedback(store, limit=1000)
+    assert len(listed) == 201
+    assert sum(item.request_id == "shared" for item in listed) == 1
+
+
+def test_sigkill_loses_no_acknowledged_vote(tmp_path):
+    script = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from workbench.observe import feedback
+        from workbench.store import open_store
+        store = open_store(Path(sys.argv[1]))
+        for number in range(100000):
+            feedback.record(store, f"{sys.argv[2]}-{number}", "comment", comment="c" * 2000)
+            print(f"{sys.argv[2]}-{number}", flush=True)
+        """
+    )
+    acknowledged: set[str] = set()
+    for kill in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path), str(kill)], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert process.stdout is not None
+        acknowledged |= {process.stdout.readline().strip() for _ in range(5 + 7 * kill)}
+        process.send_signal(signal.SIGKILL)
+        acknowledged |= {line.strip() for line in process.stdout if line.endswith("\n")}
+        process.wait()
+        process.stdout.close()
+    with open_store(tmp_path) as store:
+        listed = feedback.list_feedback(store, limit=100_000)
+    assert acknowledged <= {item.request_id for item in listed}
+    assert all(item.comment == "c" * 2000 for item in listed)
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's own, in MLflow's code
+def test_feedback_reaches_the_trace_of_its_request_as_a_persons(tmp_path, store: Store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri)
+    mlflow.set_tracking_uri(uri)
+    try:
+        experiment = client.create_experiment(
+            "quire/traces", artifact_location=(tmp_path / "artifacts").as_uri()
+        )
+        mlflow.set_experiment(experiment_id=experiment)
+        with mlflow.start_span("request"):
+            mlflow.update_current_trace(client_request_id="traced")
+        mlflow.flush_trace_async_logging()
+        feedback.record(store, "traced", "thumbs", "up", "nice", user="ada")
+        feedback.record(store, "traced", "correction", "42")
+        feedback.record(store, "untraced", "thumbs", "down")
+
+        assert feedback.flush(store, client) == 2
+        feedback.record(
+            store, "traced", "thumbs", "down", user="ada"
+        )  # changed: sent again, as the same assessment
+        assert feedback.flush(store, client) == 1
+        assert feedback.flush(store, client) == 0
+
+        (trace,) = client.search_traces(locations=[experiment], include_spans=False)
+        said = {each.name: each for each in trace.info.assessments}
+        assert len(trace.info.assessments) == 2
+        assert said["thumbs"].value is False
+        assert said["thumbs"].source.source_type == "HUMAN"
+        assert said["thumbs"].source.source_id == "ada"
+        assert said["correction"].value == "42"
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert [item.request_id for item in feedback.list_feedback(store) if item.sent_at is None] == ["untraced"]
+
+
+def test_mlflow_being_down_keeps_feedback_in_the_outbox(store, caplog):
+    class Down:
+        tracking_uri = "http://127.0.0.1:9"
+
+        def search_experiments(self) -> list[object]:
+            raise ConnectionError("connection refused")
+
+    feedback.record(store, "r", "thumbs", "up")
+    assert feedback.flush(store, Down()) == 0
+    assert feedback.list_feedback(store)[0].sent_at is None
+    assert "stays in the outbox" in caplog.text
