@@ -23,7 +23,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml deploy/constraints.txt
 	@echo "Installing Quire into $(VENV) (once; a few minutes)"
-	@$(PIP_INSTALL) -e .
+	@$(PIP_INSTALL) -e '.[notebooks]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""Overview: is it up, what ran lately, what needs attention. Reads the host's state, statistics and records."""
+"""Overview: is it up, what ran lately, what needs attention, and what to do first. Reads state, statistics and records."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import streamlit as st
 from engine.request import FinishReason
 from workbench.ui import formats, glossary, markup, resources, site
 from workbench.ui.components import (
+    checklist,
     copy_code,
     engine_state,
+    feedback_table,
+    followed_alias,
     memory_ledger,
     page_errors,
     request_table,
@@ -39,11 +42,24 @@ def show() -> None:
         )
         st.page_link(site.page("playground"), label="**Ask the model something**", icon=":material/forum:")
         st.page_link(site.page("engine"), label="**Watch blocks and steps**", icon=":material/memory:")
+    _first_steps()
     if not waiting.show(bar):
         return
     _live(bar)
     st.html(markup.section("Use it from code", "OpenAI's API, on this address"))
     st.code(f"curl {copy_code.base_url(st.context.url)}/models", language="bash")
+
+
+@st.fragment(run_every=REFRESH_S)  # type: ignore[untyped-decorator]
+@page_errors.shown()
+def _first_steps() -> None:
+    """The checklist, kept fresh while something of it is left to do."""
+    services = resources.services()
+    if services is None:
+        return
+    ticked = checklist.done(services)
+    st.html(checklist.as_html(ticked))
+    checklist.show_next(ticked)
 
 
 @st.fragment(run_every=REFRESH_S)  # type: ignore[untyped-decorator]
@@ -57,7 +73,8 @@ def _live(bar: top_bar.Bar) -> None:
     requests, columns = worker.records.requests(), resources.columns(worker)
     columns.refresh()
     st.html(  # one element: what the browser does for a refresh grows with their number
-        markup.tiles(_tiles(view, stats, requests, columns, now))
+        followed_alias.as_html()
+        + markup.tiles(_tiles(view, stats, requests, columns, now))
         + '<div class="q-two"><div>'
         + markup.section("Needs attention", "the last ten minutes")
         + _attention(stats, requests)
@@ -67,6 +84,7 @@ def _live(bar: top_bar.Bar) -> None:
         + "</div></div>"
         + markup.section("Requests", f"the newest of {len(requests):,} that ended in the last ten minutes")
         + request_table.as_html(requests, now)
+        + feedback_table.as_html()
     )
 
 

@@ -15,6 +15,7 @@ from workbench.ui.components import (
     chat_message,
     copy_code,
     escape_key,
+    feedback_box,
     page_errors,
     sampling_controls,
     top_bar,
@@ -102,7 +103,8 @@ def _turns(conversation: Conversation) -> DeltaGenerator | None:
                 st.html(markup.panel("bad", "The request was refused", turn.error or ""))
                 continue
             slot = st.empty()
-            chat_message.show(turn.answer, slot, turn.expected)
+            if chat_message.show(turn.answer, slot, turn.expected) and turn.answer.text:
+                feedback_box.show(turn.answer.request_id, turn.answer.text)
     return slot
 
 

@@ -1,4 +1,4 @@
-"""`quire`: up, serve, chat, doctor.
+"""`quire`: up, serve, chat, doctor, and the commands of `workbench.commands`, a module each.
 
 Bad input ends with exit code 2 and one message that names value, limit and remedy; other failures with 1. With ``--json`` the
 last line on stdout is one JSON object. Each command imports what it needs: `quire --help` imports nothing heavy.
@@ -7,6 +7,7 @@ last line on stdout is one JSON object. Each command imports what it needs: `qui
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from workbench import exit_codes
 from workbench import settings as settings_module
 from workbench.errors import ApiError, NotReadyError, WorkbenchError
 from workbench.settings import Settings
+
+COMMAND_MODULES = ("versions", "bench", "compare", "gate", "notebook", "schedule", "lab")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--model")
     doctor.add_argument("--json", action="store_true", help="print one JSON object at the end")
     doctor.set_defaults(run=_doctor)
+
+    for room in COMMAND_MODULES:
+        importlib.import_module(f"workbench.commands.{room}").add(commands)
     return parser
 
 

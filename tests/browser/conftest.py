@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from workbench import settings as settings_module
+from workbench.settings import Settings
+
 sys.path.insert(0, str(Path(__file__).parent))  # browser_steps
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -131,6 +134,27 @@ def start_app(tmp_path_factory: pytest.TempPathFactory):
         command = [sys.executable, "-m", "workbench.app"]
         with running(command, f"http://127.0.0.1:{port}", home / "app.log", **variables) as url:
             yield url
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def start_site(tmp_path_factory: pytest.TempPathFactory):
+    """Starts `quire up`: the app, MLflow and the scheduler, with a fresh HOME_DIR and these variables; its settings."""
+
+    @contextmanager
+    def start(**env: str) -> Iterator[Settings]:
+        home = tmp_path_factory.mktemp("site")
+        made = settings_module.load(port=free_port(), mlflow_port=free_port(), home_dir=home / "home")
+        variables = {
+            "PORT": str(made.port),
+            "MLFLOW_PORT": str(made.mlflow_port),
+            "HOME_DIR": str(made.home_dir),
+            **env,
+        }
+        command = [sys.executable, "-m", "workbench.cli", "up"]
+        with running(command, made.url, home / "up.log", PYTHONPATH=str(ROOT), **variables):
+            yield made
 
     return start
 

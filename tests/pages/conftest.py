@@ -13,8 +13,21 @@ from streamlit.testing.v1 import AppTest
 sys.path.insert(0, str(Path(__file__).parent))  # page_world
 
 from page_world import ROOT, FakeHost
+from records_world import Records, copy_home, fill_registry, settings_of
 
 from workbench.ui import resources
+
+MLFLOW_WARNS = (  # its own use of SQLAlchemy and pandas; ours must not
+    "The ``noload`` loader strategy is deprecated",
+    "For backward compatibility, 'str' dtypes are included",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(item.path).parent == Path(__file__).parent and "records" in getattr(item, "fixturenames", ()):
+            for text in MLFLOW_WARNS:
+                item.add_marker(pytest.mark.filterwarnings(f"ignore:{text}"))
 
 
 @pytest.fixture
@@ -34,6 +47,46 @@ def ready_host() -> Iterator[Callable[..., FakeHost]]:
     resources.provide(None)
     for fake in made:
         fake.host.close()
+
+
+@pytest.fixture(scope="session")
+def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A HOME_DIR whose MLflow store has its schema and nothing in it; made once, since that takes seconds."""
+    from workbench import tracking
+
+    home = tmp_path_factory.mktemp("empty") / "home"
+    tracking.client(settings_of(home)).search_experiments()
+    return home
+
+
+@pytest.fixture(scope="session")
+def registry_home(tmp_path_factory: pytest.TempPathFactory, empty_home: Path) -> Path:
+    """A HOME_DIR whose registry has three versions."""
+    home = tmp_path_factory.mktemp("registry") / "home"
+    fill_registry(copy_home(empty_home, home))
+    return home
+
+
+@pytest.fixture
+def records(
+    tmp_path: Path, empty_home: Path, registry_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Records]]:
+    """Makes real records (store, jobs, a registry with three versions unless `empty`) under a host that is ready."""
+    made: list[Records] = []
+
+    def make(*, empty: bool = False, **runner_options: Any) -> Records:
+        settings = copy_home(empty_home if empty else registry_home, tmp_path / "home")
+        for (
+            name,
+            value,
+        ) in settings.to_env().items():  # an app's process has them: kinds of jobs read them again
+            monkeypatch.setenv(name, value)
+        made.append(Records(settings, **runner_options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
 
 
 @pytest.fixture

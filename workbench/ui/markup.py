@@ -82,6 +82,55 @@ def panel(kind: str, heading: str, body: str, facts: Iterable[tuple[str, object]
     )
 
 
+def chip(kind: str, label: str) -> str:
+    """A small state with shape and colour; `kind` is ok, busy, warn, bad or idle."""
+    return f'<span class="q-chip small {kind}">{text(label)}</span>'
+
+
+def alias_chips(aliases: Iterable[str]) -> str:
+    return "".join(f'<span class="q-alias">@{text(alias)}</span>' for alias in aliases)
+
+
+def version_name(name: str, version: int | str | None, digest: str, aliases: Iterable[str] = ()) -> str:
+    """A version as every page shows it: its colour, name, number, aliases and the first eight of its digest."""
+    place = theme.colour_index(digest or f"{name}/{version}")
+    number = "" if version is None else f" v{text(version)}"
+    identity = f'<span class="q-mono q-muted">{text(digest[:8])}</span>' if digest else ""
+    return (
+        f'<span class="q-version"><i style="background:var(--q-c{place})"></i><b>{text(name)}{number}</b>'
+        f"{alias_chips(aliases)}{identity}</span>"
+    )
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, css: str = "") -> str:
+    """Like `table`, for cells that are HTML already."""
+    heads = "".join(
+        f"<th scope=col{' class=l' if i < left else ''}>{cell}</th>" for i, cell in enumerate(head)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{' class=l' if i < left else ''}>{cell}</td>" for i, cell in enumerate(row))
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="q-scroll"><table class="q-table {css}"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def error_panel(heading: str, error: BaseException) -> str:
+    """A typed error with its value, limit and remedy; of an unknown one its type and text."""
+    facts = [
+        ("value", getattr(error, "value", None)),
+        ("limit", getattr(error, "limit", None)),
+        ("what to do", getattr(error, "remedy", None)),
+        ("id in the log", getattr(error, "code", None) or type(error).__name__),
+    ]
+    told = getattr(error, "message", None) or str(error) or type(error).__name__
+    return panel("bad", heading, told, [(name, value) for name, value in facts if value not in (None, "")])
+
+
 @cache
 def stylesheet(name: ThemeName) -> str:
     variables = "".join(f"{key}:{value};" for key, value in theme.css_variables(name).items())

@@ -25,6 +25,10 @@ ENTRIES = (
     Entry("overview", "Overview", ":material/dashboard:", default=True),
     Entry("playground", "Playground", ":material/forum:"),
     Entry("engine", "Engine", ":material/memory:"),
+    Entry("benchmark", "Benchmark", ":material/speed:"),
+    Entry("versions", "Versions", ":material/account_tree:"),
+    Entry("compare", "Compare", ":material/compare_arrows:"),
+    Entry("runs", "Runs", ":material/schedule:"),
 )
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,13 @@ import streamlit as st
 
 from engine.records import EngineStats, Health, HealthState
 from workbench.errors import WorkbenchError
-from workbench.host import HostPhase, HostState
+from workbench.resident import HostPhase, HostState
 from workbench.ui import markup, resources
 
 if TYPE_CHECKING:
     from engine.worker import EngineWorker
-    from workbench.host import ModelCard
+    from workbench.model_card import ModelCard
+    from workbench.resident import Resident
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +42,28 @@ class EngineView:
 
 
 def read(model_id: str | None = None) -> EngineView:
+    """The view of a resident model, by id or by an alias that leads to it; of the default one for another name."""
     host = resources.host()
-    state, cards = host.state(), host.models()
-    card = next((c for c in cards if c.id == model_id), cards[0] if cards else None)
+    resident = resident_of(host.resident(), model_id)
+    state = resident.state if resident else host.state()
+    card = resident.card if resident else None
     try:
-        worker = host.worker(card.id if card else None)
-    except WorkbenchError:  # not ready, failed, or another model: `state` tells
+        worker = host.worker(resident.id if resident else None)
+    except WorkbenchError:  # not ready, or gone: `state` tells
         return EngineView(state, card, None, None, None)
     return EngineView(state, card, worker, worker.stats(), worker.health())
+
+
+def resident_of(residents: Sequence[Resident], model_id: str | None) -> Resident | None:
+    """The resident of that id or alias; the default one (which comes first) for another name."""
+    named = (r for r in residents if r.id == model_id or model_id in r.aliases)
+    return next(named, residents[0] if residents else None)
 
 
 def chip(view: EngineView) -> str:
     """The engine chip's HTML: what the engine does now, from its own records."""
     kind, label = _chip(view)
-    return (
-        f'<div class="q-barline"><span class="q-chip {kind}" role="status">{markup.text(label)}</span></div>'
-    )
+    return f'<span class="q-chip {kind}" role="status">{markup.text(label)}</span>'
 
 
 def _chip(view: EngineView) -> tuple[str, str]:

@@ -1,0 +1,133 @@
+"""The Versions page: what the registry holds, loading, moving the alias and back, one's own model, and failures."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from page_world import html_of
+from records_world import NAME, Records, eventually, make_model, settle
+from streamlit.testing.v1 import AppTest
+
+from workbench.ui import resources
+
+
+@pytest.fixture
+def page(records, open_page):
+    def make(**options) -> tuple[Records, AppTest]:
+        world = records(**options)
+        return world, settle(open_page("versions"))
+
+    return make
+
+
+def champion(world: Records) -> int | None:
+    from workbench.versions.registry import Registry
+
+    return Registry(world.settings).get(NAME, "@champion").ref.version
+
+
+def test_empty_registry_says_how_to_fill_it(page):
+    _, at = page(empty=True)
+    assert "Nothing is registered yet" in html_of(at)
+    assert at.button("own_load").label == "Load"
+
+
+def test_versions_are_listed_with_identity_figures_and_lineage(page):
+    _, at = page()
+    shown = html_of(at)
+    for part in (
+        "<b>ticket-extractor v1</b>",
+        "<b>ticket-extractor v3</b>",
+        "@champion",
+        "version number 2",
+        "exact_match <b>0.800</b>",
+        "lineage",
+        "the first one",
+        "none → v1",
+    ):
+        assert part in shown, part
+    assert shown.index("ticket-extractor v3") < shown.index("ticket-extractor v1<")  # newest first
+
+
+def test_load_makes_it_resident_and_unload_gives_it_back(page):
+    world, at = page()
+    settle(at.button(f"load_{NAME}/2").click().run())
+    assert f"{NAME}/2" in [r.id for r in world.host.resident()]
+    assert any(option.startswith(f"{NAME} v2") for option in at.selectbox("model").options)
+    settle(at.button(f"unload_{NAME}/2").click().run())
+    assert eventually(lambda: f"{NAME}/2" not in [r.id for r in world.host.resident()])
+
+
+def test_promote_asks_once_moves_the_alias_and_can_be_rolled_back(page):
+    world, at = page()
+    assert "which names v1 now" in "\n".join(m.value for m in at.markdown)
+    at.text_input(f"promote_{NAME}/2_reason").set_value("proven better")
+    settle(at.button(f"promote_{NAME}/2").click().run())
+    assert champion(world) == 2
+    shown = html_of(at)
+    assert "v1 → v2" in shown
+    assert "proven better" in shown
+    assert f"promote_{NAME}/2" not in [b.key for b in at.button]  # the champion needs no promotion
+    settle(at.button(f"rollback_{NAME}").click().run())
+    assert champion(world) == 1
+    assert "v2 → v1" in html_of(at)
+
+
+def test_own_model_is_loaded_and_registered(page, tmp_path):
+    world, at = page()
+    folder = make_model(tmp_path / "mine", 99)
+    at.text_input("own_path").set_value(str(folder))
+    settle(at.button("own_load").click().run())
+    assert "mine" in {r.id for r in world.host.resident()}
+    assert "<b>mine v1</b>" in html_of(settle(at.segmented_control("name").set_value("mine").run()))
+    assert "mine" in resources.services().registry().names()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [("/no/such/folder", "no model folder /no/such/folder"), ("", "No model was named")]
+)
+def test_model_that_is_none_is_refused_and_nothing_is_registered(page, given, told):
+    world, at = page()
+    at.text_input("own_path").set_value(given)
+    settle(at.button("own_load").click().run()) if given else at.button("own_load").click().run()
+    assert told in html_of(at)
+    assert resources.services().registry().names() == [NAME]
+    assert len(world.host.resident()) == 1
+
+
+def test_folder_without_weights_is_refused(page, tmp_path):
+    _, at = page()
+    folder = make_model(tmp_path / "broken", 5)
+    (folder / "model.safetensors").unlink()
+    at.text_input("own_path").set_value(str(folder))
+    settle(at.button("own_load").click().run())
+    assert "holds no *.safetensors file" in html_of(at)
+    assert resources.services().registry().names() == [NAME]
+
+
+def test_followed_alias_says_what_is_served_and_what_the_registry_says(page):
+    world, at = page()
+    ref = f"{NAME}@champion"
+    world.host.follow(ref)
+    world.host.note(ref, 1)
+    world.host.serve(ref, 1)
+    settle(at.run())
+    assert "serving v1, as the registry says" in html_of(at)
+    world.host.note(ref, 2)
+    at.run()
+    assert "registry v2, serving v1" in html_of(at)
+
+
+def test_missing_weights_are_told_with_their_digest(page, tmp_path):
+    world, at = page(empty=True)
+    folder = make_model(tmp_path / "gone", 7)
+    ref = resources.services().registry().register("gone", base=folder)
+    shutil.rmtree(folder)
+    resources.readings().forget("registry")
+    settle(at)
+    settle(at.button("load_gone/1").click().run())
+    shown = html_of(at)
+    assert ref.digest in shown
+    assert "missing_weights" in shown
+    assert len(world.host.resident()) == 1

@@ -1,0 +1,139 @@
+"""The first ten minutes as a checklist, ticked from records alone: the request log, jobs, and the alias's history.
+
+Nothing that a session knows counts, so the ticks are the same in every browser and after a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from workbench.ui import markup, registry_view, resources, site
+
+if TYPE_CHECKING:
+    from workbench.ui.resources import PageServices
+    from workbench.versions.registry import AliasMove
+
+DEMO_NAME = "ticket-extractor"
+SEEDED_NAMES = frozenset({DEMO_NAME, "chat-base"})
+TTL_S = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing to do; `page` is where."""
+
+    key: str
+    title: str
+    note: str
+    page: str
+
+
+STEPS = (
+    Step("ask", "Ask the model something", "Playground: a click on a task sends it", "playground"),
+    Step("benchmark", "Run a 30-second benchmark", "Benchmark: the preset fills the form", "benchmark"),
+    Step(
+        "compare",
+        "Compare two fine-tuned versions",
+        "Compare: the form proposes v1 and v2",
+        "compare",
+    ),
+    Step(
+        "promote",
+        "Promote the better one",
+        "Compare or Versions: the alias moves, the engine follows",
+        "versions",
+    ),
+    Step("roll_back", "Roll back", "Versions: one click and a confirmation", "versions"),
+    Step("own_model", "Load your own model", "Versions: a folder or a hub id", "versions"),
+)
+Done = Mapping[str, bool]
+
+
+def done(services: PageServices) -> dict[str, bool]:
+    """What the records say, as far as they could be read by now. Never waits long."""
+    readings = resources.readings()
+    checks: dict[str, Callable[[], bool]] = {
+        "ask": lambda: _was_asked(services),
+        "benchmark": lambda: _was_measured(services),
+        "compare": lambda: _has_done(services, "compare"),
+        "promote": lambda: any(map(registry_view.was_promoted, _moves(services))),
+        "roll_back": lambda: any(map(registry_view.was_rolled_back, _moves(services))),
+        "own_model": lambda: bool(set(services.registry().names()) - SEEDED_NAMES),
+    }
+    subjects = {
+        "promote": registry_view.REGISTRY,
+        "roll_back": registry_view.REGISTRY,
+        "own_model": registry_view.REGISTRY,
+    }
+    return {
+        key: bool(
+            readings.get(
+                (subjects.get(key, "checklist"), "checklist", key), check, ttl_s=TTL_S, wait_s=0.05
+            ).value
+        )
+        for key, check in checks.items()
+    }
+
+
+def next_step(ticked: Done) -> Step | None:
+    return next((step for step in STEPS if not ticked.get(step.key)), None)
+
+
+def as_html(ticked: Done) -> str:
+    """The list, folded away when all is done."""
+    number = sum(bool(ticked.get(step.key)) for step in STEPS)
+    items = "".join(
+        _item(place, step, bool(ticked.get(step.key))) for place, step in enumerate(STEPS, start=1)
+    )
+    listed = f'<ol class="q-checks">{items}</ol>'
+    if number == len(STEPS):
+        return f'<details class="q-doubt"><summary>First steps: all {number} done</summary>{listed}</details>'
+    return markup.section("First steps", f"{number} of {len(STEPS)} done") + listed
+
+
+def show_next(ticked: Done) -> None:
+    """The way to the next step; nothing when all is done."""
+    step = next_step(ticked)
+    if step is not None:
+        st.page_link(
+            site.page(step.page),
+            label=f"**Next: {step.title[0].lower()}{step.title[1:]}**",
+            icon=":material/arrow_forward:",
+        )
+
+
+def _item(place: int, step: Step, is_done: bool) -> str:
+    box = "✓" if is_done else str(place)
+    told = "done" if is_done else "to do"
+    return (
+        f'<li class="{"done" if is_done else ""}"><span class="box" role="img" aria-label="{told}">{box}</span>'
+        f"<b>{markup.text(step.title)}</b><small>{markup.text(step.note)}</small></li>"
+    )
+
+
+def _was_asked(services: PageServices) -> bool:
+    from workbench.observe.request_log import RequestLog
+
+    return len(RequestLog.read(services.settings.home_dir, limit=1)) > 0
+
+
+def _was_measured(services: PageServices) -> bool:
+    from workbench.bench import saved
+
+    return any(not record.cancelled for record in saved.listed(services.settings.home_dir, limit=20))
+
+
+def _has_done(services: PageServices, kind: str) -> bool:
+    from workbench.jobs import JobState
+
+    return bool(services.jobs.list(states=[JobState.DONE], kind=kind, limit=1))
+
+
+def _moves(services: PageServices) -> list[list[AliasMove]]:
+    """The moves of each name's champion."""
+    registry = services.registry()
+    return [registry.history(name, registry_view.CHAMPION) for name in registry.names()]
