@@ -6,7 +6,6 @@ Does not check that the model can run: that is the engine's `build`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -17,11 +16,9 @@ from typing import Any
 
 from engine.errors import CorruptWeightsError, ModelNotFoundError
 from workbench.settings import FAKE_MODEL, bundled_model
+from workbench.versions.digest import folder_digest
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-
-_HASHED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
-_NOT_IDENTITY = frozenset({"prompt_chips.json", "figures.json"})  # about the model, not the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,17 +163,6 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         if length > _MAX_HEADER_BYTES:
             raise ValueError(f"a header of {length} bytes")
         return json.loads(opened.read(length)), 8 + length
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of the files that make the model, in name order."""
-    total = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _HASHED_SUFFIXES and file.name not in _NOT_IDENTITY and file.is_file():
-            with file.open("rb") as opened:
-                content = hashlib.file_digest(opened, "sha256").hexdigest()
-            total.update(f"{file.name}\0{content}\n".encode())
-    return total.hexdigest()
 
 
 def _num_parameters(folder: Path) -> int | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import CorruptWeightsError, ModelNotFoundError
-from workbench.model_card import check_model, folder_digest, read_model_card
+from workbench.model_card import check_model, read_model_card
+from workbench.versions.digest import folder_digest
 
 
 @pytest.fixture
