@@ -257,6 +257,8 @@ def _serve(
         server.die(error)
 
     wiring = wire(settings, on_fatal=on_fatal, factory=factory)
+    # Pages first: Streamlit's imports fail where another thread is in the middle of importing pandas.
+    app = build_app(wiring) if with_ui else build_api_app(wiring)
     assert wiring.services is not None
     wiring.services.open()  # here, where a typed error still reaches the caller
     run_state = RunState(settings.run_dir)
@@ -268,7 +270,6 @@ def _serve(
             target=_announce_load, args=(wiring.host, announce), name="quire-announce", daemon=True
         ).start()
 
-    app = build_app(wiring) if with_ui else build_api_app(wiring)
     server = AppServer(_uvicorn_config(app, settings), on_listening)
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, _ignore)  # uvicorn restores and raises it again after its own clean shutdown

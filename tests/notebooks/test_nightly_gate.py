@@ -19,6 +19,18 @@ from workbench.runs.steps import NOT_NEEDED, gate_record
 from workbench.store import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
+# Quality alone: whether a difference in speed can be proven depends on what else this machine does.
+RULES = """
+[[rules]]
+kind = "better"
+metric = "exact_match"
+
+[[rules]]
+kind = "slices_not_worse"
+metric = "exact_match"
+tag = "slice"
+max_loss = 0.1
+"""
 
 
 @pytest.fixture
@@ -66,7 +78,10 @@ def test_it_promotes_the_better_version_once_on_a_one_minute_schedule(up: Path) 
 
         wait_for(lambda: bool(ended("seed_demo")), 300)
         assert ended("seed_demo")[0].state is JobState.DONE
-        schedules.add("nightly", "nightly_gate", {"candidate": "2", "promote": True}, every_s=60)
+        rules = up.parent / "rules.toml"
+        rules.write_text(RULES)
+        values = {"candidate": "2", "promote": True, "rules": str(rules)}
+        schedules.add("nightly", "nightly_gate", values, every_s=60)
         wait_for(lambda: len(ended("notebook")) >= 2, 800)
         schedules.enable("nightly", False)
         second, first = ended("notebook")[-2:]
@@ -76,7 +91,9 @@ def test_it_promotes_the_better_version_once_on_a_one_minute_schedule(up: Path) 
         assert first.result is not None
         assert second.result is not None
         verdict = first.result["record"]["values"]
-        assert (verdict["verdict"], verdict["champion"], verdict["candidate"]) == ("promote", 1, 2)
+        assert (verdict["verdict"], verdict["champion"], verdict["candidate"]) == ("promote", 1, 2), verdict[
+            "reasons"
+        ]
         assert verdict["promoted"] is True
         assert verdict["exact_match_low"] > 0
         assert second.result["record"]["values"]["verdict"] == NOT_NEEDED

@@ -18,6 +18,7 @@ from engine.worker import EngineWorker
 from workbench import settings as settings_module
 from workbench.host import FAKE_MODEL, EngineHost
 from workbench.jobs import Job, Jobs, JobState
+from workbench.jobs.claims import Claims
 from workbench.jobs.process_id import ProcessId
 from workbench.settings import Settings
 from workbench.store import jobs as jobs_table
@@ -100,16 +101,14 @@ class Records:
         }  # fmt: skip
         with self.store.begin() as connection:
             connection.execute(jobs_table.insert().values(values))
-        owner = ProcessId.of(os.getpid())
+        owner, claims = ProcessId.of(os.getpid()), Claims(self.store)
         if state is not JobState.QUEUED:
-            assert self.jobs.claim(values["id"], owner)
-            self.jobs.progress(
-                values["id"], owner, facts.pop("fraction", 0.5), facts.pop("message", "Working")
-            )
+            assert claims.claim(values["id"], owner)
+            claims.progress(values["id"], owner, facts.pop("fraction", 0.5), facts.pop("message", "Working"))
             if "partial" in facts:
-                self.jobs.store_partial(values["id"], owner, facts.pop("partial"))
+                claims.store_partial(values["id"], owner, facts.pop("partial"))
         if state not in (JobState.QUEUED, JobState.RUNNING):
-            assert self.jobs.finish(values["id"], owner, state, **facts)
+            assert claims.finish(values["id"], owner, state, **facts)
         return self.jobs.get(values["id"])
 
 

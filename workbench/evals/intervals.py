@@ -199,7 +199,7 @@ def _tilt(centred: Floats, strongest: float) -> float:
         following = tilt + step
         if not low < following < high:
             following = (low + high) / 2
-        if abs(following - tilt) <= 1e-13 * abs(strongest):
+        if abs(following - tilt) <= 1e-11 * abs(strongest):
             break
         tilt = following
     return tilt

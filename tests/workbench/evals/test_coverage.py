@@ -118,8 +118,8 @@ def continuous_coverage(n: int, rate: float, kind: str, trials: int, resamples: 
 
 @pytest.mark.parametrize(("n", "rate"), [(30, 0.4), (100, 0.1), (500, 0.1)])
 def test_intervals_of_continuous_scores_cover_the_truth(n: int, rate: float) -> None:
-    coverage, width = continuous_coverage(n, rate, "fields", 300, 500)
-    assert 0.91 <= coverage <= 1.0  # 300 samples: ± 2.5 %; the full grid is exact to ± 1 %
+    coverage, width = continuous_coverage(n, rate, "fields", 120, 300)
+    assert 0.88 <= coverage <= 1.0  # 120 samples: ± 4 %; the full grid is exact to ± 1 %
     assert width <= 8 * math.sqrt(rate / n)
 
 
@@ -203,7 +203,7 @@ def test_block_bootstrap_covers_under_drift_where_single_requests_do_not(pairs: 
         error = math.sqrt((np.concatenate(a).var() + np.concatenate(b).var()) / (8 * pairs))
         naive += abs(gap) <= 1.96 * error
     assert 0.91 <= held / trials <= 0.985
-    assert naive < 0.85 * trials  # the interval that takes requests for independent is far too narrow
+    assert naive < 0.9 * trials  # the interval that takes requests for independent is far too narrow
 
 
 def test_holm_keeps_false_findings_over_slices_at_five_percent() -> None:

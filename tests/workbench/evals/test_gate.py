@@ -247,7 +247,7 @@ ALL_NOT_WORSE = [
     ],
 )
 def test_false_promotion_at_the_allowed_loss_is_rare(rules: list[dict[str, Any]]) -> None:
-    assert simulated_promotions(150, 200, 0.05, 0.12, rules) <= 0.05
+    assert simulated_promotions(100, 200, 0.05, 0.12, rules) <= 0.05
 
 
 @pytest.mark.full

@@ -7,19 +7,35 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import pytest
 
-from workbench.jobs import Jobs, JobSpecError, JobState
+from workbench.jobs import Job, Jobs, JobSpecError, JobState
 from workbench.jobs.process_id import ProcessId
 from workbench.jobs.runner import JobRunner
 from workbench.runs.errors import NotebookFormatError, NotebookParameterError, UnknownNotebookError
 from workbench.runs.notebooks import discover, find
 from workbench.runs.record import find_record, record
 from workbench.settings import Settings
+from workbench.store import open_store
 
 MakeNotebook = Callable[..., Path]
+ROOT = Path(__file__).resolve().parents[3]
+PROBE = "n: int = 3  # numbers to add\nnote: str | None = None  # shown"
+RECORD = "from workbench.runs.record import record\nrecord('probe', {'total': sum(range(n)), 'note': note});"
+
+
+def write(folder: Path, name: str, parameters: str, *cells: str) -> None:
+    """A notebook with a parameters cell and code cells, without metadata about its language."""
+    folder.mkdir(parents=True, exist_ok=True)
+    notebook = nbformat.v4.new_notebook()
+    tagged = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    notebook.cells = [tagged, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
+    nbformat.write(notebook, folder / f"{name}.ipynb")
 
 
 def test_notebooks_of_the_project_and_of_the_user_are_found(
@@ -68,49 +84,94 @@ def test_bad_input_is_refused_before_the_run(
     assert jobs.list() == []
 
 
-def test_a_run_is_executed_recorded_and_logged(jobs: Jobs, home: Path, settings: Settings) -> None:
-    """As `quire notebook run` does it, in a process of its own: importing MLflow here would cost every other test."""
-    job = jobs.submit("notebook", {"notebook": "probe", "parameters": {"n": 5}}, title="Probe run")
-    done = subprocess.run(
-        [sys.executable, "-m", "workbench.jobs", "run", job.id], env=os.environ.copy(), capture_output=True, text=True,
-        timeout=240,
+THREE_RUNS = """
+import json, os
+from workbench import settings, tracking
+from workbench.jobs import Jobs
+from workbench.store import open_store
+
+home = settings.load()
+with open_store(home.home_dir) as store:
+    jobs = Jobs(store, home.home_dir)
+    done = jobs.run_here(jobs.submit("notebook", {"notebook": "probe", "parameters": {"n": 5}}, title="Probe run").id)
+    failed = jobs.run_here(jobs.submit("notebook", {"notebook": "failing"}).id)
+    client = tracking.client(home)
+    for job in (done, failed):
+        run = client.get_run((job.result or job.partial)["run_id"])
+        print(json.dumps({
+            "job": job.id, "status": run.info.status, "params": run.data.params, "metrics": run.data.metrics,
+            "tag": run.data.tags["quire.job"], "name": run.info.run_name,
+            "artifacts": sorted(each.path for each in client.list_artifacts(run.info.run_id)),
+            "experiment": client.get_experiment(run.info.experiment_id).name,
+        }))
+    os.environ |= {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9/none", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    down = jobs.run_here(jobs.submit("notebook", {"notebook": "probe"}).id)
+    print(json.dumps({"job": down.id}))
+"""
+
+
+@dataclass
+class Run:
+    job: Job
+    tracked: dict[str, Any]
+
+
+@dataclass
+class ThreeRuns:
+    """One that is done, one with a cell that raises, one while MLflow is down."""
+
+    done: Run
+    failed: Run
+    down: Run
+    errors: str  # what the process wrote beside its results
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> ThreeRuns:
+    """Three runs in one process of its own, which pays for the imports once."""
+    home = tmp_path_factory.mktemp("three") / "home"
+    write(home / "notebooks", "probe", PROBE, "print('adding', n)", RECORD)
+    write(home / "notebooks", "failing", "n: int = 3  # numbers", "kept = n", "kept / 0", "print('never')")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("QUIRE_", "MLFLOW_"))}
+    own = {
+        "HOME_DIR": str(home),
+        "PYTHONPATH": str(ROOT),
+        "MLFLOW_PORT": "9",
+    }  # nothing listens: the file is used
+    ended = subprocess.run(
+        [sys.executable, "-c", THREE_RUNS], env=clean | own, capture_output=True, text=True, timeout=280, check=False
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "adding 5" in done.stderr, "what a cell prints is seen while it runs"
-    ended = jobs.get(job.id)
-    assert ended.state is JobState.DONE
-    assert ended.result is not None
-    assert ended.result["record"] == {"kind": "probe", "values": {"total": 10, "note": None}}
-    assert ended.result["parameters"] == {"n": 5, "note": None}
-    executed = json.loads(Path(ended.result["executed"]).read_text())
-    found = find_record(executed)
+    assert ended.returncode == 0, ended.stderr
+    told = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
+    with open_store(home) as store:
+        runs = [Run(Jobs(store, home).get(each["job"]), each) for each in told]
+    return ThreeRuns(*runs, errors=ended.stderr)
+
+
+def test_a_run_is_executed_recorded_and_logged(three: ThreeRuns) -> None:
+    job, tracked = three.done.job, three.done.tracked
+    assert job.state is JobState.DONE
+    assert job.result is not None
+    assert job.result["record"] == {"kind": "probe", "values": {"total": 10, "note": None}}
+    assert job.result["parameters"] == {"n": 5, "note": None}
+    found = find_record(json.loads(Path(job.result["executed"]).read_text()))
     assert found is not None
     assert found.values["total"] == 10
-    assert not list((home / "jobs" / job.id).glob("*.part.ipynb"))
-    check = (
-        "import sys; from workbench import settings, tracking; s = settings.load(); c = tracking.client(s);"
-        "r = c.get_run(sys.argv[1]); print(r.info.status, r.data.params, r.data.metrics['total'], r.data.tags['quire.job'],"
-        "sorted(a.path for a in c.list_artifacts(sys.argv[1])), c.get_experiment(r.info.experiment_id).name)"
+    assert not list(Path(job.result["executed"]).parent.glob("*.part.ipynb"))
+    assert "adding 5" in three.errors, "what a cell prints is seen while it runs"
+    assert (tracked["status"], tracked["experiment"], tracked["name"]) == (
+        "FINISHED",
+        "quire/runs",
+        "Probe run",
     )
-    told = subprocess.run(
-        [sys.executable, "-c", check, ended.result["run_id"]], env=os.environ.copy(), capture_output=True, text=True,
-        check=True, timeout=120,
-    ).stdout.strip()  # fmt: skip
-    assert told.splitlines()[-1] == (
-        f"FINISHED {{'n': '5', 'note': 'None'}} 10.0 {job.id} ['probe.ipynb', 'record.json'] quire/runs"
-    )
+    assert tracked["params"] == {"n": "5", "note": "None"}
+    assert tracked["metrics"]["total"] == 10
+    assert tracked["tag"] == job.id
+    assert tracked["artifacts"] == ["probe.ipynb", "record.json"]
 
 
-def test_a_cell_that_raises_is_kept_with_its_error(
-    jobs: Jobs, settings: Settings, make_notebook: MakeNotebook
-) -> None:
-    make_notebook("failing", "n: int = 3  # numbers", "kept = n", "kept / 0", "print('never')")
-    runner = JobRunner(jobs, settings)
-    runner.start()
-    try:
-        job = jobs.wait(jobs.submit("notebook", {"notebook": "failing"}).id, 240)
-    finally:
-        runner.close()
+def test_a_cell_that_raises_is_kept_with_its_error(three: ThreeRuns) -> None:
+    job, tracked = three.failed.job, three.failed.tracked
     assert job.state is JobState.FAILED
     assert job.error is not None
     assert (job.error["code"], job.error["value"]["error"]) == ("notebook_failed", "ZeroDivisionError")
@@ -119,7 +180,16 @@ def test_a_cell_that_raises_is_kept_with_its_error(
     assert job.partial["failed_cell"] == job.error["value"]
     cells = json.loads(Path(job.partial["executed"]).read_text())["cells"]
     assert any("ZeroDivisionError" in str(cell.get("outputs")) for cell in cells)
-    assert job.partial["run_id"], "the run is in MLflow, too"
+    assert "Traceback" not in three.errors.partition("NotebookFailedError")[0], "a typed error is one line"
+    assert (tracked["status"], tracked["artifacts"]) == ("FAILED", ["failing.ipynb"])
+
+
+def test_mlflow_down_is_said_before_the_notebook_runs(three: ThreeRuns) -> None:
+    job = three.down.job
+    assert job.state is JobState.FAILED
+    assert job.error is not None
+    assert job.error["type"] == "RegistryUnreachableError"
+    assert not list((Path(job.log_path).parent / job.id).glob("*.ipynb")), "no cell ran"
 
 
 def test_cancel_ends_a_cell_that_runs_and_its_kernel(
@@ -144,23 +214,6 @@ def test_cancel_ends_a_cell_that_runs_and_its_kernel(
     assert ended.state is JobState.CANCELLED
     assert eventually(lambda: not kernel.is_alive(), 20)
     assert (home / "jobs" / job.id / "slow.ipynb").is_file(), "the cells that ran are kept"
-
-
-def test_mlflow_down_is_said_before_the_notebook_runs(
-    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, home: Path
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9/none")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    job = jobs.submit("notebook", {"notebook": "probe"})
-    subprocess.run(
-        [sys.executable, "-m", "workbench.jobs", "run", job.id], env=os.environ.copy(), capture_output=True, check=False,
-        timeout=240,
-    )  # fmt: skip
-    ended = jobs.get(job.id)
-    assert ended.state is JobState.FAILED
-    assert ended.error is not None
-    assert ended.error["type"] == "RegistryUnreachableError"
-    assert not list((home / "jobs" / job.id).glob("*.ipynb")), "no cell ran"
 
 
 def test_a_record_outside_a_notebook_is_returned() -> None:
