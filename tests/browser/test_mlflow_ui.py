@@ -72,7 +72,7 @@ def test_two_evaluations_are_ticked_and_compared(site, visit, screenshots):
     expect(page.get_by_text("Comparing 2 Runs from 1 Experiment")).to_be_visible()
     expect(page.get_by_role("link", name="exact_match")).to_be_attached()
     for value in ("0.5", "0.75"):
-        expect(page.get_by_text(value, exact=True)).to_be_attached()
+        expect(page.locator("[role=grid]").get_by_text(value, exact=True)).to_be_attached()
     page.screenshot(path=screenshots / "mlflow-evaluations-compared.png")
 
 
