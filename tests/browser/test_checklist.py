@@ -35,6 +35,7 @@ def site(start_site):
         yield settings.url
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_newcomer_goes_from_asking_to_their_own_model_within_ten_minutes(site, visit, screenshots, tmp_path):
     page = visit(site).open("/")

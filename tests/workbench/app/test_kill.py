@@ -62,8 +62,8 @@ class Work:
             for each, pause in (
                 (self._ask, 0.02),
                 (self._vote, 0.1),
-                (self._submit, 1.5),
-                (self._promote, 0.5),
+                (self._submit, 0.5),
+                (self._promote, 2.0),
             )
         ]
 
@@ -101,7 +101,8 @@ class Work:
             self.voted.append(request_id)
 
     def _submit(self) -> None:
-        self.submitted.append(self.jobs.submit("probe", {"steps": 15, "step_s": 0.1}).id)
+        if len(self.jobs.open_jobs()) < 3:  # more would take the processor from the app
+            self.submitted.append(self.jobs.submit("probe", {"steps": 15, "step_s": 0.1}).id)
 
     def _promote(self) -> None:
         version = len(self.aliases) % 2 + 1

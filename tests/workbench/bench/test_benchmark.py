@@ -327,6 +327,7 @@ def test_ctrl_c_keeps_what_there_is(app):
     backend.close()
 
 
+@pytest.mark.full
 def test_without_an_app_it_brings_its_own_engine_and_leaves_nothing(tiny_model, tmp_path):
     settings = settings_of(tmp_path / "home", model=str(tiny_model), threads=1, num_blocks=128).model_copy(
         update={"fake": False}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from bench_world import ROOT
 
 from workbench.bench import saved
@@ -14,6 +15,7 @@ from workbench.store import open_store
 NOTEBOOK = ROOT / "notebooks" / "benchmark.ipynb"
 
 
+@pytest.mark.full
 def test_its_figures_are_those_of_the_saved_benchmark(app):
     parameters = {
         "requests": 8,

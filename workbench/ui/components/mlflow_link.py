@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from workbench.ui import resources
+from workbench.ui.components import needs
 from workbench.ui.resources import PageServices
 
 
@@ -17,6 +18,8 @@ def show(services: PageServices, run_id: object, label: str = "This run in MLflo
     )
     if reading.value:
         st.link_button(label, reading.value)
+    elif reading.error is None:
+        needs.again(1.0)
 
 
 def _link(services: PageServices, run_id: str) -> str:

@@ -39,18 +39,18 @@ def value(reading: Reading[T], what: str) -> T | None:
                     "info", f"Reading {what.lower()}", "This page goes on by itself when the answer is there."
                 )
             )
-        _again(1.0 if reading.error is None else 5.0)
+        again(1.0 if reading.error is None else 5.0)
         return None
     if reading.error is not None:
         st.html(
             f'<p class="q-age warn">{markup.text(what)}: last read {formats.duration(reading.age_s)} ago; '
             f"reading it again failed: {markup.text(reading.error)}</p>"
         )
-        _again(5.0)
+        again(5.0)
     return reading.value
 
 
-def _again(seconds: float) -> None:
+def again(seconds: float) -> None:
     """Rerun the page after a moment."""
     runs = 0
 
