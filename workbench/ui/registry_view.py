@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 REGISTRY = "registry"  # the subject of every reading here
 CHAMPION = "champion"
-TTL_S = 3.0
+TTL_S = 10.0  # what our own pages change is told at once (Readings.forget)
 
 
 @dataclass(frozen=True, slots=True)

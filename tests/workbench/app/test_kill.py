@@ -101,7 +101,7 @@ class Work:
             self.voted.append(request_id)
 
     def _submit(self) -> None:
-        if len(self.jobs.open_jobs()) < 3:  # more would take the processor from the app
+        if len(self.jobs.list(states=[JobState.QUEUED, JobState.RUNNING])) < 3:  # more would take the processor from the app
             self.submitted.append(self.jobs.submit("probe", {"steps": 15, "step_s": 0.1}).id)
 
     def _promote(self) -> None:

@@ -14,12 +14,15 @@ import streamlit as st
 from workbench.ui import markup, registry_view, resources, site
 
 if TYPE_CHECKING:
+    from workbench.ui.readings import Key, Readings
     from workbench.ui.resources import PageServices
     from workbench.versions.registry import AliasMove
 
 DEMO_NAME = "ticket-extractor"
 SEEDED_NAMES = frozenset({DEMO_NAME, "chat-base"})
 TTL_S = 4.0
+REGISTRY_TTL_S = 15.0  # what our own pages change is told at once (Readings.forget)
+DONE_TTL_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +73,17 @@ def done(services: PageServices) -> dict[str, bool]:
         "own_model": registry_view.REGISTRY,
     }
     return {
-        key: bool(
-            readings.get(
-                (subjects.get(key, "checklist"), "checklist", key), check, ttl_s=TTL_S, wait_s=0.05
-            ).value
-        )
+        key: _is_done(readings, (subjects.get(key, "checklist"), "checklist", key), check)
         for key, check in checks.items()
     }
+
+
+def _is_done(readings: Readings, key: Key, check: Callable[[], bool]) -> bool:
+    """What is done stays done: it is read again only now and then, since the registry is not free to ask."""
+    if readings.get(key, check, ttl_s=DONE_TTL_S, wait_s=0.05).value:
+        return True
+    ttl_s = REGISTRY_TTL_S if key[0] == registry_view.REGISTRY else TTL_S
+    return bool(readings.get(key, check, ttl_s=ttl_s, wait_s=0.05).value)
 
 
 def next_step(ticked: Done) -> Step | None:
