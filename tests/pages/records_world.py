@@ -126,7 +126,7 @@ def _now() -> str:
     return utc_now()
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
     import time
 
     deadline = time.monotonic() + timeout_s
