@@ -78,10 +78,7 @@ def commit() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
     revision = _output(["git", "rev-parse", "HEAD"], root)
     changes = _output(["git", "status", "--porcelain", "--untracked-files=no"], root)
-    return {
-        "revision": revision or None,
-        "dirty": None if changes is None else bool(changes),
-    }
+    return {"revision": revision or None, "dirty": None if changes is None else bool(changes)}
 
 
 def _cpu_model() -> str:

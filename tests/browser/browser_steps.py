@@ -13,7 +13,7 @@ BOX = "textarea[data-testid=stChatInputTextArea]"
 
 
 def chip_says(page: Page, word: str, timeout_ms: float | None = None) -> None:
-    expect(page.locator(".q-chip").first).to_contain_text(re.compile(word), timeout=timeout_ms)
+    expect(page.locator(".q-chip[role=status]")).to_contain_text(re.compile(word), timeout=timeout_ms)
 
 
 def ask(page: Page, text: str) -> None:

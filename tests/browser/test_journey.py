@@ -27,7 +27,7 @@ def test_first_minutes(app, visit, screenshots):
     chip_says(overview, "healthy", LOAD_MS)  # loads by itself; the page follows
     expect(overview.get_by_role("combobox", name="Version")).to_have_value(re.compile("demo, 7 M"))
     expect(overview.get_by_text(re.compile("Trained for"))).to_be_visible()
-    overview.get_by_text("Ask the model something").click()
+    overview.get_by_role("link", name="Ask the model something", exact=True).click()
 
     page = overview
     page.wait_for_url(re.compile("/playground"))

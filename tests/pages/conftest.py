@@ -17,18 +17,6 @@ from records_world import Records, copy_home, fill_registry, settings_of
 
 from workbench.ui import resources
 
-MLFLOW_WARNS = (  # its own use of SQLAlchemy and pandas; ours must not
-    "The ``noload`` loader strategy is deprecated",
-    "For backward compatibility, 'str' dtypes are included",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(item.path).parent == Path(__file__).parent and "records" in getattr(item, "fixturenames", ()):
-            for text in MLFLOW_WARNS:
-                item.add_marker(pytest.mark.filterwarnings(f"ignore:{text}"))
-
 
 @pytest.fixture
 def ready_host() -> Iterator[Callable[..., FakeHost]]:

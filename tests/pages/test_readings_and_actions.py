@@ -49,6 +49,24 @@ def test_first_value_is_awaited_and_then_served_from_memory():
     assert not again.pending
 
 
+def test_the_value_may_say_how_long_it_lasts():
+    readings, service = Readings(), Service()
+    service.error = OSError("starting")
+
+    def lasts(number: int) -> float:
+        return 60.0 if number >= 3 else 0.0
+
+    assert readings.get(("a",), service, ttl_s=lasts).value is None  # no value that could say it
+    service.error = None
+    readings.forget("a")
+    assert readings.get(("a",), service, ttl_s=lasts).value == 2
+    readings.get(("a",), service, ttl_s=lasts)  # old at once: read again
+    assert eventually(lambda: readings.get(("a",), service, ttl_s=lasts).value == 3)
+    calls = service.calls
+    readings.get(("a",), service, ttl_s=lasts)
+    assert service.calls == calls
+
+
 def test_slow_service_does_not_hold_the_page():
     readings, service = Readings(), Service()
     service.open.clear()

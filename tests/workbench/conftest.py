@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from workbench.jobs import Jobs
+from workbench.store import Store, open_store
 from workbench.versions.demo.chat_format import BOS, CHAT_TEMPLATE, END, PAD, SPECIAL_TOKENS
 
 VOCAB, HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD = 384, 64, 128, 2, 4, 2, 16
@@ -34,6 +36,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     return folder
+
+
+@pytest.fixture
+def store(home: Path) -> Iterator[Store]:
+    """The store of the HOME_DIR that the test's own `home` names."""
+    with open_store(home) as opened:
+        yield opened
+
+
+@pytest.fixture
+def jobs(store: Store, home: Path) -> Jobs:
+    return Jobs(store, home)
 
 
 def _config() -> dict[str, object]:

@@ -24,7 +24,6 @@ from engine.sampling_params import SamplingParams
 from workbench.backends import codec
 from workbench.backends.protocol import (
     DEFAULT_CONCURRENCY,
-    ClosesItself,
     Message,
     Prompt,
     Records,
@@ -34,7 +33,7 @@ from workbench.backends.protocol import (
     one_each,
 )
 from workbench.backends.window import in_window
-from workbench.backends.wire_errors import error_of, lost
+from workbench.backends.wire import HttpBackend, error_of, lost
 from workbench.errors import NotReadyError, ServerUnreachableError, UnknownModelError, WorkbenchError
 from workbench.run_state import RunningApp
 
@@ -43,7 +42,7 @@ _TIMEOUT = httpx.Timeout(1800.0, connect=5.0)
 _LOADING = ("idle", "loading")
 
 
-class AppBackend(ClosesItself):
+class AppBackend(HttpBackend):
     """Attached to a running app.
 
     Raises:
@@ -59,10 +58,7 @@ class AppBackend(ClosesItself):
         deterministic: bool = False,
         ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
-        self.url = app.url
-        self.name = f"app {app.url}"
-        self._headers = {"authorization": f"Bearer {app.token}"}
-        self._client = self._new_client()
+        super().__init__(f"app {app.url}", app.url, {"authorization": f"Bearer {app.token}"}, _TIMEOUT)
         self._default: str | None = None
         self._held: list[str] = []  # what this backend has loaded there and not given back
         self._lock = threading.Lock()
@@ -166,7 +162,7 @@ class AppBackend(ClosesItself):
         for model in held:
             with contextlib.suppress(EngineError, WorkbenchError):  # it may be gone, and all models with it
                 self._post("/quire/unload", {"id": model})
-        self._client.close()
+        super().close()
 
     # ── wire ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -174,7 +170,7 @@ class AppBackend(ClosesItself):
         self, path: str, bodies: list[dict[str, Any]], model: str | None, max_concurrency: int
     ) -> list[Completion]:
         calls = [partial(self._post, path, {"model": model or self._default, **body}) for body in bodies]
-        answers = in_window(calls, check_concurrency(max_concurrency), self._hang_up)
+        answers = in_window(calls, check_concurrency(max_concurrency), self.hang_up)
         return [codec.completion_from_json(answer["completions"][0]) for answer in answers]
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -193,15 +189,6 @@ class AppBackend(ClosesItself):
             raise error_of(response, self.name)
         body: dict[str, Any] = response.json()
         return body
-
-    def _hang_up(self) -> None:
-        """Break the connections: the app aborts the requests of a client that is gone."""
-        old, self._client = self._client, self._new_client()
-        old.close()
-
-    def _new_client(self) -> httpx.Client:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        return httpx.Client(base_url=self.url, headers=self._headers, timeout=_TIMEOUT, limits=limits)
 
     def _wait_ready(self, timeout_s: float) -> None:
         """An app that has just been started loads its model first."""

@@ -26,7 +26,6 @@ from engine.sampling_params import SamplingParams
 from workbench.backends.protocol import (
     DEFAULT_CONCURRENCY,
     BackendUnsupportedError,
-    ClosesItself,
     Message,
     Prompt,
     Records,
@@ -36,7 +35,7 @@ from workbench.backends.protocol import (
     one_each,
 )
 from workbench.backends.window import in_window
-from workbench.backends.wire_errors import error_of, lost
+from workbench.backends.wire import HttpBackend, error_of, lost
 from workbench.errors import ServerUnreachableError
 
 UNKNOWN_TOKEN = -1
@@ -46,7 +45,7 @@ _OPENAI_FIELDS = ("temperature", "top_p", "seed", "max_tokens")
 _EXTRA_FIELDS = ("top_k", "min_p", "ignore_eos", "min_tokens")  # sent only where they say something
 
 
-class OpenAIBackend(ClosesItself):
+class OpenAIBackend(HttpBackend):
     """An endpoint such as ``http://host:8000`` or ``https://api.example.com/v1``.
 
     Raises:
@@ -58,10 +57,10 @@ class OpenAIBackend(ClosesItself):
             raise ServerUnreachableError(
                 f"{url!r} is no address", value=url, param="url", remedy="Use one like http://127.0.0.1:8501/v1."
             )  # fmt: skip
-        self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.name = f"openai {self.url}"
-        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = self._new_client()
+        base = url.rstrip("/").removesuffix("/v1") + "/v1"
+        super().__init__(
+            f"openai {base}", base, {"authorization": f"Bearer {api_key}"} if api_key else {}, _TIMEOUT
+        )
         self._model = model
         if model is None:
             try:
@@ -104,7 +103,7 @@ class OpenAIBackend(ClosesItself):
             if each.logprobs is not None:
                 body |= {"logprobs": True, "top_logprobs": each.logprobs}
             calls.append(partial(self._stream, "/chat/completions", body, each))
-        return in_window(calls, check_concurrency(max_concurrency), self._hang_up)
+        return in_window(calls, check_concurrency(max_concurrency), self.hang_up)
 
     def generate(
         self,
@@ -122,7 +121,7 @@ class OpenAIBackend(ClosesItself):
             if each.logprobs is not None:
                 body["logprobs"] = each.logprobs
             calls.append(partial(self._stream, "/completions", body, each))
-        return in_window(calls, check_concurrency(max_concurrency), self._hang_up)
+        return in_window(calls, check_concurrency(max_concurrency), self.hang_up)
 
     def score(self, texts: Prompt | Sequence[Prompt], *, model: str | None = None) -> list[Score]:
         self._refuse("score given texts")
@@ -142,9 +141,6 @@ class OpenAIBackend(ClosesItself):
     def records(self, model: str | None = None, since_ns: int | None = None) -> Records:
         self._refuse("tell an engine's records")
 
-    def close(self) -> None:
-        self._client.close()
-
     # ── wire ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _stream(self, path: str, body: dict[str, Any], params: SamplingParams) -> Completion:
@@ -158,14 +154,6 @@ class OpenAIBackend(ClosesItself):
         except (httpx.HTTPError, RuntimeError) as error:
             raise lost(self.name, error) from error
         return answer.completion()
-
-    def _hang_up(self) -> None:
-        old, self._client = self._client, self._new_client()
-        old.close()
-
-    def _new_client(self) -> httpx.Client:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        return httpx.Client(base_url=self.url, headers=self._headers, timeout=_TIMEOUT, limits=limits)
 
     def _refuse(self, what: str) -> NoReturn:
         raise BackendUnsupportedError(

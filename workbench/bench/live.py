@@ -235,7 +235,7 @@ class Browser:
             page.goto(url + path if url else "about:blank", timeout=240_000)
         if url:
             for page in self._pages:
-                page.wait_for_selector(".q-chip.ok, .q-chip.busy", timeout=240_000)
+                page.wait_for_selector(".q-chip.ok[role=status], .q-chip.busy[role=status]", timeout=240_000)
             self._pages[2].wait_for_selector(".timeline canvas", timeout=240_000)
         time.sleep(2.5)
 

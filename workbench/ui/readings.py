@@ -22,6 +22,7 @@ T = TypeVar("T")
 Key = tuple[Hashable, ...]  # its first part is the subject that `forget` names
 MAX_READINGS = 256
 FIRST_WAIT_S = 0.25
+FAILED_TTL_S = 3.0  # of a first fetch that failed, where the value would say how long it lasts
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,13 @@ class _Entry:
     fetching: bool = False
     stale: bool = False  # told to be out of date: the next reader waits for a new one
 
+    def is_younger(self, ttl_s: float | Callable[[Any], float]) -> bool:
+        if self.tried_at is None:
+            return False
+        if callable(ttl_s):
+            ttl_s = FAILED_TTL_S if self.value is None else ttl_s(self.value)
+        return time.monotonic() - self.tried_at < ttl_s
+
 
 class Readings:
     """Thread-safe."""
@@ -53,15 +61,19 @@ class Readings:
         self._changed = threading.Condition()
 
     def get(
-        self, key: Key, read: Callable[[], T], *, ttl_s: float = 3.0, wait_s: float = FIRST_WAIT_S
+        self,
+        key: Key,
+        read: Callable[[], T],
+        *,
+        ttl_s: float | Callable[[T], float] = 3.0,
+        wait_s: float = FIRST_WAIT_S,
     ) -> Reading[T]:
-        """The last value of `key`, read anew in the background when it is old."""
+        """The last value of `key`, read anew in the background when it is old; how long one lasts may depend on it."""
         with self._changed:
             entry = self._entries.setdefault(key, _Entry())
             self._entries.move_to_end(key)
             self._drop_oldest()
-            now = time.monotonic()
-            fresh = entry.tried_at is not None and now - entry.tried_at < ttl_s and not entry.stale
+            fresh = not entry.stale and entry.is_younger(ttl_s)
             is_needed = entry.value is None or entry.stale
             if not fresh and not entry.fetching:
                 entry.fetching, entry.stale = True, False

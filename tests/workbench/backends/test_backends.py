@@ -208,7 +208,7 @@ def test_ctrl_c_ends_what_runs_in_the_app(
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            in_window([slow, interrupted], 2, backend._hang_up)
+            in_window([slow, interrupted], 2, backend.hang_up)
         assert eventually(lambda: attached.stats().num_running == 0)
         assert backend.generate("the cat", GREEDY)[0].error is None, "the backend can still be used"
 

@@ -152,7 +152,6 @@ def test_a_server_by_its_address_alone(app, tmp_path):
         run(other, url=app.url, model="gpt-17", requests=1)
 
 
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's own
 def test_a_job_of_the_app_runs_it_and_logs_it_to_mlflow(app):
     from workbench import tracking
 

@@ -100,9 +100,6 @@ def test_digest_follows_the_content_and_the_sample_ignores_the_order(write_datas
     }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The ``noload``:DeprecationWarning"
-)  # SQLAlchemy about MLflow's own queries
 def test_is_an_mlflow_evaluation_dataset_with_every_row(write_dataset: Write, shared_home: Path) -> None:
     """A real store (SQLite). Recording twice adds nothing; the process's own MLflow settings stay as they were."""
     import mlflow

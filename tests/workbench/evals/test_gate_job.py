@@ -16,9 +16,6 @@ from workbench.evals import errors, gate_job, job
 from workbench.settings import Settings
 from workbench.versions.errors import RegistryUnreachableError, UnknownVersionError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The ``noload``:DeprecationWarning"
-)  # SQLAlchemy about MLflow's queries
 Make = Callable[..., Any]
 
 

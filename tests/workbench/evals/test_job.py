@@ -15,9 +15,6 @@ from scipy import optimize, stats
 from workbench.evals import errors, job, record
 from workbench.settings import Settings
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The ``noload``:DeprecationWarning"
-)  # SQLAlchemy about MLflow's queries
 Make = Callable[..., Any]
 
 

@@ -19,9 +19,6 @@ from workbench.evals.datasets import load_dataset
 from workbench.evals.evaluate import EvaluationOptions, check_repeatable, evaluate
 from workbench.evals.scorers import make_scorers
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The ``noload``:DeprecationWarning"
-)  # SQLAlchemy about MLflow's queries
 Make = Callable[..., Any]
 SCORER = "def length(example, answer):\n    return len(answer.text)\nlength.bounded = False\n"
 

@@ -11,7 +11,6 @@ import pytest
 
 from workbench import settings as settings_module
 from workbench.jobs import JobRunner, Jobs
-from workbench.store import Store, open_store
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -25,17 +24,6 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
-
-
-@pytest.fixture
-def store(home: Path) -> Iterator[Store]:
-    with open_store(home) as opened:
-        yield opened
-
-
-@pytest.fixture
-def jobs(store: Store, home: Path) -> Jobs:
-    return Jobs(store, home)
 
 
 @pytest.fixture

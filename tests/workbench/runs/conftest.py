@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from workbench import settings as settings_module
-from workbench.jobs import Jobs
 from workbench.settings import Settings
-from workbench.store import Store, open_store
 
 ROOT = Path(__file__).resolve().parents[3]
 RECORD = "from workbench.runs.record import record\nrecord('probe', {'total': sum(range(n)), 'note': note});"
@@ -54,17 +52,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def settings(home: Path) -> Settings:
     return settings_module.load()
-
-
-@pytest.fixture
-def store(home: Path) -> Iterator[Store]:
-    with open_store(home) as opened:
-        yield opened
-
-
-@pytest.fixture
-def jobs(store: Store, home: Path) -> Jobs:
-    return Jobs(store, home)
 
 
 @pytest.fixture

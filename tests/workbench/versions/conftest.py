@@ -24,15 +24,6 @@ LINES = [
     for word in ("cat", "dog", "tree", "house", "small", "large", "over", "under")
 ]
 
-_NOT_OURS = "ignore:The ``noload`` loader strategy is deprecated"  # MLflow's use of SQLAlchemy 2.1
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Warnings are errors, but not this one of MLflow's."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings(_NOT_OURS))
-
 
 @pytest.fixture(scope="session")
 def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -5,7 +5,7 @@ Nothing that a session knows counts, so the ticks are the same in every browser 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,15 +14,15 @@ import streamlit as st
 from workbench.ui import markup, registry_view, resources, site
 
 if TYPE_CHECKING:
-    from workbench.ui.readings import Key, Readings
     from workbench.ui.resources import PageServices
-    from workbench.versions.registry import AliasMove
+    from workbench.versions.registry import Registry
 
 DEMO_NAME = "ticket-extractor"
 SEEDED_NAMES = frozenset({DEMO_NAME, "chat-base"})
 TTL_S = 4.0
 REGISTRY_TTL_S = 15.0  # what our own pages change is told at once (Readings.forget)
 DONE_TTL_S = 300.0
+WAIT_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,32 +58,23 @@ Done = Mapping[str, bool]
 
 def done(services: PageServices) -> dict[str, bool]:
     """What the records say, as far as they could be read by now. Never waits long."""
-    readings = resources.readings()
-    checks: dict[str, Callable[[], bool]] = {
-        "ask": lambda: _was_asked(services),
-        "benchmark": lambda: _was_measured(services),
-        "compare": lambda: _has_done(services, "compare"),
-        "promote": lambda: any(map(registry_view.was_promoted, _moves(services))),
-        "roll_back": lambda: any(map(registry_view.was_rolled_back, _moves(services))),
-        "own_model": lambda: bool(set(services.registry().names()) - SEEDED_NAMES),
-    }
-    subjects = {
-        "promote": registry_view.REGISTRY,
-        "roll_back": registry_view.REGISTRY,
-        "own_model": registry_view.REGISTRY,
-    }
-    return {
-        key: _is_done(readings, (subjects.get(key, "checklist"), "checklist", key), check)
-        for key, check in checks.items()
-    }
+    get = resources.readings().get
+    local = get(
+        ("checklist",), lambda: _told_locally(services), ttl_s=lambda told: _ttl_s(told, TTL_S), wait_s=WAIT_S
+    )
+    registered = get(
+        (registry_view.REGISTRY, "checklist"),
+        lambda: _told_by_registry(services.registry()),
+        ttl_s=lambda told: _ttl_s(told, REGISTRY_TTL_S),
+        wait_s=WAIT_S,
+    )
+    told = {**(local.value or {}), **(registered.value or {})}
+    return {step.key: told.get(step.key, False) for step in STEPS}
 
 
-def _is_done(readings: Readings, key: Key, check: Callable[[], bool]) -> bool:
+def _ttl_s(told: Done, while_open_s: float) -> float:
     """What is done stays done: it is read again only now and then, since the registry is not free to ask."""
-    if readings.get(key, check, ttl_s=DONE_TTL_S, wait_s=0.05).value:
-        return True
-    ttl_s = REGISTRY_TTL_S if key[0] == registry_view.REGISTRY else TTL_S
-    return bool(readings.get(key, check, ttl_s=ttl_s, wait_s=0.05).value)
+    return DONE_TTL_S if all(told.values()) else while_open_s
 
 
 def next_step(ticked: Done) -> Step | None:
@@ -122,25 +113,26 @@ def _item(place: int, step: Step, is_done: bool) -> str:
     )
 
 
-def _was_asked(services: PageServices) -> bool:
+def _told_locally(services: PageServices) -> Done:
+    """By the request log, the saved benchmarks and the jobs."""
+    from workbench.bench import saved
+    from workbench.jobs import JobState
     from workbench.observe.request_log import RequestLog
 
-    return len(RequestLog.read(services.settings.home_dir, limit=1)) > 0
+    home = services.settings.home_dir
+    return {
+        "ask": len(RequestLog.read(home, limit=1)) > 0,
+        "benchmark": any(not record.cancelled for record in saved.listed(home, limit=20)),
+        "compare": bool(services.jobs.list(states=[JobState.DONE], kind="compare", limit=1)),
+    }
 
 
-def _was_measured(services: PageServices) -> bool:
-    from workbench.bench import saved
-
-    return any(not record.cancelled for record in saved.listed(services.settings.home_dir, limit=20))
-
-
-def _has_done(services: PageServices, kind: str) -> bool:
-    from workbench.jobs import JobState
-
-    return bool(services.jobs.list(states=[JobState.DONE], kind=kind, limit=1))
-
-
-def _moves(services: PageServices) -> list[list[AliasMove]]:
-    """The moves of each name's champion."""
-    registry = services.registry()
-    return [registry.history(name, registry_view.CHAMPION) for name in registry.names()]
+def _told_by_registry(registry: Registry) -> Done:
+    """By its names and the moves of each name's champion."""
+    names = registry.names()
+    moves = [registry.history(name, registry_view.CHAMPION) for name in names]
+    return {
+        "promote": any(map(registry_view.was_promoted, moves)),
+        "roll_back": any(map(registry_view.was_rolled_back, moves)),
+        "own_model": bool(set(names) - SEEDED_NAMES),
+    }

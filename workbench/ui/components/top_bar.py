@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from workbench.resident import HostPhase
 from workbench.ui import glossary, markup, resources
 from workbench.ui.components import engine_state, job_bar
 from workbench.ui.components.engine_state import EngineView
@@ -110,9 +111,6 @@ def about(chosen: Resident | None) -> str:
     told = f"Trained for {card.trained_for}" if card.trained_for else card.description
     aliases = [alias.partition("@")[2] for alias in chosen.aliases]
     named = markup.version_name(chosen.name, chosen.version, chosen.digest, aliases) if chosen.name else ""
-    state = (
-        ""
-        if chosen.state.ready
-        else markup.chip("warn", f"{chosen.state.phase.value} {chosen.state.fraction:.0%}")
-    )
+    is_loading = chosen.state.phase is HostPhase.LOADING  # the engine chip tells the other states
+    state = markup.chip("warn", f"loading {chosen.state.fraction:.0%}") if is_loading else ""
     return f'<div class="q-trained">{named} {state} {badge}{markup.text(told)}</div>'

@@ -1,13 +1,37 @@
-"""Errors from the wire: an OpenAI-shaped error object becomes the typed error that the server had raised."""
+"""What backends that speak HTTP share: the client, hanging up, and an OpenAI-shaped error object as the typed error that the
+server had raised."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import httpx
 
 from engine.errors import TypedError
-from workbench.backends.protocol import BackendError, BackendLostError
+from workbench.backends.protocol import BackendError, BackendLostError, ClosesItself
+
+
+class HttpBackend(ClosesItself):
+    """A backend at the other end of HTTP; `name` is what its errors call it."""
+
+    def __init__(self, name: str, url: str, headers: Mapping[str, str], timeout: httpx.Timeout) -> None:
+        self.name = name
+        self.url = url
+        self._headers = dict(headers)
+        self._timeout = timeout
+        self._client = self._new_client()
+
+    def close(self) -> None:
+        self._client.close()
+
+    def hang_up(self) -> None:
+        """Break the connections: a server aborts the requests of a client that is gone."""
+        old, self._client = self._client, self._new_client()
+        old.close()
+
+    def _new_client(self) -> httpx.Client:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        return httpx.Client(base_url=self.url, headers=self._headers, timeout=self._timeout, limits=limits)
 
 
 def error_of(response: httpx.Response, who: str) -> TypedError:
