@@ -8,6 +8,8 @@ MLFLOW_PORT ?= 5001
 HOME_DIR ?= .quire
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c deploy/constraints.txt
+# Two tests at a time, a file's tests in one process, the browser's last (see tests/conftest.py).
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 CHECKED := engine workbench pages tests docs
 
 export PORT MLFLOW_PORT HOME_DIR
@@ -47,7 +49,7 @@ map: $(VENV)/.installed
 	$(BIN)/python docs/module_map.py
 
 test: check browser
-	$(BIN)/python -m pytest -m "not full" --durations=15
+	$(BIN)/python -m pytest -m "not full" $(SIDE_BY_SIDE) --durations=15
 
 test-full: check browser
 	$(BIN)/python -m pytest --durations=25

@@ -57,9 +57,9 @@ class AttentionBackend(Protocol):
 def check_layout(k_cache: Tensor, v_cache: Tensor) -> None:
     """Assert the cache layout of ``engine.plan.KVSpec``: [num_blocks, K, block_size, D], contiguous."""
     assert k_cache.ndim == 4, f"k_cache has {k_cache.ndim} dimensions, not 4"
-    assert k_cache.is_contiguous(), f"k_cache {tuple(k_cache.shape)} is not contiguous"
+    assert k_cache.is_contiguous(), f"k_cache {tuple(k_cache.shape)} is not contiguous HND"
     assert v_cache.shape == k_cache.shape, (
         f"v_cache {tuple(v_cache.shape)} beside k_cache {tuple(k_cache.shape)}"
     )
-    assert v_cache.is_contiguous(), f"v_cache {tuple(v_cache.shape)} is not contiguous"
+    assert v_cache.is_contiguous(), f"v_cache {tuple(v_cache.shape)} is not contiguous HND"
     assert v_cache.dtype == k_cache.dtype, f"v_cache {v_cache.dtype} beside k_cache {k_cache.dtype}"

@@ -57,6 +57,7 @@ def slow_compiler(library, tmp_path) -> tuple[Path, Path]:
     return script, calls
 
 
+@pytest.mark.full
 def test_builders_at_the_same_time_all_get_a_whole_library(slow_compiler, library, tmp_path):
     script, calls = slow_compiler
     cache = tmp_path / "cache"

@@ -32,6 +32,7 @@ for folder in folders:
 """
 
 
+@pytest.mark.full
 def test_two_run_side_by_side_with_pages_api_and_mlflow_and_leave_nothing(
     quire: Callable[..., Any], proc: Any, tiny_model: Path, other_model: Path
 ) -> None:

@@ -114,6 +114,7 @@ while True:
 """
 
 
+@pytest.mark.full
 def test_kill_at_any_moment_leaves_a_checkpoint_that_loads(
     tokenizer: Tokenizer, dialogues: dict[str, list[Any]], tmp_path: Path
 ) -> None:
@@ -209,6 +210,7 @@ def test_muon_refuses_vectors() -> None:
         Muon([torch.nn.Parameter(torch.zeros(3))], weight_decay=0.1)
 
 
+@pytest.mark.full
 def test_pools_made_in_processes_are_the_same(tokenizer: Tokenizer, dialogues: dict[str, list[Any]]) -> None:
     stream = TrainingStream(tokenizer, dialogues, MIX)
     here, ahead = stream.steps(1, 1), stream.steps(1, 1, num_processes=2)

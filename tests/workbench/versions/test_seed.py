@@ -58,6 +58,7 @@ seed_demo(Settings(home_dir=home, mlflow_tracking_uri=f"sqlite:///{home / 'mlflo
 """
 
 
+@pytest.mark.full
 def test_killed_anywhere_it_is_completed_the_next_time(settings: Settings) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     rng = random.Random(3)
