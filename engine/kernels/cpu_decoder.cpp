@@ -6,6 +6,7 @@
 // bfloat16), K and V of the cache's type C.
 #include <cmath>
 
+#include "cpu_sampler.cpp"
 #include "packed_linear.cpp"
 
 #include "../attention/cpu_paged.cpp"

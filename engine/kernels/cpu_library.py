@@ -1,6 +1,6 @@
 """The compiled CPU kernels: built once per machine with its own compiler, loaded through a plain C interface.
 
-The library is one shared object from a few C++ files (paged attention, packed products, the fused decoder). It needs no
+The library is one shared object from a few C++ files (paged attention, packed products, the fused decoder, the sampler). It needs no
 torch headers: tensors cross as raw pointers, which makes the build seconds and independent of torch's version. It is
 linked to the very OpenMP runtime that torch has loaded, because two such runtimes in one process fight over the cores.
 
@@ -33,6 +33,7 @@ MAIN_SOURCE = ENGINE / "kernels" / "cpu_decoder.cpp"
 SOURCES = (
     ENGINE / "kernels" / "cpu_vector.h",
     ENGINE / "kernels" / "cpu_phase.h",
+    ENGINE / "kernels" / "cpu_sampler.cpp",
     ENGINE / "kernels" / "packed_linear.cpp",
     ENGINE / "attention" / "cpu_paged.cpp",
     MAIN_SOURCE,
@@ -202,6 +203,8 @@ def _declare(functions: ctypes.CDLL) -> None:
         "quire_attention": [pointer, pointer, pointer, integer, pointer, pointer, pointer, integer, integer],
         "quire_forward": [pointer, pointer],
         "quire_logits": [pointer, pointer, pointer, pointer, integer, integer],
+        "quire_sample": [pointer],
+        "quire_logprobs": [pointer],
     }
     functions.quire_panel_width.restype = integer
     functions.quire_panel_width.argtypes = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -116,10 +117,12 @@ class FusedCpuDecoder:
         """
         if caches is not self._caches:
             self._bind(caches)
-        token_ids, positions = token_ids.int().contiguous(), positions.long().contiguous()
+        if token_ids.dtype != torch.int32 or positions.dtype != torch.int64:
+            token_ids, positions = token_ids.int(), positions.long()
+        token_ids, positions = token_ids.contiguous(), positions.contiguous()
         tokens = token_ids.shape[0]
         scratch = self._scratch_for(tokens)
-        x = torch.empty(tokens, self.config.hidden_size, dtype=torch.float32)
+        x = _new(tokens, self.config.hidden_size)
         step = _Step(
             token_ids.data_ptr(),
             positions.data_ptr(),
@@ -138,7 +141,7 @@ class FusedCpuDecoder:
         """Logits [n, V], float32, of the given rows of `forward`'s result."""
         hidden = hidden.contiguous()
         rows = hidden.shape[0]
-        out = torch.empty(rows, self.config.vocab_size, dtype=torch.float32)
+        out = _new(rows, self.config.vocab_size)
         scratch = self._scratch_for(rows)
         self._library.functions.quire_logits(
             ctypes.byref(self._model), hidden.data_ptr(), scratch.h.data_ptr(), out.data_ptr(), rows,
@@ -220,6 +223,11 @@ class FusedCpuDecoder:
                 wide=torch.empty(tokens, max(config.intermediate_size, q_width), dtype=self.dtype),
             )
         return self._scratch
+
+
+def _new(*shape: int) -> Tensor:
+    """Unset float32 memory; made by NumPy, since torch would offer the interpreter to other threads."""
+    return torch.from_numpy(np.empty(shape, dtype=np.float32))
 
 
 def _emptied(parameter: nn.Parameter) -> nn.Parameter:

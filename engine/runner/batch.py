@@ -3,7 +3,8 @@
 A row holds its tokens (on the device, where sampling writes them), its block table and its sampling settings. Plans bring
 deltas; `apply` and `step_inputs` cost O(scheduled rows + tokens of the step), never O(context).
 
-Boundary: one KV group. No model, no sampling. On a CPU the host's and the device's block tables are one memory.
+Boundary: one KV group. No model, no sampling. On a CPU the host's and the device's tokens and block tables are one memory, and
+a step's inputs are made without torch: each of its operations lets other Python threads take the interpreter.
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ class RowBatch:
         self.eos_token_ids = eos_token_ids
         self.row_tokens = max_model_len + 1
         self.row_blocks = -(-max_model_len // block_size) + 1
-        self.tokens = torch.zeros(max_num_seqs, self.row_tokens, dtype=torch.int32, device=device)
+        host_tokens = np.zeros((max_num_seqs, self.row_tokens), dtype=np.int32)
         self.host_tables = np.zeros((max_num_seqs, self.row_blocks), dtype=np.int32)
+        self.tokens = torch.from_numpy(host_tokens).to(device)
+        self._flat_tokens = host_tokens.reshape(-1)  # of `tokens` itself, on a CPU
         self.tables = torch.from_numpy(self.host_tables).to(device)  # the same memory on a CPU
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
@@ -95,27 +98,38 @@ class RowBatch:
         slots = blocks * self.block_size + positions % self.block_size
         end = start + count
         picked = plan.logit_rows
-        parts = (
-            row_of * self.row_tokens + positions, positions, slots,
-            rows, end, query_start,
-            query_start[1:][picked] - 1, rows[picked] * self.row_tokens + end[picked],
-        )  # fmt: skip
-        token_index, at, slot_mapping, row_index, seq_lens, starts, logit_index, write_index = self._upload(
-            parts
-        )
         max_seq_len = int(end.max())
         columns = -(-max_seq_len // self.block_size)
+        token_index = row_of * self.row_tokens + positions
+        parts = (positions, slots, query_start[1:][picked] - 1, rows[picked] * self.row_tokens + end[picked])
+        if self.device.type == "cpu":
+            at, slot_mapping, logit_index, write_index = map(torch.from_numpy, parts)
+            token_ids, tables, starts, seq_lens = map(
+                torch.from_numpy,
+                (
+                    self._flat_tokens[token_index],
+                    self.host_tables[rows, :columns],
+                    query_start.astype(np.int32),
+                    end.astype(np.int32),
+                ),
+            )
+        else:
+            at, slot_mapping, logit_index, write_index, index, row_index, wide_starts, wide_lens = (
+                self._upload((*parts, token_index, rows, query_start, end))
+            )
+            token_ids = self.tokens.view(-1).index_select(0, index)
+            tables = self.tables[:, :columns].index_select(0, row_index)
+            starts, seq_lens = wide_starts.int(), wide_lens.int()
         several = np.nonzero(count != 1)[0]
         meta = AttentionMetadata(
-            query_start=starts.int(),
-            seq_lens=seq_lens.int(),
-            block_tables=self.tables[:, :columns].index_select(0, row_index),
+            query_start=starts,
+            seq_lens=seq_lens,
+            block_tables=tables,
             slot_mapping=slot_mapping,
             max_query_len=int(count.max()),
             max_seq_len=max_seq_len,
             num_decode_rows=int(several[0]) if len(several) else len(count),
         )
-        token_ids = self.tokens.view(-1).index_select(0, token_index)
         return StepInputs(token_ids, at, meta, logit_index, write_index)
 
     def sample_settings(self, plan: StepPlan) -> SampleSettings:
@@ -137,6 +151,9 @@ class RowBatch:
 
     def write_tokens(self, inputs: StepInputs, token_ids: Tensor) -> None:
         """Put the sampled tokens [L] behind their rows' last tokens, for the next step to read."""
+        if self.device.type == "cpu":
+            self._flat_tokens[inputs.write_index.numpy()] = token_ids.numpy()
+            return
         self.tokens.view(-1).index_copy_(0, inputs.write_index, token_ids.int())
 
     def _admit(self, admission: RowAdmission) -> None:

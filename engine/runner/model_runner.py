@@ -25,7 +25,8 @@ from engine.errors import EngineDeadError, OutOfMemoryError
 from engine.models.decoder import LayerCache, StepDecoder
 from engine.plan import KVSpec, StepPlan, StepResult, TokenLogprobs
 from engine.runner.batch import RowBatch
-from engine.runner.sampler import LogprobTensors, Sampled, sample, token_logprobs
+from engine.runner.cpu_sampler import make_sampler
+from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
 from engine.runner.step_cost import StepCost
 
 PROMPT_LOGPROB_ROWS = (
@@ -100,7 +101,7 @@ class ModelRunner:
         self._decoder: StepDecoder | None = decoder
         self._attention = attention
         self._device = device
-        self._invariant = config.deterministic
+        self._sample = make_sampler(device, deterministic=config.deterministic)
         self._caches = allocate_caches(kv_spec, config.num_blocks, dtype, device)
         self._batch: RowBatch | None = RowBatch(
             max_num_seqs=config.max_num_seqs,
@@ -183,14 +184,16 @@ class ModelRunner:
             inputs.token_ids, inputs.positions, self._caches, inputs.meta, self._attention
         )
         sampled = Sampled(inputs.logit_index, None, ())
-        logits = decoder.logits(hidden.index_select(0, inputs.logit_index)) if len(plan.logit_rows) else None
+        logits = decoder.logits(_rows_of(hidden, inputs.logit_index)) if len(plan.logit_rows) else None
         clock.mark()
         if logits is not None:
-            sampled = sample(logits, settings, invariant=self._invariant)
+            sampled = self._sample(logits, settings)
             batch.write_tokens(inputs, sampled.token_ids)
         prompt = self._prompt_logprobs(plan, decoder, batch, hidden)
-        token_ids = sampled.token_ids.to("cpu", non_blocking=True)
-        logprobs = sampled.logprobs.to_host() if sampled.logprobs is not None else None
+        token_ids, logprobs = sampled.token_ids, sampled.logprobs
+        if self._device.type != "cpu":
+            token_ids = token_ids.to("cpu", non_blocking=True)
+            logprobs = logprobs.to_host() if logprobs is not None else None
         clock.mark()
         bytes_needed, flops_needed = self._cost.of(plan)
         wanted = settings.num_logprobs[list(sampled.logprob_rows)].tolist()
@@ -233,6 +236,11 @@ def allocate_caches(
     shape = (kv_spec.num_layers, 2, num_blocks, kv_spec.num_kv_heads, kv_spec.block_size, kv_spec.head_size)
     memory = torch.zeros(shape, dtype=dtype, device=device)
     return [LayerCache(layer[0], layer[1]) for layer in memory]
+
+
+def _rows_of(hidden: Tensor, index: Tensor) -> Tensor:
+    """The rows of `hidden` [T, hidden] that are sampled from; all of them in a step that only decodes."""
+    return hidden if len(index) == len(hidden) else hidden.index_select(0, index)
 
 
 def _result(started: _Started) -> StepResult:
