@@ -10,6 +10,9 @@ What can cost: the fragments' Python (it shares the interpreter with the engine 
 browser's painting, which on a small machine takes the very cores that the engine computes on. A person's browser usually
 runs on another machine: by default the browser's priority is lowered to come near to that (`--browser-nice 0` leaves it), and
 the output says which one was used. CPU times of server and browser are printed beside the latencies.
+
+A virtual machine's processors can be taken away from it (steal): a pair of rounds in which more than MAX_STOLEN of their time
+was is measured again, at most RETRIES times as often as asked; then the quietest pairs count, and the output says so.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from typing import Any
 import numpy as np
 
 BAR = 1.3
+MAX_STOLEN = 0.02
+RETRIES = 3
 PATHS = ("/", "/playground", "/engine")
 PROMPT = "Tell me a story about a fox and a lamp."
 WARM_UP_TOKENS = 64
@@ -70,6 +75,7 @@ class Gaps:
     wall_s: float = 0.0
     server_cpu_s: float = 0.0
     browser_cpu_s: float = 0.0
+    stolen: float = 0.0  # share of the processors' time that the hypervisor took
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -79,14 +85,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with _server(args) as server, _browser(args) as browser:
         server.stream(WARM_UP_TOKENS)
         idle = _idle_cost(server, browser)
-        rounds: dict[str, list[Gaps]] = {"closed": [], "open": []}
-        for pair in range(args.rounds):
-            for kind in ("closed", "open") if pair % 2 == 0 else ("open", "closed"):  # drift hits both alike
+        pairs: list[dict[str, Gaps]] = []
+        while len(pairs) < args.rounds * RETRIES and sum(map(_is_quiet, pairs)) < args.rounds:
+            kinds = ("closed", "open") if len(pairs) % 2 == 0 else ("open", "closed")  # drift hits both alike
+            pair: dict[str, Gaps] = {}
+            for kind in kinds:
                 browser.show(server.url if kind == "open" else None)
-                rounds[kind].append(_round(server, browser, args))
-    figures = _figures(rounds, args) | idle
+                pair[kind] = _round(server, browser, args)
+            pairs.append(pair)
+    used = sorted(pairs, key=_stolen)[: args.rounds]
+    rounds = {kind: [pair[kind] for pair in pairs if pair in used] for kind in ("closed", "open")}
+    stolen = {
+        "max_stolen": MAX_STOLEN,
+        "pairs_measured": len(pairs),
+        "stolen_by_pair": [round(_stolen(pair), 4) for pair in pairs],
+        "is_quiet": all(map(_is_quiet, used)),
+    }
+    figures = _figures(rounds, args) | idle | stolen
     _print(figures, args)
     return figures
+
+
+def _stolen(pair: dict[str, Gaps]) -> float:
+    return max(gaps.stolen for gaps in pair.values())
+
+
+def _is_quiet(pair: dict[str, Gaps]) -> bool:
+    return _stolen(pair) <= MAX_STOLEN
 
 
 def _round(server: Server, browser: Browser, args: argparse.Namespace) -> Gaps:
@@ -94,9 +119,11 @@ def _round(server: Server, browser: Browser, args: argparse.Namespace) -> Gaps:
     server.stream(WARM_UP_TOKENS)
     server.token_times()
     began, server_cpu, browser_cpu = time.monotonic(), server.cpu_s(), browser.cpu_s()
+    stolen_s = _stolen_s()
     while time.monotonic() - began < args.round_s:
         gaps.client_ms += np.diff(server.stream(args.tokens)).tolist()
     gaps.wall_s = time.monotonic() - began
+    gaps.stolen = (_stolen_s() - stolen_s) / gaps.wall_s / (os.cpu_count() or 1)
     gaps.server_cpu_s = server.cpu_s() - server_cpu
     gaps.browser_cpu_s = browser.cpu_s() - browser_cpu
     for times in server.token_times():
@@ -168,6 +195,9 @@ def _print(figures: dict[str, Any], args: argparse.Namespace) -> None:
             f"{figures[f'{who}_cpu_ms_per_s_open']:.0f} open; idle {figures[f'idle_{who}_cpu_ms_per_s_closed']:.0f} closed, "
             f"{figures[f'idle_{who}_cpu_ms_per_s_open']:.0f} open"
         )
+    measured, quiet = figures["pairs_measured"], "" if figures["is_quiet"] else ": NOT quiet enough to tell"
+    shares = ", ".join(f"{share:.1%}" for share in figures["stolen_by_pair"])
+    print(f"pairs of rounds measured: {measured}; processor time stolen in each: {shares}{quiet}")
     where = f"nice {args.browser_nice}" if args.browser_nice else "the same priority as the server"
     print(
         f"The browser ran on this machine, with {where}. {'Passed' if figures['passed'] else 'NOT passed'}."
@@ -324,6 +354,15 @@ def _cpu_s(pids: set[int]) -> float:
             continue
         total += int(fields[11]) + int(fields[12])
     return total * TICK_S
+
+
+def _stolen_s() -> float:
+    """Seconds that this machine's processors have been taken away from it, all together."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    except OSError:
+        return 0.0
+    return int(fields[8]) * TICK_S if len(fields) > 8 else 0.0
 
 
 def _free_port() -> int:
