@@ -60,6 +60,10 @@ class Child:
             return False
         return True
 
+    def has_come_up(self) -> None:
+        """Its start succeeded: the waits between starts are for starts that fail, and begin anew."""
+        self.failures = 0
+
     def plan_restart(self) -> float:
         """Seconds until the next start; more after each quick death."""
         if time.monotonic() - self.started_at > _STEADY_S:

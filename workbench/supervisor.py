@@ -189,6 +189,8 @@ class Supervisor:
                 self._mlflow_due = time.monotonic() + _MLFLOW_HEADSTART_S
             return
         if kind == "loaded":
+            if self._app is not None:
+                self._app.has_come_up()
             self._print(f"{event['title']} is ready. API: {self.settings.url}/v1")
         elif kind == "failed":
             self._print(f"No model: {event['message']}")

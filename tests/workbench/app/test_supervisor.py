@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from workbench import exit_codes
+from workbench.child import Child
 from workbench.ports import free_port
 
 NO_MLFLOW = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9/none"}  # an MLflow of one's own: no child for it
@@ -256,3 +258,13 @@ def _pgid(pid: int) -> int:
         return os.getpgid(pid)
     except OSError:
         return -1
+
+
+def test_only_starts_that_fail_are_waited_for_longer_and_longer():
+    """A child that had come up and was killed is back at once, however often; one that never comes up is not hurried."""
+    child = Child("app", ["true"], {}, started_at=time.monotonic())
+    failing = [child.plan_restart() for _ in range(8)]
+    assert failing == sorted(failing)
+    assert failing[-1] >= 10 * failing[0]
+    child.has_come_up()
+    assert child.plan_restart() == failing[0]
