@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../kernels/cpu_phase.h"
+#include "../kernels/cpu_team.h"
 #include "../kernels/cpu_vector.h"
 
 namespace quire {
@@ -263,9 +263,9 @@ void attention_all(const Paging& p, const Heads& h, const T* q, int64_t q_stride
                    int64_t num_threads) {
     std::vector<QueryTile> tiles;
     list_tiles(p, h.query / h.kv, tiles);
-    Phase phase;
-#pragma omp parallel num_threads(num_threads)
-    attention(phase, tiles, p, h, q, q_stride, k_cache, v_cache, out, h.query * h.size);
+    on_team(num_threads, [=, tiles = std::move(tiles), phases = std::vector<Phase>(1)]() mutable {
+        attention(phases[0], tiles, p, h, q, q_stride, k_cache, v_cache, out, h.query * h.size);
+    });
 }
 
 }  // namespace quire

@@ -1,12 +1,13 @@
 // The whole decoder of the Llama-like families as one call: embedding, layers, and the logits of chosen rows.
 //
-// At a few million parameters a step is shorter than the dispatch of its operations one by one; here the threads of one
-// parallel region walk through all layers, phase by phase. Same arithmetic as engine/models/decoder.py,
+// At a few million parameters a step is shorter than the dispatch of its operations one by one; here the threads of a
+// team walk through all layers, phase by phase. Same arithmetic as engine/models/decoder.py,
 // which is its oracle: the residual is float32, inputs of the products are of the activation type A (float32 or
 // bfloat16), K and V of the cache's type C.
 #include <cmath>
 
 #include "cpu_sampler.cpp"
+#include "cpu_team.h"
 #include "packed_linear.cpp"
 
 #include "../attention/cpu_paged.cpp"
@@ -128,27 +129,24 @@ template <class A>
 void forward(const Model& m, const Step& s) {
     std::vector<QueryTile> tiles;
     list_tiles(s.paging, m.num_heads / m.num_kv_heads, tiles);
-    std::vector<Phase> phases(1 + PHASES * m.num_layers);
-#pragma omp parallel num_threads(s.num_threads)
-    {
+    on_team(s.num_threads, [m, s, tiles = std::move(tiles), layers = std::vector<Layer>(m.layers, m.layers + m.num_layers),
+                            phases = std::vector<Phase>(1 + PHASES * m.num_layers)]() mutable {
         phases[0].run_chunks(s.num_tokens, ROWS, [&](int64_t t, int64_t end) {
             for (; t < end; t++) embed<A>(m, s.token_ids[t], s.x + t * m.hidden);
         });
         for (int64_t i = 0; i < m.num_layers; i++)
-            run_layer<A>(m, m.layers[i], s, tiles, &phases[1 + PHASES * i]);
-    }
+            run_layer<A>(m, layers[i], s, tiles, &phases[1 + PHASES * i]);
+    });
 }
 
 template <class A>
 void logits(const Model& m, const float* x, A* h, float* out, int64_t rows, int64_t num_threads) {
-    Phase norms, product;
-#pragma omp parallel num_threads(num_threads)
-    {
-        norms.run_chunks(rows, ROWS, [&](int64_t r, int64_t end) {
+    on_team(num_threads, [=, phases = std::vector<Phase>(2)]() mutable {
+        phases[0].run_chunks(rows, ROWS, [&](int64_t r, int64_t end) {
             for (; r < end; r++) rms_norm(x + r * m.hidden, m.norm, m.eps, m.hidden, h + r * m.hidden);
         });
-        linear(product, m.lm_head, h, m.hidden, rows, out, m.lm_head.out, STORE);
-    }
+        linear(phases[1], m.lm_head, h, m.hidden, rows, out, m.lm_head.out, STORE);
+    });
 }
 
 }  // namespace quire

@@ -1,10 +1,10 @@
 """The compiled CPU kernels: built once per machine with its own compiler, loaded through a plain C interface.
 
 The library is one shared object from a few C++ files (paged attention, packed products, the fused decoder, the sampler). It needs no
-torch headers: tensors cross as raw pointers, which makes the build seconds and independent of torch's version. It is
-linked to the very OpenMP runtime that torch has loaded, because two such runtimes in one process fight over the cores.
+torch headers: tensors cross as raw pointers, which makes the build seconds and independent of torch's version. Its
+threads are its own (``cpu_team.h``): it brings no OpenMP runtime beside torch's.
 
-Cache: ``$HOME_DIR/cache/kernels`` or the user's cache folder, keyed by sources, compiler, flags, CPU and that runtime.
+Cache: ``$HOME_DIR/cache/kernels`` or the user's cache folder, keyed by sources, compiler, flags and CPU.
 Boundary: build and load only. Where there is no compiler `load` says why; the callers then use torch.
 """
 
@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 logger = logging.getLogger(__name__)
 
 ENGINE = Path(__file__).resolve().parents[1]
@@ -33,12 +31,13 @@ MAIN_SOURCE = ENGINE / "kernels" / "cpu_decoder.cpp"
 SOURCES = (
     ENGINE / "kernels" / "cpu_vector.h",
     ENGINE / "kernels" / "cpu_phase.h",
+    ENGINE / "kernels" / "cpu_team.h",
     ENGINE / "kernels" / "cpu_sampler.cpp",
     ENGINE / "kernels" / "packed_linear.cpp",
     ENGINE / "attention" / "cpu_paged.cpp",
     MAIN_SOURCE,
 )
-FLAGS = ("-std=gnu++17", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
+FLAGS = ("-std=gnu++17", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-fPIC")
 BUILD_TIMEOUT_S = 180.0
 
 
@@ -116,11 +115,11 @@ def build_and_load(cache_folder: Path) -> CpuLibrary:
     Raises:
         BuildError: no compiler, it failed, or the result does not load.
     """
-    compiler, openmp = find_compiler(), torch_openmp()
-    key = _key(compiler, openmp)
+    compiler = find_compiler()
+    key = _key(compiler)
     path = cache_folder / f"quire_cpu_{key}.so"
     if not path.is_file():
-        path = _build(compiler, openmp, _writable(cache_folder) / path.name)
+        path = _build(compiler, _writable(cache_folder) / path.name)
     try:
         functions = ctypes.CDLL(str(path))
     except OSError as error:
@@ -129,24 +128,10 @@ def build_and_load(cache_folder: Path) -> CpuLibrary:
     return CpuLibrary(path, functions, int(functions.quire_panel_width()), multiplies_bf16())
 
 
-def torch_openmp() -> Path:
-    """The OpenMP runtime that torch has loaded into this process."""
-    torch.get_num_threads()
-    try:
-        mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
-    except OSError as error:
-        raise BuildError(f"the loaded OpenMP runtime cannot be found: {error}") from error
-    found = sorted({line.split()[-1] for line in mapped.splitlines() if "/libgomp" in line})
-    own = [path for path in found if "/torch" in path] or found
-    if not own:
-        raise BuildError("torch has loaded no GNU OpenMP runtime")
-    return Path(own[0])
-
-
-def _key(compiler: str, openmp: Path) -> str:
+def _key(compiler: str) -> str:
     digest = hashlib.sha256()
     version = _run([compiler, "--version"])
-    for part in (version, " ".join(FLAGS), platform.machine(), " ".join(sorted(cpu_flags())), str(openmp)):
+    for part in (version, " ".join(FLAGS), platform.machine(), " ".join(sorted(cpu_flags()))):
         digest.update(part.encode() + b"\0")
     for source in SOURCES:
         digest.update(source.read_bytes() + b"\0")
@@ -162,13 +147,11 @@ def _writable(folder: Path) -> Path:
         return Path(tempfile.mkdtemp(prefix="quire-kernels-"))
 
 
-def _build(compiler: str, openmp: Path, target: Path) -> Path:
+def _build(compiler: str, target: Path) -> Path:
     """Compile to a private name beside the target, then rename: builders at the same time end with one whole file."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as work:
-        unit, library = Path(work) / "kernels.o", Path(work) / target.name
-        _run([compiler, *FLAGS, "-c", str(MAIN_SOURCE), "-o", str(unit)])
-        # Not -fopenmp here: it would name the system's runtime beside torch's.
-        _run([compiler, "-shared", str(unit), str(openmp), f"-Wl,-rpath,{openmp.parent}", "-o", str(library)])
+        library = Path(work) / target.name
+        _run([compiler, *FLAGS, "-shared", str(MAIN_SOURCE), "-o", str(library)])
         os.replace(library, target)
     return target
 

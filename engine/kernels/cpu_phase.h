@@ -14,6 +14,12 @@ namespace quire {
 
 constexpr int SPINS = 300;  // about 15 µs, then the core is offered to whoever waits for it
 
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
 class Phase {
   public:
     // Takes tasks 0 … count - 1 as long as there are any, then waits for those that others took.
@@ -40,12 +46,6 @@ class Phase {
     }
 
   private:
-    static void pause() {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
-    }
-
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int64_t> done_{0};
 };

@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu_team.h"
 #include "cpu_vector.h"
 
 namespace quire {
@@ -238,13 +239,13 @@ extern "C" {
 
 // One token a row.
 void quire_sample(const quire::Sampling* s) {
-#pragma omp parallel num_threads(s->num_threads) if (s->rows > 1 && s->rows * s->vocab >= quire::WORTH_A_THREAD)
-    {
+    using namespace quire;
+    const int64_t num_threads = s->rows * s->vocab < WORTH_A_THREAD ? 1 : std::min(s->num_threads, s->rows);
+    on_team(num_threads, [s = *s, phases = std::vector<Phase>(1)]() mutable {
         std::vector<float> scratch;
-        std::vector<quire::Candidate> found;
-#pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < s->rows; row++) quire::sample_row(*s, row, scratch, found);
-    }
+        std::vector<Candidate> found;
+        phases[0].run(s.rows, [&](int64_t row) { sample_row(s, row, scratch, found); });
+    });
 }
 
 // Log-probabilities under the raw logits; num_top is at most vocab.

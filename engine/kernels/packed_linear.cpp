@@ -8,7 +8,7 @@
 // independent of the batch. Threads take panels and row tiles, never parts of k.
 #include <algorithm>
 
-#include "cpu_phase.h"
+#include "cpu_team.h"
 #include "cpu_vector.h"
 
 namespace quire {
@@ -177,11 +177,11 @@ void quire_pack(const void* weight, void* packed, int64_t out, int64_t in, int64
 void quire_linear(const quire::Packed* w, const void* x, void* y, int64_t rows, int64_t x_narrow, int64_t y_stride,
                   int64_t num_threads) {
     using namespace quire;
-    Phase phase;
-#pragma omp parallel num_threads(num_threads)
-    if (x_narrow)
-        linear(phase, *w, static_cast<const bf16*>(x), w->in, rows, static_cast<bf16*>(y), y_stride, STORE);
-    else
-        linear(phase, *w, static_cast<const float*>(x), w->in, rows, static_cast<float*>(y), y_stride, STORE);
+    on_team(num_threads, [=, w = *w, phases = std::vector<Phase>(1)]() mutable {
+        if (x_narrow)
+            linear(phases[0], w, static_cast<const bf16*>(x), w.in, rows, static_cast<bf16*>(y), y_stride, STORE);
+        else
+            linear(phases[0], w, static_cast<const float*>(x), w.in, rows, static_cast<float*>(y), y_stride, STORE);
+    });
 }
 }
