@@ -51,8 +51,8 @@ map: $(VENV)/.installed
 test: check browser
 	$(BIN)/python -m pytest -m "not full" $(SIDE_BY_SIDE) --durations=15
 
-test-full: check browser
-	$(BIN)/python -m pytest --durations=25
+test-full: test
+	$(BIN)/python -m pytest -m full --durations=25
 
 bench: $(VENV)/.installed-test browser
 	$(BIN)/python -m engine.bench overhead

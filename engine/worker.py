@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from engine.engine import Engine, StepOutput
     from engine.tokenizer import TokenizerLike
 
-SWITCH_INTERVAL_S = 5e-4  # how long a busy Python thread may keep the engine thread from the interpreter
+SWITCH_INTERVAL_S = 1e-4  # how long a busy Python thread may keep the engine thread from the interpreter
 STATS_INTERVAL_NS = 50_000_000
 STALL_AFTER_S = 60.0  # the first step of a model may compile kernels
 

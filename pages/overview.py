@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from workbench.ui.components.engine_state import EngineView
 
 REFRESH_S = 4.0
+STEPS_REFRESH_S = 10.0  # what is done on this page runs it anyway
 MINUTE_NS, NS_PER_MS = 60_000_000_000, 1_000_000
 
 
@@ -50,7 +51,7 @@ def show() -> None:
     st.code(f"curl {copy_code.base_url(st.context.url)}/models", language="bash")
 
 
-@st.fragment(run_every=REFRESH_S)  # type: ignore[untyped-decorator]
+@st.fragment(run_every=STEPS_REFRESH_S)  # type: ignore[untyped-decorator]
 @page_errors.shown()
 def _first_steps() -> None:
     """The checklist, kept fresh while something of it is left to do."""
