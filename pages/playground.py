@@ -47,13 +47,13 @@ def show() -> None:
         controls = sampling_controls.show(worker.config.max_model_len or 1_000_000)
     conversation = _conversation()
     _actions(bar, conversation, controls)
-    running_slot = _turns(conversation)
+    unfinished = _turns(conversation)
     if not conversation.turns:
         _empty(bar, worker, conversation, controls)
     _ask_box(worker, conversation, controls)
     _keep_chip(bar)
-    if conversation.running is not None and running_slot is not None:
-        _follow(bar, conversation.running, running_slot)
+    if unfinished is not None:
+        _follow(bar, *unfinished)
 
 
 def _follow(bar: top_bar.Bar, answer: Answer, slot: DeltaGenerator) -> None:
@@ -91,9 +91,12 @@ def _actions(bar: top_bar.Bar, conversation: Conversation, controls: Controls) -
             copy_code.show(bar.model_id, messages, controls.params, conversation.tools)
 
 
-def _turns(conversation: Conversation) -> DeltaGenerator | None:
-    """Render what was said; the slot of the answer that still runs."""
-    slot: DeltaGenerator | None = None
+def _turns(conversation: Conversation) -> tuple[Answer, DeltaGenerator] | None:
+    """Render what was said; the answer that was shown unfinished, and its slot.
+
+    It may end at any moment: whether it has to be followed is decided by what was shown, not by how it is by then.
+    """
+    unfinished: tuple[Answer, DeltaGenerator] | None = None
     for turn in conversation.turns:
         for message in turn.messages:
             with st.chat_message(str(message["role"]), avatar=_AVATARS.get(str(message["role"]))):
@@ -103,9 +106,11 @@ def _turns(conversation: Conversation) -> DeltaGenerator | None:
                 st.html(markup.panel("bad", "The request was refused", turn.error or ""))
                 continue
             slot = st.empty()
-            if chat_message.show(turn.answer, slot, turn.expected) and turn.answer.text:
+            if not chat_message.show(turn.answer, slot, turn.expected):
+                unfinished = turn.answer, slot
+            elif turn.answer.text:
                 feedback_box.show(turn.answer.request_id, turn.answer.text)
-    return slot
+    return unfinished
 
 
 def _empty(bar: top_bar.Bar, worker: EngineWorker, conversation: Conversation, controls: Controls) -> None:

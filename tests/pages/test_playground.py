@@ -47,6 +47,23 @@ def test_answer_is_escaped_and_never_markup(ready_host, open_page):
     assert "&lt;script&gt;alert(2)&lt;/script&gt;" in shown
 
 
+def test_answer_that_ends_while_it_is_drawn_is_shown_finished(ready_host, open_page, monkeypatch):
+    ready_host(choose=scripted("Yes."), delay_s=0.02)
+    draw, drawn = chat_message.running, []
+
+    def draw_until_it_has_ended(answer: Answer) -> str:
+        drawn.append(draw(answer))
+        while answer.running:
+            time.sleep(0.005)
+        return drawn[-1]
+
+    monkeypatch.setattr(chat_message, "running", draw_until_it_has_ended)
+    at = say(open_page("playground"), "one")
+    assert drawn, "it had ended before it was drawn: nothing is proven"
+    assert "TTFT" in html_of(at)
+    assert "aria-busy" not in html_of(at)
+
+
 def test_conversation_goes_on_and_survives_a_reload(ready_host, open_page):
     fake: FakeHost = ready_host(choose=scripted("Yes."))
     at = say(open_page("playground"), "one")

@@ -29,10 +29,10 @@ _ENDS = {
 
 
 def show(answer: Answer, slot: DeltaGenerator | None = None, expected: str | None = None) -> bool:
-    """Render the answer as it is now, into `slot` if there is one; whether it has ended."""
-    target = slot if slot is not None else st
-    target.html(running(answer) if answer.running else finished(answer, expected))
-    return not answer.running
+    """Render the answer as it is now, into `slot` if there is one; whether it was shown as ended: it may end at any moment."""
+    target, has_ended = slot if slot is not None else st, not answer.running
+    target.html(finished(answer, expected) if has_ended else running(answer))
+    return has_ended
 
 
 def running(answer: Answer) -> str:
