@@ -14,8 +14,6 @@ from engine.request import FinishReason, Request
 
 NS_PER_MS = 1_000_000
 
-_fill_in_text = StreamDelta.__dict__["text"].__set__
-
 
 class CompletionBuilder:
     """One request's output so far. Not thread-safe: one reader."""
@@ -40,16 +38,14 @@ class CompletionBuilder:
     def num_tokens(self) -> int:
         return len(self._token_ids)
 
-    def add(self, delta: StreamDelta) -> None:
-        """Take the delta in and fill in its text."""
+    def add(self, delta: StreamDelta) -> StreamDelta:
+        """Take the delta in; it is returned with its text."""
         self._add_figures(delta)
-        text = delta.text
-        if text is None:
-            text = self._decode(delta.token_ids, delta.finish_reason)
-            # This reader is the only one that has the delta, and nobody has seen it yet: filling in is not changing.
-            _fill_in_text(delta, text)
-        if text:
-            self._texts.append(text)
+        if delta.text is None:
+            delta = delta._replace(text=self._decode(delta.token_ids, delta.finish_reason))
+        if delta.text:
+            self._texts.append(delta.text)
+        return delta
 
     def add_all(self, deltas: list[StreamDelta]) -> None:
         """Take many in at once; they are not given to anyone, so their text is decoded together."""

@@ -126,8 +126,7 @@ class RequestStream:
     # ── the reader's side ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _next(self) -> StreamDelta:
-        delta = self._deltas.popleft()
-        self._builder.add(delta)
+        delta = self._builder.add(self._deltas.popleft())
         if delta.finish_reason is not None:
             self.completion = self._builder.finish(delta)
         return delta
