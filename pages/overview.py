@@ -43,6 +43,7 @@ def show() -> None:
         )
         st.page_link(site.page("playground"), label="**Ask the model something**", icon=":material/forum:")
         st.page_link(site.page("engine"), label="**Watch blocks and steps**", icon=":material/memory:")
+    resources.readings().forget(checklist.SUBJECT)  # whoever comes here has perhaps just done a step
     _first_steps()
     if not waiting.show(bar):
         return

@@ -79,6 +79,20 @@ def test_each_record_ticks_its_own_step(records, open_page, tmp_path):
     assert len(ticked(world_again)) == 6
 
 
+def test_whoever_comes_back_finds_the_step_ticked(records, open_page, monkeypatch):
+    monkeypatch.setattr(
+        checklist, "TTL_S", 3600.0
+    )  # what was read when the page was opened first would do for an hour
+    world = records()
+    at = settle(open_page("overview"))
+    assert ticked(at) == []
+    with RequestLog(world.settings.home_dir) as log:
+        world.host.worker().add_sink(log.sink("fake", "d"))
+        world.host.worker().submit([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True)).result(10)
+    at = open_page("overview")
+    assert eventually(lambda: checklist.STEPS[0].title in ticked(at.run()))
+
+
 def test_failed_comparison_ticks_nothing(records, open_page):
     world = records()
     world.job("compare", {}, JobState.FAILED, error={"code": "x", "message": "no"})

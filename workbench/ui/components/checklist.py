@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 DEMO_NAME = "ticket-extractor"
 SEEDED_NAMES = frozenset({DEMO_NAME, "chat-base"})
+SUBJECT = "checklist"  # of what is read from this machine's own records
 TTL_S = 4.0
 REGISTRY_TTL_S = 15.0  # what our own pages change is told at once (Readings.forget)
 DONE_TTL_S = 300.0
-WAIT_S = 0.05
+REGISTRY_WAIT_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +60,12 @@ Done = Mapping[str, bool]
 def done(services: PageServices) -> dict[str, bool]:
     """What the records say, as far as they could be read by now. Never waits long."""
     get = resources.readings().get
-    local = get(
-        ("checklist",), lambda: _told_locally(services), ttl_s=lambda told: _ttl_s(told, TTL_S), wait_s=WAIT_S
-    )
+    local = get((SUBJECT,), lambda: _told_locally(services), ttl_s=lambda told: _ttl_s(told, TTL_S))
     registered = get(
         (registry_view.REGISTRY, "checklist"),
         lambda: _told_by_registry(services.registry()),
         ttl_s=lambda told: _ttl_s(told, REGISTRY_TTL_S),
-        wait_s=WAIT_S,
+        wait_s=REGISTRY_WAIT_S,
     )
     told = {**(local.value or {}), **(registered.value or {})}
     return {step.key: told.get(step.key, False) for step in STEPS}
