@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from workbench.ui.components.engine_state import EngineView
 
 REFRESH_S = 4.0
-STEPS_REFRESH_S = 10.0  # what is done on this page runs it anyway
+STEPS_REFRESH_S = 10.0  # coming to the page reads it anew
 MINUTE_NS, NS_PER_MS = 60_000_000_000, 1_000_000
 
 

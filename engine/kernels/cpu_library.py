@@ -1,8 +1,8 @@
 """The compiled CPU kernels: built once per machine with its own compiler, loaded through a plain C interface.
 
-The library is one shared object from a few C++ files (paged attention, packed products, the fused decoder, the sampler). It needs no
-torch headers: tensors cross as raw pointers, which makes the build seconds and independent of torch's version. Its
-threads are its own (``cpu_team.h``): it brings no OpenMP runtime beside torch's.
+The library is one shared object from a few C++ files (paged attention, packed products, the fused decoder, the sampler).
+It needs no torch headers: tensors cross as raw pointers, which makes the build seconds and independent of torch's version.
+Its threads are its own (``cpu_team.h``): it brings no OpenMP runtime beside torch's.
 
 Cache: ``$HOME_DIR/cache/kernels`` or the user's cache folder, keyed by sources, compiler, flags and CPU.
 Boundary: build and load only. Where there is no compiler `load` says why; the callers then use torch.

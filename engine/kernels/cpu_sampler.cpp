@@ -73,16 +73,21 @@ struct NoiseKeys {
     }
 };
 
+// The first n <= VL values, the other lanes below any.
+inline vf load_or_nothing(const float* x, int64_t n) {
+    if (n == VL) return load(x);
+    vf found = splat(NOTHING);
+    for (int64_t lane = 0; lane < n; lane++) found[lane] = x[lane];
+    return found;
+}
+
 inline float highest(const float* x, int64_t size) {
     vf best = splat(NOTHING);
-    int64_t i = 0;
-    for (; i + VL <= size; i += VL) {
-        const vf v = load(x + i);
+    in_vectors(size, [&](int64_t i, int64_t n) {
+        const vf v = load_or_nothing(x + i, n);
         best = v > best ? v : best;
-    }
-    float found = largest(best);
-    for (; i < size; i++) found = x[i] > found ? x[i] : found;
-    return found;
+    });
+    return largest(best);
 }
 
 inline int64_t first_of(const float* x, int64_t size, float value) {
@@ -97,11 +102,7 @@ inline double exp_sum(const float* x, int64_t size, float peak, float floor) {
     for (int64_t begin = 0; begin < size; begin += 64 * VL) {
         vf part{};
         in_vectors(std::min<int64_t>(64 * VL, size - begin), [&](int64_t i, int64_t n) {
-            vf v = splat(NOTHING);
-            if (n == VL)
-                v = load(x + begin + i);
-            else
-                for (int64_t lane = 0; lane < n; lane++) v[lane] = x[begin + i + lane];
+            const vf v = load_or_nothing(x + begin + i, n);
             part += v >= splat(floor) ? exp(v - splat(peak)) : vf{};
         });
         total += sum(part);
@@ -171,11 +172,7 @@ inline int64_t draw(const float* scaled, int64_t size, const NoiseKeys& keys, co
     const vu first = vu{} + keys.first, second = vu{} + keys.second;
     for (int64_t i = 0; i < size; i += VL) {
         const int64_t n = std::min<int64_t>(VL, size - i);
-        vf value = splat(NOTHING);
-        if (n == VL)
-            value = load(scaled + i);
-        else
-            for (int64_t lane = 0; lane < n; lane++) value[lane] = scaled[i + lane];
+        const vf value = load_or_nothing(scaled + i, n);
         const vu hash = mix(mix((vu)(LANE + int32_t(i)) ^ first) + second);
         vf u = (__builtin_convertvector(hash, vf) + splat(0.5f)) * splat(0x1p-32f);
         u = u < splat(1.0f - 0x1p-24f) ? u : splat(1.0f - 0x1p-24f);

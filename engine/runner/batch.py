@@ -3,8 +3,8 @@
 A row holds its tokens (on the device, where sampling writes them), its block table and its sampling settings. Plans bring
 deltas; `apply` and `step_inputs` cost O(scheduled rows + tokens of the step), never O(context).
 
-Boundary: one KV group. No model, no sampling. On a CPU the host's and the device's tokens and block tables are one memory, and
-a step's inputs are made without torch: each of its operations lets other Python threads take the interpreter.
+Boundary: one KV group. No model, no sampling. On a CPU the host's and the device's block tables are one memory, and a
+step's inputs are made without torch: each of its operations lets other Python threads take the interpreter.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ class RowBatch:
         self.eos_token_ids = eos_token_ids
         self.row_tokens = max_model_len + 1
         self.row_blocks = -(-max_model_len // block_size) + 1
-        host_tokens = np.zeros((max_num_seqs, self.row_tokens), dtype=np.int32)
+        self.tokens = torch.zeros(max_num_seqs, self.row_tokens, dtype=torch.int32, device=device)
+        self._flat_tokens = self.tokens.view(-1)
         self.host_tables = np.zeros((max_num_seqs, self.row_blocks), dtype=np.int32)
-        self.tokens = torch.from_numpy(host_tokens).to(device)
-        self._flat_tokens = host_tokens.reshape(-1)  # of `tokens` itself, on a CPU
         self.tables = torch.from_numpy(self.host_tables).to(device)  # the same memory on a CPU
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
@@ -107,7 +106,7 @@ class RowBatch:
             token_ids, tables, starts, seq_lens = map(
                 torch.from_numpy,
                 (
-                    self._flat_tokens[token_index],
+                    self._flat_tokens.numpy()[token_index],
                     self.host_tables[rows, :columns],
                     query_start.astype(np.int32),
                     end.astype(np.int32),
@@ -117,7 +116,7 @@ class RowBatch:
             at, slot_mapping, logit_index, write_index, index, row_index, wide_starts, wide_lens = (
                 self._upload((*parts, token_index, rows, query_start, end))
             )
-            token_ids = self.tokens.view(-1).index_select(0, index)
+            token_ids = self._flat_tokens.index_select(0, index)
             tables = self.tables[:, :columns].index_select(0, row_index)
             starts, seq_lens = wide_starts.int(), wide_lens.int()
         several = np.nonzero(count != 1)[0]
@@ -152,9 +151,9 @@ class RowBatch:
     def write_tokens(self, inputs: StepInputs, token_ids: Tensor) -> None:
         """Put the sampled tokens [L] behind their rows' last tokens, for the next step to read."""
         if self.device.type == "cpu":
-            self._flat_tokens[inputs.write_index.numpy()] = token_ids.numpy()
+            self._flat_tokens.numpy()[inputs.write_index.numpy()] = token_ids.numpy()
             return
-        self.tokens.view(-1).index_copy_(0, inputs.write_index, token_ids.int())
+        self._flat_tokens.index_copy_(0, inputs.write_index, token_ids.int())
 
     def _admit(self, admission: RowAdmission) -> None:
         row, params = admission.row, admission.params

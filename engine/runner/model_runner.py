@@ -191,7 +191,9 @@ class ModelRunner:
             batch.write_tokens(inputs, sampled.token_ids)
         prompt = self._prompt_logprobs(plan, decoder, batch, hidden)
         token_ids, logprobs = sampled.token_ids, sampled.logprobs
-        if self._device.type != "cpu":
+        if (
+            self._device.type != "cpu"
+        ):  # there is nothing to copy there, and asking would let other threads in
             token_ids = token_ids.to("cpu", non_blocking=True)
             logprobs = logprobs.to_host() if logprobs is not None else None
         clock.mark()

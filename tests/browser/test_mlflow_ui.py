@@ -12,10 +12,7 @@ from playwright.sync_api import Page, expect
 
 from workbench import tracking
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes are included"),
-]
+pytestmark = pytest.mark.full
 READY_MS = 120_000
 
 

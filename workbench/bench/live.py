@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 pair[kind] = _round(server, browser, args)
             pairs.append(pair)
     used = sorted(pairs, key=_stolen)[: args.rounds]
-    rounds = {kind: [pair[kind] for pair in pairs if pair in used] for kind in ("closed", "open")}
+    rounds = {kind: [pair[kind] for pair in used] for kind in ("closed", "open")}
     stolen = {
         "max_stolen": MAX_STOLEN,
         "pairs_measured": len(pairs),
