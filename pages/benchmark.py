@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from workbench.ui import benchmark_result, markup, resources
+from workbench.ui import benchmark_result, markup, pace, resources
 from workbench.ui.components import (
     bench_report,
     job_state,
@@ -149,7 +149,7 @@ def _recipes(workload: Workload, model: str) -> None:
     )  # fmt: skip
 
 
-@st.fragment(run_every=REFRESH_S)  # type: ignore[untyped-decorator]
+@st.fragment(run_every=pace.every(REFRESH_S))  # type: ignore[untyped-decorator]
 @page_errors.shown()
 def _keep_chip(bar: top_bar.Bar) -> None:
     if bar.refresh().worker is None:

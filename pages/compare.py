@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from workbench.ui import markup, registry_view, resources
+from workbench.ui import markup, pace, registry_view, resources
 from workbench.ui.components import (
     action_state,
     compare_form,
@@ -58,10 +58,10 @@ def _form(services: PageServices) -> Choice | None:
     st.session_state.compare_seen = registry_view.signature(known.value or {})
     datasets = registry_view.dataset_names(services)
     if known.value is None or datasets.value is None:
-        needs.value(
-            known if known.value is None else datasets,
-            "The registry" if known.value is None else "The datasets",
-        )
+        if known.value is None:
+            needs.value(known, "The registry")
+        else:
+            needs.value(datasets, "The datasets")
         return None
     if not known.value or not datasets.value:
         return None
@@ -104,7 +104,7 @@ def _recipes(choice: Choice) -> None:
     )  # fmt: skip
 
 
-@st.fragment(run_every=REFRESH_S)  # type: ignore[untyped-decorator]
+@st.fragment(run_every=pace.every(REFRESH_S))  # type: ignore[untyped-decorator]
 @page_errors.shown()
 def _keep_chip(bar: top_bar.Bar) -> None:
     """The chip, kept fresh; draws the page again when the registry has changed."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from workbench.ui import charts, formats, markup, resources, theme
+from workbench.ui import charts, formats, markup, pace, resources, theme
 from workbench.ui.components import (
     block_map,
     engine_state,
@@ -47,7 +47,7 @@ def show() -> None:
         _still(bar.view.worker, bar.view.stats, view)
 
 
-@st.fragment(run_every=REFRESH_S)  # type: ignore[untyped-decorator]
+@st.fragment(run_every=pace.every(REFRESH_S))  # type: ignore[untyped-decorator]
 @page_errors.shown()
 def _live(bar: top_bar.Bar, window_s: int) -> None:
     view = bar.refresh()
@@ -127,7 +127,7 @@ def _tiles(stats: EngineStats) -> list[Tile]:
     ]  # fmt: skip
 
 
-@st.fragment(run_every=2.0)  # type: ignore[untyped-decorator]
+@st.fragment(run_every=pace.every(REFRESH_S))  # type: ignore[untyped-decorator]
 @page_errors.shown()
 def _keep_chip(bar: top_bar.Bar) -> None:
     bar.refresh()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from engine.request import FinishReason
-from workbench.ui import formats, glossary, markup, resources, site
+from workbench.ui import formats, glossary, markup, pace, resources, site
 from workbench.ui.components import (
     checklist,
     copy_code,
@@ -52,7 +52,7 @@ def show() -> None:
     st.code(f"curl {copy_code.base_url(st.context.url)}/models", language="bash")
 
 
-@st.fragment(run_every=STEPS_REFRESH_S)  # type: ignore[untyped-decorator]
+@st.fragment(run_every=pace.every(STEPS_REFRESH_S))  # type: ignore[untyped-decorator]
 @page_errors.shown()
 def _first_steps() -> None:
     """The checklist, kept fresh while something of it is left to do."""
@@ -64,7 +64,7 @@ def _first_steps() -> None:
     checklist.show_next(ticked)
 
 
-@st.fragment(run_every=REFRESH_S)  # type: ignore[untyped-decorator]
+@st.fragment(run_every=pace.every(REFRESH_S))  # type: ignore[untyped-decorator]
 @page_errors.shown()
 def _live(bar: top_bar.Bar) -> None:
     view = bar.refresh()

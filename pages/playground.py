@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from engine.errors import EngineError
-from workbench.ui import markup, resources
+from workbench.ui import markup, pace, resources
 from workbench.ui.components import (
     chat_message,
     copy_code,
@@ -166,7 +166,7 @@ def _send(
     st.rerun()
 
 
-@st.fragment(run_every=CHIP_REFRESH_S)  # type: ignore[untyped-decorator]
+@st.fragment(run_every=pace.every(CHIP_REFRESH_S))  # type: ignore[untyped-decorator]
 @page_errors.shown()
 def _keep_chip(bar: top_bar.Bar) -> None:
     if bar.refresh().worker is None:

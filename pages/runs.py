@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from workbench.ui import markup
+from workbench.ui import markup, pace
 from workbench.ui.components import (
     job_state,
     job_table,
@@ -55,7 +55,7 @@ def _jobs() -> None:
         job_table.detail(services, chosen, key="runs_job")
 
 
-@st.fragment(run_every=REFRESH_S)  # type: ignore[untyped-decorator]
+@st.fragment(run_every=pace.every(REFRESH_S))  # type: ignore[untyped-decorator]
 @page_errors.shown()
 def _list() -> None:
     services = needs.services()
@@ -74,7 +74,7 @@ def _list() -> None:
                     st.rerun(scope="fragment")
 
 
-@st.fragment(run_every=REFRESH_S)  # type: ignore[untyped-decorator]
+@st.fragment(run_every=pace.every(REFRESH_S))  # type: ignore[untyped-decorator]
 @page_errors.shown()
 def _keep_chip(bar: top_bar.Bar) -> None:
     bar.refresh()

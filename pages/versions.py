@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from workbench.ui import formats, markup, registry_view, resources
+from workbench.ui import formats, markup, pace, registry_view, resources
 from workbench.ui.components import (
     action_state,
     alias_history,
@@ -84,7 +84,7 @@ def _registered(services: PageServices, every: Mapping[str, VersionInfo]) -> Non
         f"All {len(rows)} versions", key="all", bind="query-params"
     )
     for row in rows if everything else rows[:MAX_SHOWN]:
-        version_card.show(services, row, champion and int(champion.ref.version or 0))
+        version_card.show(services, row, int(champion.ref.version or 0) if champion else None)
     alias_history.show(services, name)
 
 
@@ -127,7 +127,7 @@ def _alias_row(services: PageServices, name: str, champion: VersionInfo | None) 
         st.link_button("This name in MLflow", f"/mlflow/#/models/{name}")
 
 
-@st.fragment(run_every=REFRESH_S)  # type: ignore[untyped-decorator]
+@st.fragment(run_every=pace.every(REFRESH_S))  # type: ignore[untyped-decorator]
 @page_errors.shown()
 def _follow(bar: top_bar.Bar) -> None:
     """The followed aliases, kept fresh; draws the page again when registry or residents have changed."""

@@ -6,7 +6,10 @@ import ast
 import base64
 import itertools
 import json
+import os
 import shlex
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from page_world import ROOT
 from engine.record_log import BlockMap
 from engine.records import MemoryLedger
 from engine.sampling_params import SamplingParams
-from workbench.ui import charts, formats, glossary, markup, theme
+from workbench.ui import charts, formats, glossary, markup, pace, theme
 from workbench.ui.components import block_map, copy_code, memory_ledger, page_errors, step_timeline
 from workbench.ui.step_columns import MAX_BINS, StepColumns
 
@@ -238,3 +241,25 @@ def test_scripts_in_the_browser_fetch_nothing():
         text = Path(file).read_text("utf-8")
         for word in ("https://", "@import", "fetch(", "XMLHttpRequest", " url("):
             assert word not in text, f"{file.name} has {word}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the cores of a process are known on Linux alone")
+@pytest.mark.parametrize(("num_cores", "seconds"), [(1, 5.0), (2, 5.0), (4, 2.0), (64, 2.0)])
+def test_live_parts_refresh_less_often_where_no_core_is_free(monkeypatch, num_cores, seconds):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
+    assert pace.every(2.0) == seconds
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux alone")
+def test_thread_that_yields_to_the_engine_keeps_a_lower_priority():
+    found: list[int] = []
+
+    def script() -> None:
+        for _ in range(2):
+            pace.yield_to_the_engine()
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    thread = threading.Thread(target=script)
+    thread.start()
+    thread.join(10)
+    assert found == [max(pace.NICE, os.getpriority(os.PRIO_PROCESS, 0))]

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import streamlit as st
 
-from workbench.ui import markup
+from workbench.ui import markup, pace
 
-SCRIPT_NICE = 10
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def shown() -> Iterator[None]:
     """Catches what escapes from the block, or from the function that it decorates; Streamlit's own signals pass."""
-    _yield_to_the_engine()
+    pace.yield_to_the_engine()
     try:
         yield
     except Exception:
@@ -33,11 +29,3 @@ def shown() -> Iterator[None]:
                 "bad", "This page could not be shown", "An unexpected error; the engine goes on.", facts
             )
         )
-
-
-def _yield_to_the_engine() -> None:
-    """Lower the priority of this script's thread: on a machine without a free core a rerun would hold up a decode step."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        if os.getpriority(os.PRIO_PROCESS, thread) < SCRIPT_NICE:
-            os.setpriority(os.PRIO_PROCESS, thread, SCRIPT_NICE)
