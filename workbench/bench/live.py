@@ -8,8 +8,8 @@ of each neighbouring pair of rounds shows the spread.
 
 What can cost: the fragments' Python (it shares the interpreter with the engine thread), their messages, and the
 browser's painting, which on a small machine takes the very cores that the engine computes on. A person's browser usually
-runs on another machine: by default the browser's priority is lowered to come near to that (`--browser-nice 0` leaves it), and
-the output says which one was used. CPU times of server and browser are printed beside the latencies.
+runs on another machine: to come near to that, the browser gets only time that nobody else wants (`--browser-priority same`
+leaves it as it is), and the output says so. CPU times of server and browser are printed beside the latencies.
 
 A virtual machine's processors can be taken away from it (steal): a pair of rounds in which more than MAX_STOLEN of their time
 was is measured again, at most RETRIES times as often as asked; then the quietest pairs count, and the output says so.
@@ -53,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", type=int, default=1500, help="output tokens a stream (default 1500)")
     parser.add_argument(
-        "--browser-nice",
-        type=int,
-        default=19,
-        help="nice value of the browser; 0: the server's priority (default 19)",
+        "--browser-priority",
+        choices=("idle", "same"),
+        default="idle",
+        help="idle: the browser gets only time that nobody else wants; same: the server's priority (default idle)",
     )
     parser.add_argument(
         "--threads", type=int, default=None, help="CPU threads of the engine (default: its own choice)"
@@ -147,7 +147,7 @@ def _figures(rounds: dict[str, list[Gaps]], args: argparse.Namespace) -> dict[st
     found: dict[str, Any] = {
         "bar": BAR,
         "rounds": args.rounds,
-        "browser_nice": args.browser_nice,
+        "browser_priority": args.browser_priority,
         "fake": args.fake,
     }
     for side in ("engine", "client"):
@@ -198,10 +198,8 @@ def _print(figures: dict[str, Any], args: argparse.Namespace) -> None:
     measured, quiet = figures["pairs_measured"], "" if figures["is_quiet"] else ": NOT quiet enough to tell"
     shares = ", ".join(f"{share:.1%}" for share in figures["stolen_by_pair"])
     print(f"pairs of rounds measured: {measured}; processor time stolen in each: {shares}{quiet}")
-    where = f"nice {args.browser_nice}" if args.browser_nice else "the same priority as the server"
-    print(
-        f"The browser ran on this machine, with {where}. {'Passed' if figures['passed'] else 'NOT passed'}."
-    )
+    how = "in idle time" if args.browser_priority == "idle" else "with the server's priority"
+    print(f"The browser ran on this machine, {how}. {'Passed' if figures['passed'] else 'NOT passed'}.")
 
 
 class Server:
@@ -305,27 +303,34 @@ def _browser(args: argparse.Namespace) -> Iterator[Browser]:
 
     before = _descendants(os.getpid())
     with sync_playwright() as playwright:
+        driver = min(_descendants(os.getpid()) - before)  # Playwright's own process, the browser's parent
+        if args.browser_priority == "idle":
+            _make_idle(driver)
         opened = playwright.chromium.launch(executable_path=args.chromium, args=list(FLAGS))
         pages = [opened.new_context(viewport={"width": 1360, "height": 1000}).new_page() for _ in PATHS]
-        driver = min(_descendants(os.getpid()) - before)  # Playwright's own process, the browser's parent
-        if args.browser_nice:
+        if args.browser_priority == "idle":
             for pid in _descendants(driver):
-                _lower(pid, args.browser_nice)
+                _lower_session(pid)
         yield Browser(pages, driver)
         opened.close()
 
 
-def _lower(pid: int, nice: int) -> None:
-    """Lower a process's share of the CPU, and its session's where that is not ours: the kernel weighs sessions first."""
-    os.setpriority(os.PRIO_PROCESS, pid, nice)
+def _make_idle(pid: int) -> None:
+    """Let a process and all that it will start run only where no other thread wants to: every thread, since each has its own."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
+
+
+def _lower_session(pid: int) -> None:
+    """The kernel weighs sessions before threads where it groups them: give the process's one, where it is not ours, the least."""
     session, ours = Path(f"/proc/{pid}/autogroup"), Path("/proc/self/autogroup")
     try:
         if session.read_text().split()[0] != ours.read_text().split()[0]:
-            session.write_text(str(nice))
+            session.write_text("19")
     except (
         OSError,
         IndexError,
-    ):  # no such file without autogroups; EPERM for some users: the priority stands
+    ):  # no such file without groups; EPERM for some users: the threads' own priority stands
         pass
 
 
