@@ -15,7 +15,7 @@ from types import ModuleType
 import engine.bench
 from engine.bench.record import make_record, save, to_json
 
-NOT_BENCHMARKS = frozenset({"__main__", "record"})
+NOT_BENCHMARKS = frozenset({"__main__", "record", "parts"})
 RESULTS = Path("data/results")
 
 
