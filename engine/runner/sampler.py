@@ -29,16 +29,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.kernels.invariant import in_pieces
+from engine.kernels.gumbel import MIN_TEMPERATURE, gumbel_noise, mix_keys
 from engine.plan import TokenLogprobs
 
 FEW = 256  # tokens looked at first where a filter keeps few: sorting and hashing them is cheap
-MIN_TEMPERATURE = 1e-5  # below it logits / temperature may overflow; the choice is the greedy one long before
-_MULTIPLIER_A = 0x7FEB352D
-_MULTIPLIER_B = 0x846CA68B - (1 << 32)  # as a signed 32-bit number
-_SEED_OFFSET = 0x9E3779B9 - (1 << 32)
-_POSITION_OFFSET = 0x85EBCA6B - (1 << 32)
-_LARGEST_U = 1.0 - 2.0**-24
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,32 +109,12 @@ class Sampled:
     logprob_rows: tuple[int, ...]
 
 
-def mix32(x: Tensor) -> Tensor:
-    """The 32-bit mixer on int32 values; the masks make torch's signed shifts logical ones."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * _MULTIPLIER_A
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * _MULTIPLIER_B
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
 def noise_keys(seed: NDArray[np.int64], position: NDArray[np.int64]) -> Tensor:
     """The two 32-bit keys of each row, int32 [2, L] on the host."""
     low = torch.from_numpy(seed.astype(np.uint64).astype(np.uint32).view(np.int32))
     high = torch.from_numpy((seed.astype(np.uint64) >> np.uint64(32)).astype(np.uint32).view(np.int32))
     at = torch.from_numpy(position.astype(np.int32))
-    mixed = mix32(low + _SEED_OFFSET)
-    return torch.stack((mix32(mixed ^ at), mix32(mix32(high ^ mixed) ^ mix32(at + _POSITION_OFFSET))))
-
-
-def gumbel_noise(keys: Tensor, token_ids: Tensor, dtype: torch.dtype, *, invariant: bool = False) -> Tensor:
-    """Gumbel noise [L, n] of the tokens (int32, [n] or [L, n]) under the rows' keys [2, L]."""
-    hashed = mix32(mix32(token_ids ^ keys[0][:, None]) + keys[1][:, None])
-    u = ((hashed.long() & 0xFFFFFFFF).to(dtype) + 0.5) * 2.0**-32
-    u = u.clamp_(max=_LARGEST_U)
-    if invariant:
-        return in_pieces(lambda x: torch.log(torch.log1p(x.neg()).neg()).neg(), u)
-    return u.neg_().log1p_().neg_().log_().neg_()
+    return mix_keys(low, high, at)
 
 
 def sample(logits: Tensor, settings: SampleSettings, *, invariant: bool = False) -> Sampled:

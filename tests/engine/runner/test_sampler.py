@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.kernels.gumbel import mix32
 from engine.runner import sampler
 from engine.runner.sampler import (
     Filters,
     SampleSettings,
     gumbel_noise,
     keep_likely,
-    mix32,
     noise_keys,
     sample,
 )
