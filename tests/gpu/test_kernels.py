@@ -12,8 +12,11 @@ from torch import Tensor
 from engine.attention.random_step import PagedStep, excess_error, paged_step
 from engine.attention.triton_paged import TritonPagedAttention
 from engine.kernels.attention_tiles import SPLIT_TOKENS
+from engine.kernels.logprobs import token_logprobs
+from engine.kernels.random_sampling import FILTERED, PLAIN, SamplingStep, sampling_step, wrong_rows
 from engine.kernels.rms_norm import rms_norm
 from engine.kernels.rotary import rotate_in_place
+from engine.kernels.sampling import sample_tokens, sample_tokens_ref
 from engine.kernels.store_kv import store_kv, store_kv_ref
 from engine.models.layers import RMSNorm, rotate
 
@@ -172,3 +175,81 @@ def test_launching_waits_for_nothing_and_closing_leaves_nothing(device: torch.de
     del got
     backend.close()
     assert torch.cuda.memory_allocated(device) == before
+
+
+def _sample(
+    step: SamplingStep, *, is_filtered: bool = True, reference: bool = False, out: Tensor | None = None
+) -> Tensor:
+    out = torch.full_like(step.rows, -1) if out is None else out
+    function = sample_tokens_ref if reference else sample_tokens
+    function(
+        step.logits, step.rows, step.positions, step.settings, out, is_filtered=is_filtered, mask=step.mask
+    )
+    return out
+
+
+@pytest.mark.parametrize(("vocab", "num_rows"), [(61, 720), (4096, 180), (32001, 36), (128256, 36)])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("is_filtered", [False, True], ids=["plain", "filtered"])
+def test_sampling(vocab: int, num_rows: int, masked: bool, is_filtered: bool, device: torch.device) -> None:
+    kinds = PLAIN + FILTERED if is_filtered else PLAIN
+    step = sampling_step(kinds, vocab, num_rows=num_rows, seed=vocab, masked=masked, device=str(device))
+    found = _sample(step, is_filtered=is_filtered)
+    assert wrong_rows(step, found) == []
+    assert int((found != _sample(step, is_filtered=is_filtered, reference=True)).sum()) <= num_rows // 50
+    for i in range(0, num_rows, 5):
+        assert torch.equal(_sample(step.part(slice(i, i + 1)), is_filtered=is_filtered), found[i : i + 1])
+
+
+def test_a_captured_step_samples_with_whatever_settings_and_logits_it_finds(device: torch.device) -> None:
+    """One graph, captured over plain rows, replayed over filtered ones and over others' logits."""
+    steps = [
+        sampling_step(kinds, 32001, num_rows=18, seed=seed, masked=True, device=str(device))
+        for seed, kinds in enumerate((PLAIN, FILTERED, PLAIN + FILTERED))
+    ]
+    held, out = (
+        sampling_step(PLAIN, 32001, num_rows=18, masked=True, device=str(device)),
+        steps[0].rows.clone(),
+    )
+    _sample(held, out=out)
+    figures = token_logprobs(held.logits, out, 5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _sample(held, out=out)
+        figures = token_logprobs(held.logits, out, 5)
+    for step in steps:
+        for name in ("logits", "rows", "positions", "mask"):
+            getattr(held, name).copy_(getattr(step, name))
+        for name in held.settings.__slots__:
+            getattr(held.settings, name).copy_(getattr(step.settings, name))
+        for _ in range(3):
+            graph.replay()
+            assert torch.equal(out, _sample(step))
+            assert torch.equal(figures.chosen, token_logprobs(step.logits, out, 5).chosen)
+
+
+def test_sampling_waits_for_nothing(device: torch.device) -> None:
+    step = sampling_step(PLAIN + FILTERED, 4096, num_rows=18, device=str(device))
+    for reference in (False, True):
+        want = _sample(step, reference=reference)
+        torch.cuda.synchronize(device)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = _sample(step, reference=reference)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("num_top", [0, 5, 20])
+def test_logprobs(num_top: int, device: torch.device) -> None:
+    logits = sampling_step(PLAIN, 128256, num_rows=9, device=str(device)).logits
+    tokens = torch.randint(0, 128256, (9,), dtype=torch.int32, device=device)
+    found, expected = token_logprobs(logits, tokens, num_top), logits.double().log_softmax(-1)
+    own = expected.gather(1, tokens[:, None].long())
+    # A log-probability of about 20 is spaced by 2e-6; the sum of 128k exponentials loses little more.
+    torch.testing.assert_close(found.chosen.double(), own[:, 0], rtol=0, atol=1e-5)
+    assert torch.equal(found.rank, (logits > logits.gather(1, tokens[:, None].long())).sum(-1) + 1)
+    order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
+    assert torch.equal(found.top_ids, order)
+    torch.testing.assert_close(found.top_values.double(), expected.gather(1, order), rtol=0, atol=1e-5)

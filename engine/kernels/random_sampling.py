@@ -1,0 +1,138 @@
+"""Random sampling steps, all kinds of rows in one batch, and the judge of the tokens chosen for them.
+
+Boundary: for tests. The judge sorts, in float64, by the definition; it shares nothing with the kernels but the noise.
+Shapes: n rows to choose for, R rows of settings, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kernels.gumbel import MIN_TEMPERATURE, gumbel_noise, mix_keys
+from engine.kernels.sampling import RowSettings
+
+# Rows as people ask for them, and the ends of every range.
+PLAIN: tuple[dict[str, float], ...] = (
+    {}, {"temperature": 0.0}, {"temperature": 1e-9}, {"temperature": 0.6}, {"temperature": 3.0},
+)  # fmt: skip
+FILTERED: tuple[dict[str, float], ...] = (
+    {"top_k": 1}, {"top_k": 50}, {"top_k": 10**6}, {"top_p": 0.9}, {"top_p": 0.9999}, {"top_p": 1e-6},
+    {"min_p": 0.05}, {"min_p": 1.0}, {"top_k": 40, "top_p": 0.8}, {"top_k": 7, "min_p": 0.1},
+    {"top_p": 0.95, "min_p": 0.02, "temperature": 1.5}, {"top_k": 20, "top_p": 0.95, "min_p": 0.01, "temperature": 0.7},
+    {"temperature": 0.0, "top_k": 3, "top_p": 0.5, "min_p": 0.5},
+)  # fmt: skip
+SUM_ULPS = 4  # of the larger term: the division, two logarithms and an addition
+NUCLEUS_MARGIN = 1e-5  # of probability
+_ULP = 2.0**-23
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingStep:
+    """Arguments of `sample_tokens`."""
+
+    logits: Tensor
+    rows: Tensor
+    positions: Tensor
+    settings: RowSettings
+    mask: Tensor | None = None
+
+    def part(self, rows: slice) -> SamplingStep:
+        """The step of some of its rows."""
+        mask = None if self.mask is None else self.mask[rows]
+        return SamplingStep(self.logits[rows], self.rows[rows], self.positions[rows], self.settings, mask)
+
+    @property
+    def allowed(self) -> Tensor:
+        """[n, V] bool."""
+        if self.mask is None:
+            return torch.ones_like(self.logits, dtype=torch.bool)
+        ids = torch.arange(self.logits.shape[1], device=self.mask.device)
+        return (self.mask[:, ids // 32] >> (ids % 32)) & 1 != 0
+
+
+def settings_of(rows: Sequence[dict[str, float]], *, seed: int = 0, device: str = "cpu") -> RowSettings:
+    """Settings of these rows; seeds of 64 random bits."""
+    defaults: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    columns = {
+        name: torch.tensor(
+            [row.get(name, default) for row in rows],
+            dtype=torch.int32 if name == "top_k" else torch.float32,
+            device=device,
+        )
+        for name, default in defaults.items()
+    }
+    halves = np.random.default_rng(seed).integers(-(2**31), 2**31, (2, len(rows)), dtype=np.int32)
+    low, high = torch.from_numpy(halves).to(device)
+    return RowSettings(**columns, seed_low=low, seed_high=high)
+
+
+def sampling_step(
+    kinds: Sequence[dict[str, float]],
+    vocab: int,
+    *,
+    num_rows: int,
+    seed: int = 0,
+    masked: bool = False,
+    device: str = "cpu",
+) -> SamplingStep:
+    """`num_rows` rows of the kinds in turn, in random places; a fifth have rounded logits, that is many equal ones."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(num_rows, vocab, generator=generator)
+    logits[::5] = logits[::5].round()
+    logits[1::7] *= 0.01  # nearly flat: filters keep most of the row
+    rows = torch.randperm(num_rows, generator=generator).int()
+    positions = torch.randint(0, 10**5, (num_rows,), generator=generator).int()
+    settings = settings_of([kinds[i % len(kinds)] for i in range(num_rows)], seed=seed, device=device)
+    mask = None
+    if masked:
+        words = torch.randint(-(2**31), 2**31, (num_rows, -(-vocab // 32)), generator=generator)
+        mask = words.int().to(device)
+    return SamplingStep(logits.to(device), rows.to(device), positions.to(device), settings, mask)
+
+
+def wrong_rows(step: SamplingStep, tokens: Tensor) -> list[int]:
+    """Rows whose token [n] no rounding excuses: outside of what may be kept, or beaten by what must be kept."""
+    return [i for i in range(len(tokens)) if not _is_right(step, i, int(tokens[i]))]
+
+
+def _is_right(step: SamplingStep, i: int, token: int) -> bool:
+    row = int(step.rows[i])
+    one = {field.name: getattr(step.settings, field.name)[row].cpu() for field in fields(RowSettings)}
+    allowed = step.allowed[i].cpu()
+    x = step.logits[i].cpu().masked_fill(~allowed, float("-inf"))
+    x = x.masked_fill(x.isnan(), float("-inf"))
+    if float(one["temperature"]) <= 0.0 or bool((x == float("-inf")).all()):
+        best = torch.nonzero(allowed & (x == x.max())).flatten().tolist()
+        return token == (best[0] if best else 0)
+    x = (x / one["temperature"].clamp(min=MIN_TEMPERATURE)).double()
+    must, may = _kept(x, int(one["top_k"]), float(one["top_p"]), float(one["min_p"]))
+    keys = mix_keys(one["seed_low"][None], one["seed_high"][None], step.positions[i : i + 1].cpu())
+    noise = gumbel_noise(keys, torch.arange(len(x), dtype=torch.int32), torch.float64)[0]
+    sums = x + noise
+    largest = max(float(x[token].abs()), float(noise[token].abs()), 1.0)
+    best_sum = float(sums[must].max())
+    return bool(may[token] & allowed[token]) and float(sums[token]) >= best_sum - SUM_ULPS * _ULP * largest
+
+
+def _kept(x: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
+    """Which of float64 values [V] every rounding keeps, and which some may."""
+    values, order = x.sort(descending=True, stable=True)
+    floor = float(values[min(top_k, len(x)) - 1]) if top_k else float("-inf")
+    slack = SUM_ULPS * _ULP * max(1.0, abs(float(values[0])))
+    least = float(values[0]) + float(np.log(min_p)) if min_p else float("-inf")
+    kept = (values >= floor) & (values >= least)
+    probability = values.masked_fill(~kept, float("-inf")).softmax(-1)
+    before = probability.cumsum(-1) - probability
+    limits = (1e9, 1e9) if top_p >= 1.0 else (top_p - NUCLEUS_MARGIN, top_p + NUCLEUS_MARGIN)
+    must = (
+        (values >= floor) & (values >= least + (slack if least < values[0] else 0.0)) & (before < limits[0])
+    )
+    may = (values >= floor) & (values >= least - slack) & (before < limits[1])
+    must[0] = may[0] = True
+    return torch.empty_like(must).scatter_(0, order, must), torch.empty_like(may).scatter_(0, order, may)

@@ -1,0 +1,181 @@
+"""Compiles the sampling kernels for sm_80 and sm_90, without a GPU: nothing is spilled, and a multiprocessor holds them.
+
+Also the launches themselves, on a stand-in for Triton's driver: how many there are, and that no step compiles again.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from engine.kernels.logprobs import (
+    MERGE_WARPS,
+    PART_WARPS,
+    merge_figures_kernel,
+    part_kernel,
+    token_logprobs,
+)
+from engine.kernels.random_sampling import FILTERED, PLAIN, sampling_step
+from engine.kernels.sampling import WARPS, draw_kernel, merge_kernel, sample_tokens
+from engine.kernels.sampling_filters import NUM_DIGITS, TILE, narrow_kernel
+
+REGISTERS = 65536  # of one multiprocessor
+SHARED_BYTES = 16 * 1024  # so that the registers, not these, say how many programs run side by side
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+PARTS = 128  # of a vocabulary of 128k
+FLOATS = ("logits", "temperature", "top_p", "min_p", "best", "peaks", "totals", "chosen", "top_values")
+TYPES = {
+    **dict.fromkeys(FLOATS, "*fp32"),
+    **dict.fromkeys(
+        (
+            "counts",
+            "rows",
+            "positions",
+            "top_k",
+            "seed_low",
+            "seed_high",
+            "mask",
+            "best_id",
+            "out",
+            "above",
+            "token_ids",
+        ),
+        "*i32",
+    ),
+    **dict.fromkeys(("work", "rank", "top_ids"), "*i64"),
+    **dict.fromkeys(("vocab", "stride_logits", "stride_mask", "index", "num_parts"), "i32"),
+}
+
+pytestmark = [
+    pytest.mark.skipif(
+        triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: kernels cannot be compiled"
+    ),
+    pytest.mark.skipif(not CUOBJDUMP.exists(), reason=f"this Triton brings no {CUOBJDUMP.name}"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+
+def compiled(
+    kernel: Any, constants: Mapping[str, Any], num_warps: int, arch: int, folder: Path, **types: str
+) -> tuple[str, dict[str, int]]:
+    """PTX and use of resources, compiled as a launch would whose pointers and sizes are multiples of 16."""
+    given = TYPES | types
+    signature = {name: "constexpr" if name in constants else given[name] for name in kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if name not in constants and not kernel.params[index].do_not_specialize
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    usage = subprocess.run(
+        [str(CUOBJDUMP), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return built.asm["ptx"], found | {"SHARED": built.metadata.shared}
+
+
+FORMS = {
+    f"narrow-{'top_p' if by_mass else 'top_k'}-{'first' if first else 'next'}": (
+        narrow_kernel, {"FIRST": first, "BY_MASS": by_mass, "HAS_MASK": True, "TILE": TILE}, WARPS, {},
+    )
+    for by_mass in (False, True)
+    for first in (False, True)
+} | {
+    f"draw-{'filtered' if filtered else 'all'}-{'masked' if masked else 'free'}": (
+        draw_kernel, {"IS_FILTERED": filtered, "HAS_MASK": masked, "TILE": TILE, "PARTS": PARTS}, WARPS, {},
+    )
+    for filtered in (False, True)
+    for masked in (False, True)
+} | {
+    "merge": (merge_kernel, {"PARTS": PARTS}, 1, {}),
+    "logprobs-part": (part_kernel, {"NUM_TOP": 20, "TILE": TILE}, PART_WARPS, {"best": "*i64"}),
+    "logprobs-merge": (
+        merge_figures_kernel, {"NUM_TOP": 20, "TOP_PAD": 32, "PARTS": PARTS}, MERGE_WARPS, {"best": "*i64"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", FORMS)
+def test_fits(name: str, arch: int, tmp_path: Path, record_property: Any) -> None:
+    kernel, constants, num_warps, types = FORMS[name]
+    ptx, usage = compiled(kernel, constants, num_warps, arch, tmp_path, **types)
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), "registers are spilled"
+    assert usage["SHARED"] <= SHARED_BYTES
+    assert usage["REG"] * 32 * num_warps * 4 <= REGISTERS, "fewer than four programs on a multiprocessor"
+    if kernel in (narrow_kernel, draw_kernel, part_kernel):
+        assert re.search(r"ld\.global\.v4\.b32", ptx), "logits are loaded one by one"
+    if kernel is draw_kernel:
+        assert "lg2.approx" not in ptx, "a logarithm of 22 bits would change which token wins"
+    for figure, value in usage.items():
+        record_property(figure, value)
+    print(name, arch, usage)
+
+
+class NoDevice:
+    """What Triton asks of a driver before a launch."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here: tests/gpu launches for real")
+def test_launches_depend_on_shapes_alone_and_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_and_launch = JITFunction.run
+    seen: list[tuple[str, str, tuple[int, ...]]] = []
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        built = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
+        seen.append((self.__name__, built.hash, grid))
+        return built
+
+    monkeypatch.setattr(JITFunction, "run", only_compile)
+    monkeypatch.setattr(driver, "_active", NoDevice())
+    runs = []
+    for kinds, num_rows in ((PLAIN, 6), (FILTERED, 6), (FILTERED, 1), (PLAIN, 5)):
+        step = sampling_step(kinds, 4096, num_rows=num_rows + 1).part(slice(1, None))  # rows lie 4 bytes off
+        sample_tokens(
+            step.logits,
+            step.rows,
+            step.positions,
+            step.settings,
+            torch.empty_like(step.rows),
+            is_filtered=True,
+        )
+        token_logprobs(step.logits, step.rows, 5)
+        runs.append(list(seen))
+        seen.clear()
+    assert runs[0] == runs[1]
+    names = Counter(name for name, _, _ in runs[0])
+    assert names == {
+        "narrow_kernel": 2 * NUM_DIGITS + 1, "draw_kernel": 1, "merge_kernel": 1, "part_kernel": 1,
+        "merge_figures_kernel": 1,
+    }  # fmt: skip
+    assert [digest for _, digest, _ in runs[0]] == [digest for _, digest, _ in runs[2]]
+    assert [digest for _, digest, _ in runs[0]] == [digest for _, digest, _ in runs[3]]
+    assert len({digest for name, digest, _ in runs[0] if name == "narrow_kernel"}) == 4
