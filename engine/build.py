@@ -143,6 +143,7 @@ def _assemble(
         prepare_decoder(decoder, config), make_attention(config), config=config, kv_spec=kv_spec,
         eos_token_ids=eos_token_ids, device=device, dtype=dtype,
     )  # fmt: skip
+    runner.capture(lambda share: tell("capturing decode steps", 0.93 + 0.07 * share))
     ledger = make_ledger(config, model, kv_spec, dtype, device)
     engine = Engine(
         config, runner, kv_spec=kv_spec, eos_token_ids=eos_token_ids, vocab_size=model.vocab_size, tokenizer=tokenizer,

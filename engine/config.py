@@ -36,6 +36,8 @@ class EngineConfig:
     deterministic: bool = False  # bitwise the same tokens whatever shares the batch
     quantization: str | None = None
     attention_backend: str = "auto"
+    enforce_eager: bool = False  # True: no captured graphs on a GPU
+    async_scheduling: bool = True  # on a GPU the next step is planned and launched while one runs
     num_threads: int | None = None  # CPU threads of the forward pass
     seed: int = 0  # draws the seeds of requests that bring none
     trust_remote_code: bool = False

@@ -9,8 +9,10 @@ Shapes: T tokens of the step, S sequences (rows), H query heads, K KV heads, D h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -25,6 +27,8 @@ class AttentionMetadata:
     max_query_len: int
     max_seq_len: int
     num_decode_rows: int  # rows [0, num_decode_rows) have one query token each; prefill rows follow
+    # The launches are captured and replayed with other lengths: `max_seq_len` is what they may grow to.
+    is_captured: bool = False
 
 
 class AttentionBackend(Protocol):
@@ -51,6 +55,15 @@ class AttentionBackend(Protocol):
 
         With `sliding_window` w a token at position p sees positions p - w + 1 … p.
         """
+        ...
+
+
+@runtime_checkable
+class CapturableAttention(AttentionBackend, Protocol):
+    """A backend whose launches for decode rows can be captured and replayed with other lengths."""
+
+    def fits_captured(self, seq_lens: NDArray[np.int32]) -> bool:
+        """Whether captured launches have the memory for decode rows of these lengths."""
         ...
 
 

@@ -2,7 +2,8 @@
 
 A step is: take over the plan's deltas, build the flat inputs, run the decoder, sample, write the sampled tokens into the
 row buffers, start one copy to the host. On a GPU nothing here waits for the device but `collect`, so that a second step
-can be submitted while the first runs; on a CPU a step has run when `submit` returns.
+can be submitted while the first runs, and steps that only decode are replayed graphs; on a CPU a step has run when
+`submit` returns.
 
 Boundary: implements ``engine.plan.Runner``; no scheduling, no block accounting, no stop rules, no text.
 """
@@ -12,20 +13,22 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention.interface import AttentionBackend
+from engine.attention.interface import AttentionBackend, CapturableAttention
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, OutOfMemoryError
 from engine.models.decoder import LayerCache, StepDecoder
 from engine.plan import KVSpec, StepPlan, StepResult, TokenLogprobs
-from engine.runner.batch import RowBatch
-from engine.runner.cpu_sampler import make_sampler
+from engine.runner.batch import BatchShape, HostRowBatch, RowBatch
+from engine.runner.decode_graphs import CudaGraphs, DecodeGraphs, Replay
+from engine.runner.device_batch import DeviceRowBatch
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
 from engine.runner.step_cost import StepCost
 
@@ -42,15 +45,14 @@ class _Started:
     """A submitted step: host copies that become valid with `done`, and what is needed to describe them."""
 
     plan: StepPlan
-    token_ids: Tensor
-    logprobs: LogprobTensors | None
-    logprob_rows: tuple[int, ...]
-    num_logprobs: list[int]
+    sampled: Sampled
+    num_logprobs: list[int]  # of ``sampled.logprob_rows``
     prompt: tuple[tuple[int, int, LogprobTensors], ...]  # (row index, number of most likely tokens, figures)
     prepare_ms: float
     clock: _Clock
     bytes_needed: int
     flops_needed: int
+    graph_size: int
 
 
 class _Clock:
@@ -95,28 +97,62 @@ class ModelRunner:
         eos_token_ids: frozenset[int],
         device: torch.device,
         dtype: torch.dtype,
+        replay: Replay | None = None,
     ) -> None:
+        """`replay`: how decode steps are captured; None: as CUDA graphs on a GPU, not at all elsewhere."""
         assert config.num_blocks is not None, "the config is not resolved"
         assert config.max_model_len is not None, "the config is not resolved"
+        on_device = device.type == "cuda" or replay is not None
         self._decoder: StepDecoder | None = decoder
         self._attention = attention
         self._device = device
-        self._sample = make_sampler(device, deterministic=config.deterministic)
-        self._caches = allocate_caches(kv_spec, config.num_blocks, dtype, device)
-        self._batch: RowBatch | None = RowBatch(
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len,
-            block_size=config.block_size,
-            eos_token_ids=eos_token_ids,
-            vocab_size=decoder.config.vocab_size,
-            device=device,
+        self._max_inflight = 2 if on_device and config.async_scheduling else 1
+        shape = BatchShape(
+            config.max_num_seqs,
+            config.max_model_len,
+            config.block_size,
+            decoder.config.vocab_size,
+            eos_token_ids,
         )
+        self._batch: RowBatch | None
+        self._graphs: DecodeGraphs | None = None
+        if on_device:
+            self._caches = allocate_caches(
+                kv_spec, config.num_blocks + 1, dtype, device
+            )  # one block for padding
+            self._batch = batch = DeviceRowBatch(shape, device, idle_block=config.num_blocks)
+            if not config.enforce_eager and isinstance(attention, CapturableAttention):
+                self._graphs = DecodeGraphs(
+                    decoder,
+                    attention,
+                    self._caches,
+                    batch,
+                    replay or CudaGraphs(),
+                    max_inflight=self._max_inflight,
+                )
+        else:
+            self._caches = allocate_caches(kv_spec, config.num_blocks, dtype, device)
+            self._batch = HostRowBatch(shape, deterministic=config.deterministic)
         self._cost = StepCost(decoder.config, kv_spec)
         self._inflight: deque[_Started | BaseException] = deque()
 
     @property
     def max_inflight(self) -> int:
-        return 2 if self._device.type == "cuda" else 1
+        return self._max_inflight
+
+    def capture(self, tell: Callable[[float], None] = lambda done: None) -> None:
+        """Capture the decode steps of all sizes before the first request; `tell` hears the share that is done.
+
+        Raises:
+            OutOfMemoryError, EngineDeadError: as a step does.
+        """
+        if self._graphs is None:
+            return
+        try:
+            with self._on_device():
+                self._graphs.capture_all(tell)
+        except Exception as error:
+            raise _as_engine_error(error) from error
 
     def submit(self, plan: StepPlan) -> None:
         """Start the step. What it raises comes out of `collect`.
@@ -128,9 +164,7 @@ class ModelRunner:
             raise EngineDeadError("the model runner is closed", remedy="Build a new engine.")
         assert len(self._inflight) < self.max_inflight, "more steps submitted than max_inflight"
         try:
-            # Events and kernels go to the current device, which is a matter of each thread.
-            on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-            with torch.inference_mode(), on_device:
+            with self._on_device():
                 self._inflight.append(self._start(plan, self._decoder, self._batch))
         except Exception as error:  # noqa: BLE001 - the step boundary: the engine fails its requests with the cause
             self._inflight.append(error)
@@ -162,7 +196,10 @@ class ModelRunner:
         if self._decoder is None:
             return
         self._inflight.clear()
-        self._decoder, self._batch = None, None
+        if self._graphs is not None:
+            with suppress(RuntimeError):  # a broken context has nothing left to give back
+                self._graphs.close()
+        self._decoder, self._batch, self._graphs = None, None, None
         self._caches = []
         del self._attention  # and with it the workspace of its kernels
         gc.collect()
@@ -172,45 +209,47 @@ class ModelRunner:
                 torch._C._cuda_clearCublasWorkspaces()  # torch would keep them for the life of the process
                 torch.cuda.empty_cache()
 
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Events and kernels go to the current device, which is a matter of each thread."""
+        device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        with torch.inference_mode(), device:
+            yield
+
     def _start(self, plan: StepPlan, decoder: StepDecoder, batch: RowBatch) -> _Started:
         began = time.perf_counter()
         clock = _Clock(self._device)
         batch.apply(plan)
-        inputs = batch.step_inputs(plan)
-        settings = batch.sample_settings(plan)
-        clock.mark()
-        prepare_ms = (time.perf_counter() - began) * 1e3
-        hidden = decoder.forward(
-            inputs.token_ids, inputs.positions, self._caches, inputs.meta, self._attention
-        )
-        sampled = Sampled(inputs.logit_index, None, ())
-        logits = decoder.logits(_rows_of(hidden, inputs.logit_index)) if len(plan.logit_rows) else None
-        clock.mark()
-        if logits is not None:
-            sampled = self._sample(logits, settings)
-            batch.write_tokens(inputs, sampled.token_ids)
-        prompt = self._prompt_logprobs(plan, decoder, batch, hidden)
-        token_ids, logprobs = sampled.token_ids, sampled.logprobs
-        if (
-            self._device.type != "cpu"
+        size = self._graphs.size_for(plan) if self._graphs is not None else 0
+        prompt: tuple[tuple[int, int, LogprobTensors], ...] = ()
+        if size and self._graphs is not None:
+            self._graphs.send(plan, size)
+            clock.mark()
+            prepare_ms = (time.perf_counter() - began) * 1e3
+            self._graphs.forward(plan, size)
+            clock.mark()
+            sampled = self._graphs.choose(plan, size)
+        else:
+            inputs = batch.step_inputs(plan)
+            clock.mark()
+            prepare_ms = (time.perf_counter() - began) * 1e3
+            hidden = decoder.forward(
+                inputs.token_ids, inputs.positions, self._caches, inputs.meta, self._attention
+            )
+            sampled = Sampled(inputs.logit_index, None, ())
+            logits = decoder.logits(_rows_of(hidden, inputs.logit_index)) if len(plan.logit_rows) else None
+            clock.mark()
+            if logits is not None:
+                sampled = batch.choose(logits, plan)
+            prompt = self._prompt_logprobs(plan, decoder, batch, hidden)
+        wanted = batch.num_logprobs[plan.rows[plan.logit_rows]][list(sampled.logprob_rows)].tolist()
+        if not isinstance(
+            batch, HostRowBatch
         ):  # there is nothing to copy there, and asking would let other threads in
-            token_ids = token_ids.to("cpu", non_blocking=True)
-            logprobs = logprobs.to_host() if logprobs is not None else None
+            sampled = sampled.to_host()
         clock.mark()
         bytes_needed, flops_needed = self._cost.of(plan)
-        wanted = settings.num_logprobs[list(sampled.logprob_rows)].tolist()
-        return _Started(
-            plan,
-            token_ids,
-            logprobs,
-            sampled.logprob_rows,
-            wanted,
-            prompt,
-            prepare_ms,
-            clock,
-            bytes_needed,
-            flops_needed,
-        )
+        return _Started(plan, sampled, wanted, prompt, prepare_ms, clock, bytes_needed, flops_needed, size)
 
     def _prompt_logprobs(
         self, plan: StepPlan, decoder: StepDecoder, batch: RowBatch, hidden: Tensor
@@ -248,20 +287,22 @@ def _rows_of(hidden: Tensor, index: Tensor) -> Tensor:
 def _result(started: _Started) -> StepResult:
     plan = started.plan
     logprobs: dict[int, TokenLogprobs] = {}
-    if started.logprobs is not None:
-        entries = started.logprobs.entries(started.num_logprobs)
-        logprobs = dict(zip(started.logprob_rows, entries, strict=True))
+    sampled = started.sampled
+    if sampled.logprobs is not None:
+        entries = sampled.logprobs.entries(started.num_logprobs)
+        logprobs = dict(zip(sampled.logprob_rows, entries, strict=True))
     prompt: dict[int, list[TokenLogprobs]] = {}
     for i, num_top, figures in started.prompt:
         prompt.setdefault(i, []).extend(figures.entries([num_top] * len(figures.token_ids)))
     return StepResult(
         step_id=plan.step_id,
-        token_ids=started.token_ids.tolist(),
+        token_ids=sampled.token_ids.tolist(),
         logprobs=logprobs,
         prompt_logprobs=prompt,
         prepare_ms=started.prepare_ms,
         forward_ms=started.clock.elapsed_ms(0),
         sample_ms=started.clock.elapsed_ms(1),
+        graph_size=started.graph_size,
         bytes_needed=started.bytes_needed,
         flops_needed=started.flops_needed,
     )

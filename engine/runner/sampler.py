@@ -22,6 +22,7 @@ Boundary: logits and settings in, tokens and log-probabilities out; no rows, no 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,14 +80,13 @@ class LogprobTensors:
     top_ids: Tensor  # [n, N]
     top_values: Tensor  # [n, N]
 
+    def fields(self) -> tuple[Tensor, ...]:
+        """All of them, in their order."""
+        return self.token_ids, self.chosen, self.rank, self.top_ids, self.top_values
+
     def to_host(self) -> LogprobTensors:
-        """Start the copies to the host (pinned); they are valid once the stream has passed this point."""
-        return LogprobTensors(
-            *(
-                t.to("cpu", non_blocking=True)
-                for t in (self.token_ids, self.chosen, self.rank, self.top_ids, self.top_values)
-            )
-        )
+        """Start one copy of them to the host (pinned); it is valid once the stream has passed this point."""
+        return LogprobTensors(*_to_host(self.fields()))
 
     def entries(self, num_top: list[int]) -> list[TokenLogprobs]:
         """One entry per position with its first ``num_top[i]`` most likely tokens."""
@@ -102,11 +102,31 @@ class LogprobTensors:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """`token_ids` [L] int64 on the device; `logprobs` of the rows that asked, in their order."""
+    """`token_ids` [L]; `logprobs` of the rows that asked, in their order."""
 
     token_ids: Tensor
     logprobs: LogprobTensors | None
     logprob_rows: tuple[int, ...]
+
+    def to_host(self) -> Sampled:
+        """Start one copy of all of it to the host (pinned); it is valid once the stream has passed this point."""
+        token_ids, *figures = _to_host((self.token_ids, *(self.logprobs.fields() if self.logprobs else ())))
+        return Sampled(token_ids, LogprobTensors(*figures) if figures else None, self.logprob_rows)
+
+
+def _to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors on the host, by one transfer that does not wait for the device; pieces of one copy also on a CPU."""
+    order = sorted(
+        range(len(tensors)), key=lambda i: -tensors[i].element_size()
+    )  # so that each piece is aligned
+    packed = torch.cat([tensors[i].contiguous().view(-1).view(torch.uint8) for i in order]).to(
+        "cpu", non_blocking=True
+    )
+    pieces = torch.split(packed, [tensors[i].numel() * tensors[i].element_size() for i in order])
+    found = {
+        i: piece.view(tensors[i].dtype).view(tensors[i].shape) for i, piece in zip(order, pieces, strict=True)
+    }
+    return [found[i] for i in range(len(tensors))]
 
 
 def noise_keys(seed: NDArray[np.int64], position: NDArray[np.int64]) -> Tensor:

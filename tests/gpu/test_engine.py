@@ -247,6 +247,39 @@ def test_deterministic_mode_gives_the_same_bits_alone_batched_and_in_other_chunk
         assert alone.logprobs[name] == together.logprobs[name], f"{name}: same tokens, other bits"
 
 
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fast"])
+def test_graphs_overlap_and_cache_do_not_change_the_answers(
+    deterministic: bool, checkpoint: Callable[[str], Path], device: torch.device
+) -> None:
+    """To the bit in deterministic mode; else each token is within the margin of the best one."""
+    shared = prompt(200)
+    prompts = {f"r{i}": [*shared, *prompt(9 + 31 * i, seed=i)] for i in range(5)}
+    prompts |= {f"s{i}": prompt(520 + i, seed=20 + i) for i in range(2)}  # their attention is split
+    arrive_at = {"r2": 4, "r3": 9, "r4": 9, "s1": 6}
+    ran: dict[str, Ran] = {}
+    for name, settings in {
+        "all on": {},
+        "no graphs": {"enforce_eager": True},
+        "no overlap": {"async_scheduling": False},
+        "no cache": {"enable_prefix_cache": False},
+    }.items():
+        values = {"dtype": "bfloat16", "deterministic": deterministic, **settings}
+        ran[name] = run(checkpoint("qwen3"), prompts, greedy(40), arrive_at, **values)
+    sizes = {
+        name: {record.graph_size for record in each.records if record.rows} for name, each in ran.items()
+    }
+    assert sizes["no graphs"] == {0}
+    assert {2, 4, 8} <= sizes["all on"], sizes
+    if deterministic:
+        for name, each in ran.items():
+            assert each.tokens == ran["all on"].tokens, name
+            assert each.logprobs == ran["all on"].logprobs, f"{name}: same tokens, other bits"
+    else:
+        reference = AutoModelForCausalLM.from_pretrained(checkpoint("qwen3"), dtype=torch.float32)
+        for each in ran.values():
+            assert_likely(reference.to(device).eval(), prompts, each, MARGIN["bfloat16"])
+
+
 def test_sampling_with_a_seed_repeats(checkpoint: Callable[[str], Path]) -> None:
     prompts = {f"r{i}": prompt(40, seed=i) for i in range(6)}
     params = SamplingParams(

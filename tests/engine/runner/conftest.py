@@ -36,8 +36,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def random_decoder() -> Decoder:
-    decoder = Decoder(MODEL, dtype=torch.float64, device=torch.device("cpu"), max_positions=64)
+def random_decoder(dtype: torch.dtype = torch.float64) -> Decoder:
+    decoder = Decoder(MODEL, dtype=dtype, device=torch.device("cpu"), max_positions=64)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in decoder.named_parameters():
         spread = 1.0 if "embedding" in name or "norm" in name else parameter.shape[-1] ** -0.5
@@ -47,9 +47,9 @@ def random_decoder() -> Decoder:
 
 @pytest.fixture
 def make_runner() -> Callable[..., ModelRunner]:
-    """A float64 runner of 4 rows and 24 blocks; `decoder` replaces the tiny random one."""
+    """A float64 runner of 4 rows and 24 blocks; `decoder` replaces the tiny random one, `replay` captures decode steps."""
 
-    def make(decoder: Any = None) -> ModelRunner:
+    def make(decoder: Any = None, replay: Any = None) -> ModelRunner:
         config = EngineConfig(
             model="tiny", dtype="float64", device="cpu", num_blocks=24, block_size=BLOCK_SIZE, max_num_seqs=4,
             max_model_len=40, max_batched_tokens=64, attention_backend="reference",
@@ -58,6 +58,7 @@ def make_runner() -> Callable[..., ModelRunner]:
             decoder or random_decoder(), ReferenceAttention(), config=config,
             kv_spec=make_kv_spec(MODEL, BLOCK_SIZE, torch.float64), eos_token_ids=frozenset({END}),
             device=torch.device("cpu"), dtype=torch.float64,
+            replay=replay,
         )  # fmt: skip
 
     return make
@@ -137,6 +138,6 @@ def plans() -> Any:
     return Plans
 
 
-@pytest.fixture
-def tiny_decoder() -> Callable[[], Decoder]:
+@pytest.fixture(scope="session")
+def tiny_decoder() -> Callable[..., Decoder]:
     return random_decoder

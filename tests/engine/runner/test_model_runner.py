@@ -217,21 +217,3 @@ def test_a_closed_runner_refuses(make_runner: Make, plans: Any) -> None:
     runner.close()
     with pytest.raises(EngineDeadError):
         runner.submit(plans.plan_of(0, [(0, 0, 1)], admitted=[plans.admit(0, [1], [1])]))
-
-
-def test_a_plan_costs_no_more_for_a_longer_context(make_runner: Make, plans: Any) -> None:
-    """What the runner uploads for a decode step does not grow with the context: no token of it is sent again."""
-    runner = make_runner()
-    sizes = []
-    batch: Any = runner._batch
-    upload = batch._upload
-    batch._upload = lambda parts: (sizes.append(sum(len(p) for p in parts)), upload(parts))[1]
-    text = list(range(30))
-    step(runner, plans.plan_of(0, [(0, 0, 30)], samples=[0], admitted=[plans.admit(0, text, list(range(8)))]))
-    sizes.clear()
-    step(runner, plans.plan_of(1, [(0, 30, 1)], samples=[0]))
-    long = list(sizes)
-    step(runner, plans.plan_of(2, [(1, 0, 3)], samples=[0], admitted=[plans.admit(1, text[:3], [9])]))
-    sizes.clear()
-    step(runner, plans.plan_of(3, [(1, 3, 1)], samples=[0]))
-    assert sizes == long

@@ -1,0 +1,358 @@
+"""Captured decode steps, without a GPU: what they may not do, and that they give the same tokens.
+
+A CUDA graph replays its launches with the addresses of its recording and asks the host nothing. `GuardedReplay` does the
+captured work anew each time, on a CPU, and fails where a graph would have gone wrong: a value read by the host, a shape that
+depends on data, or memory from outside of the work at another address than when it was captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine.attention.reference import ReferenceAttention
+from engine.build import prepare_decoder, torch_dtype
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.memory import make_kv_spec
+from engine.models.decoder import Decoder
+from engine.records import StepRecord
+from engine.request import FinishReason
+from engine.runner import device_batch
+from engine.runner.decode_graphs import captured_sizes
+from engine.runner.model_runner import ModelRunner
+from engine.sampling_params import SamplingParams
+
+ASKS_THE_HOST = {
+    "aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select",
+    "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave.Tensor",
+    "aten::_pin_memory",
+}  # fmt: skip
+
+
+class Refused(Exception):
+    """The work could not be captured."""
+
+
+class CaptureGuard(TorchDispatchMode):
+    """Runs operations and notes the addresses that they take from outside of the work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: set[int] = set()
+        self._made: dict[
+            int, Tensor
+        ] = {}  # kept: an address that is freed could come again as somebody else's
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = (
+            op._schema.name
+            if op._overloadname in ("", "default")
+            else f"{op._schema.name}.{op._overloadname}"
+        )
+        if name in ASKS_THE_HOST or op._schema.name in ASKS_THE_HOST:
+            raise Refused(f"{name} waits for the device, or its shape depends on data")
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if op._schema.name == "aten::lift_fresh":
+            if given[0].ndim:
+                raise Refused("values of the host become a tensor: a copy to the device")
+            self._made[given[0].untyped_storage().data_ptr()] = given[0]  # a constant goes with the launch
+        if op._schema.name.startswith("aten::index") and any(x.dtype == torch.bool for x in given[1:]):
+            raise Refused(f"{name} with a mask: the shape depends on data")
+        for tensor in given:
+            address = tensor.untyped_storage().data_ptr()
+            if address and address not in self._made:
+                self.taken.add(tensor.data_ptr())
+        outputs = op(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in given}
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self._made[tensor.untyped_storage().data_ptr()] = tensor
+        return outputs
+
+
+class GuardedReplay:
+    """Implements ``engine.runner.decode_graphs.Replay``."""
+
+    def __init__(self) -> None:
+        self.addresses: dict[Hashable, set[int]] = {}
+        self.num_replays = 0
+
+    def __call__(self, key: Hashable, work: Callable[[], None]) -> None:
+        with CaptureGuard() as guard:
+            work()
+        if key in self.addresses:
+            self.num_replays += 1
+            moved = guard.taken ^ self.addresses[key]
+            if moved:
+                raise Refused(f"{len(moved)} addresses differ from those that {key} was captured with")
+        self.addresses[key] = guard.taken
+
+    def close(self) -> None:
+        self.addresses.clear()
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x[x > 0],
+        lambda x: torch.nonzero(x),
+        lambda x: x + torch.tensor([1.0, 2.0, 3.0]),
+        lambda x: torch.repeat_interleave(x, torch.ones(3, dtype=torch.int64)),
+    ],
+)
+def test_the_guard_refuses_what_a_graph_cannot_hold(work: Callable[[Tensor], Any]) -> None:
+    x = torch.tensor([1.0, -2.0, 3.0])
+    with pytest.raises(Refused):
+        GuardedReplay()("work", lambda: work(x))
+
+
+def test_the_guard_refuses_memory_that_moved() -> None:
+    replay, held = GuardedReplay(), [torch.ones(3)]
+    replay("work", lambda: held[0].mul_(2))
+    replay("work", lambda: held[0].mul_(2))
+    held.append(held[0].clone())
+    with pytest.raises(Refused, match="differ"):
+        replay("work", lambda: held[1].mul_(2))
+
+
+def test_sizes_are_powers_of_two_that_hold_all_rows() -> None:
+    assert captured_sizes(1) == (1,)
+    assert captured_sizes(48) == (1, 2, 4, 8, 16, 32, 64)
+    assert captured_sizes(1024) == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass
+class Ran:
+    """What came out of an engine."""
+
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    logprobs: dict[str, list[float]] = field(default_factory=dict)
+    records: list[StepRecord] = field(default_factory=list)
+    reasons: dict[str, FinishReason] = field(default_factory=dict)
+
+    @property
+    def graph_sizes(self) -> set[int]:
+        return {record.graph_size for record in self.records if record.rows}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request of the workload."""
+
+    prompt: list[int]
+    params: SamplingParams
+    arrives: int = 0  # step before which it is added
+    aborted_after: int | None = None  # tokens delivered
+
+
+def workload() -> dict[str, Asked]:
+    """Requests of all kinds that meet in one small pool."""
+    generator = torch.Generator().manual_seed(5)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(0, 59, (n,), generator=generator).tolist()
+
+    shared = tokens(9)
+    drawn: dict[str, Any] = {"temperature": 0.8, "ignore_eos": True}
+    return {
+        "greedy": Asked(tokens(7), SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)),
+        "figures": Asked(tokens(3), SamplingParams(max_tokens=14, temperature=0.0, ignore_eos=True, logprobs=2)),
+        "drawn": Asked([*shared, 1], SamplingParams(max_tokens=16, seed=3, logprobs=1, **drawn), arrives=2),
+        "filtered": Asked([*shared, 2], SamplingParams(max_tokens=16, seed=4, top_k=9, top_p=0.8, min_p=0.02, **drawn), 5),
+        "stops": Asked(tokens(5), SamplingParams(max_tokens=25, seed=2**40 + 7, temperature=1.0,
+                                                 stop_token_ids=tuple(range(12))), arrives=3),
+        "later": Asked(tokens(4), SamplingParams(max_tokens=18, seed=9, temperature=1.0, min_tokens=9,
+                                                 stop_token_ids=tuple(range(20))), arrives=6),
+        "leaves": Asked(tokens(6), SamplingParams(max_tokens=25, seed=6, **drawn), aborted_after=5),
+        "prompt": Asked(tokens(6), SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, prompt_logprobs=True), 9),
+        "long": Asked(tokens(24), SamplingParams(max_tokens=10, seed=8, **drawn), arrives=4),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tiny_decoder: Callable[..., Decoder]) -> Callable[..., Ran]:
+    """``run(requests, replay=None, **engine settings)``: to the end of all of them, on a CPU."""
+
+    def run(requests: dict[str, Asked], replay: Any = None, **settings: Any) -> Ran:
+        values: dict[str, Any] = {
+            "model": "tiny", "dtype": "float64", "device": "cpu", "num_blocks": 24, "block_size": 4, "max_num_seqs": 6,
+            "max_model_len": 40, "max_batched_tokens": 16, "attention_backend": "reference", **settings,
+        }  # fmt: skip
+        config = EngineConfig(**values)
+        dtype = torch_dtype(config)
+        decoder = tiny_decoder(dtype)
+        kv_spec = make_kv_spec(decoder.config, config.block_size, dtype)
+        runner = ModelRunner(
+            prepare_decoder(decoder, config), ReferenceAttention(deterministic=config.deterministic), config=config, kv_spec=kv_spec,
+            eos_token_ids=frozenset({60}), device=torch.device("cpu"), dtype=dtype, replay=replay,
+        )  # fmt: skip
+        runner.capture()
+        engine = Engine(
+            config,
+            runner,
+            kv_spec=kv_spec,
+            eos_token_ids=frozenset({60}),
+            vocab_size=decoder.config.vocab_size,
+        )
+        ran, waiting, step = Ran(), dict(requests), 0
+        while waiting or engine.has_work:
+            for name in [n for n, asked in waiting.items() if asked.arrives <= step]:
+                asked = waiting.pop(name)
+                engine.add(engine.make_request(asked.prompt, asked.params, request_id=name))
+            output, step = engine.step(), step + 1
+            for delta in output.deltas:
+                assert delta.error is None, delta.error
+                got = ran.tokens.setdefault(delta.request_id, [])
+                got.extend(delta.token_ids)
+                ran.logprobs.setdefault(delta.request_id, []).extend(e.logprob for e in delta.logprobs)
+                if delta.finish_reason is not None:
+                    ran.reasons[delta.request_id] = delta.finish_reason
+                limit = requests[delta.request_id].aborted_after
+                if limit is not None and len(got) >= limit:
+                    engine.abort(delta.request_id)
+            if output.record is not None:
+                assert output.record.error is None, output.record.error
+                ran.records.append(output.record)
+            engine.check_integrity()
+            assert step < 2000, "the engine makes no progress"
+        engine.close()
+        return ran
+
+    return run
+
+
+def assert_same(requests: dict[str, Asked], found: Ran, expected: Ran) -> None:
+    assert found.tokens.keys() == requests.keys()
+    for name, tokens in expected.tokens.items():
+        if requests[name].aborted_after is None:
+            assert found.tokens[name] == tokens, name
+            assert found.logprobs[name] == pytest.approx(expected.logprobs[name], abs=1e-5), name
+            assert found.reasons[name] == expected.reasons[name], name
+        else:
+            assert found.reasons[name] is FinishReason.ABORT
+            assert found.tokens[name] == tokens[: len(found.tokens[name])], name
+
+
+@pytest.fixture(scope="module")
+def alone(run: Callable[..., Ran]) -> Ran:
+    """What each request answers when it has the engine to itself, and no step is captured or overlaps."""
+    everything = Ran()
+    for name, asked in workload().items():
+        ran = run({name: Asked(asked.prompt, asked.params)})
+        assert ran.graph_sizes == {0}
+        everything.tokens |= ran.tokens
+        everything.logprobs |= ran.logprobs
+        everything.reasons |= ran.reasons
+    return everything
+
+
+@pytest.mark.parametrize("num_blocks", [60, 20], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("async_scheduling", [True, False], ids=["overlapped", "one by one"])
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["captured", "eager"])
+def test_late_results_and_captured_steps_give_the_same_tokens(
+    run: Callable[..., Ran], alone: Ran, num_blocks: int, async_scheduling: bool, enforce_eager: bool
+) -> None:
+    replay, requests = GuardedReplay(), workload()
+    ran = run(
+        requests,
+        replay,
+        num_blocks=num_blocks,
+        async_scheduling=async_scheduling,
+        enforce_eager=enforce_eager,
+    )
+    assert_same(requests, ran, alone)
+    assert bool({name for r in ran.records for name in r.preempted}) == (num_blocks == 20)
+    assert any(record.prefix_hits for record in ran.records)
+    if enforce_eager:
+        assert ran.graph_sizes == {0}
+    else:
+        assert ran.graph_sizes >= {0, 1, 2, 4}
+        assert replay.num_replays >= 10
+    assert {ran.reasons["stops"], ran.reasons["later"]} == {FinishReason.STOP}
+
+
+def test_cache_on_and_off_give_the_same_tokens(run: Callable[..., Ran], alone: Ran) -> None:
+    requests = workload()
+    ran = run(requests, GuardedReplay(), num_blocks=60, enable_prefix_cache=False)
+    assert not any(record.prefix_hits for record in ran.records)
+    assert_same(requests, ran, alone)
+
+
+def test_deterministic_mode_gives_the_same_bits_captured_or_not(run: Callable[..., Ran]) -> None:
+    names = ("greedy", "figures", "drawn", "long")
+    requests = {name: workload()[name] for name in names}
+    requests |= {
+        name: replace(asked, params=replace(asked.params, logprobs=0)) for name, asked in requests.items()
+    }
+    settings: dict[str, Any] = {"dtype": "float32", "deterministic": True, "num_blocks": 60}
+    together = run(requests, GuardedReplay(), **settings)
+    assert together.graph_sizes >= {0, 1, 2, 4}
+    for name, asked in requests.items():
+        alone = run({name: asked}, GuardedReplay(), enforce_eager=True, **settings)
+        assert together.tokens[name] == alone.tokens[name], name
+        assert together.logprobs[name] == alone.logprobs[name], f"{name}: same tokens, other bits"
+
+
+def test_padding_leaves_the_blocks_of_others_alone(run: Callable[..., Ran]) -> None:
+    """Three rows in a graph of four, every block of the pool held: the fourth row's key must go to no block of theirs."""
+    greedy = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    requests = {f"r{i}": Asked([i + 1, 2 * i + 3, 5, 7 + i], greedy) for i in range(3)}
+    alone = {name: run({name: asked}).tokens[name] for name, asked in requests.items()}
+    ran = run(requests, GuardedReplay(), num_blocks=21, max_num_seqs=3)
+    assert 4 in ran.graph_sizes
+    assert ran.tokens == alone
+
+
+class Copies(TorchDispatchMode):
+    """Counts values copied from the memory that uploads are packed in."""
+
+    def __init__(self, staging: Tensor) -> None:
+        super().__init__()
+        self._staging = staging.untyped_storage().data_ptr()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op._schema.name == "aten::copy_" and args[1].untyped_storage().data_ptr() == self._staging:
+            self.sizes.append(args[1].numel())
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_step_is_one_upload_that_does_not_grow_with_the_context(
+    make_runner: Callable[..., ModelRunner], plans: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, packed = make_runner(replay=GuardedReplay()), []
+    assert runner._graphs is not None
+    pack = device_batch.upload
+
+    def upload(parts: Any, device: torch.device) -> list[Tensor]:
+        sent = pack(parts, device)
+        packed.append(sum(len(part) for part in sent))
+        return sent
+
+    monkeypatch.setattr(device_batch, "upload", upload)
+
+    def sizes_of(plan: Any) -> tuple[list[int], list[int], int]:
+        packed.clear()
+        with Copies(runner._graphs._staging) as copies:
+            runner.submit(plan)
+        return list(packed), copies.sizes, runner.collect().graph_size
+
+    text = list(range(30))
+    prompt = plans.plan_of(0, [(0, 0, 30)], samples=[0], admitted=[plans.admit(0, text, list(range(8)))])
+    (size,), none, graph = sizes_of(prompt)
+    assert (none, graph) == ([], 0)
+    assert 3 * 30 < size < 3 * 30 + 40, "rows and positions of its tokens, and the prompt once"
+    none, long, graph = sizes_of(plans.plan_of(1, [(0, 30, 1)], samples=[0]))
+    assert (none, long, graph) == ([], [4], 1)
+    sizes_of(plans.plan_of(2, [(1, 0, 3)], samples=[0], admitted=[plans.admit(1, text[:3], [9])]))
+    assert sizes_of(plans.plan_of(3, [(1, 3, 1)], samples=[0])) == ([], [4], 1)
