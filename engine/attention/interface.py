@@ -27,7 +27,8 @@ class AttentionMetadata:
     max_query_len: int
     max_seq_len: int
     num_decode_rows: int  # rows [0, num_decode_rows) have one query token each; prefill rows follow
-    # The launches are captured and replayed with other lengths: `max_seq_len` is what they may grow to.
+    # A decode step that a CUDA graph captures: it is replayed with other values in these tensors, so launches follow from
+    # the number of rows alone and max_seq_len is only an upper bound. Padding rows have length 1.
     is_captured: bool = False
 
 

@@ -4,7 +4,8 @@ One step takes at most two kinds of launch: decode rows (one token each) with th
 by a second kernel, and the remaining rows by query tiles. Which launches happen follows from host integers of the
 metadata alone, so nothing waits for the device; how keys are cut follows from absolute positions, so a row's decode
 result has the same bits whatever shares the batch. With `deterministic` the same holds across decode and prefill, that is
-for any chunking, prefix hit or preemption.
+for any chunking, prefix hit or preemption. The launches of a captured step follow from its number of rows: whatever
+lengths it is replayed with, each split is folded as in an eager step, and its bits are the same.
 
 Boundary: launches and their workspace. Kernels: `engine.kernels`. It allocates no KV memory and sets no stream: work goes
 to the current stream of the tensors' device.
@@ -17,8 +18,15 @@ from torch import Tensor
 
 from engine.attention.interface import AttentionMetadata, check_layout
 from engine.errors import ConfigError
-from engine.kernels.attention_tiles import DTYPES, MAX_HEAD_SIZE, AttentionShape, Mode, max_splits
-from engine.kernels.paged_attention import launch_attention, launch_combine
+from engine.kernels.attention_tiles import (
+    DTYPES,
+    MAX_HEAD_SIZE,
+    AttentionShape,
+    Mode,
+    captured_split_programs,
+    max_splits,
+)
+from engine.kernels.paged_attention import Partials, launch_attention, launch_combine
 from engine.kernels.store_kv import store_kv
 
 # Enough for 8,000 partials of 32 heads of 128: every multiprocessor is busy many times over before a launch is cut.
@@ -29,7 +37,8 @@ class TritonPagedAttention:
     """Paged attention by Triton kernels; implements `engine.attention.interface.AttentionBackend`.
 
     The workspace for partial results grows to what the longest context seen needs, at most `max_workspace_bytes`, and
-    stays; rows beyond it are done in further launches, with the same bits. One instance serves one stream.
+    stays; rows beyond it are done in further launches, with the same bits. Once `reserve` has been called it neither
+    moves nor grows. One instance serves one stream.
     """
 
     name = "triton"
@@ -40,6 +49,7 @@ class TritonPagedAttention:
         self.deterministic = deterministic
         self._max_workspace_bytes = max_workspace_bytes
         self._workspace: Tensor | None = None
+        self._is_reserved = False
 
     @staticmethod
     def check_supported(dtype: torch.dtype, head_size: int) -> None:
@@ -68,7 +78,23 @@ class TritonPagedAttention:
 
     def close(self) -> None:
         """Give the workspace back."""
-        self._workspace = None
+        self._workspace, self._is_reserved = None, False
+
+    def reserve(
+        self, num_partials: int, num_heads: int, head_size: int, device: torch.device | str
+    ) -> None:
+        """Take the workspace once, for so many partial results of H heads of D; captured steps keep its address.
+
+        A captured step fits if `attention_tiles.num_partials` of its lengths is at most this: its caller has to look,
+        for the launch cannot. An eager step that needs more is cut into several launches, row by row at the least, so
+        the longest context alone must fit.
+        """
+        assert not self._is_reserved, "the workspace is reserved already: captured graphs may hold its address"
+        self._workspace = None  # the old one first, as below
+        self._workspace = torch.empty(
+            _numel(num_partials * num_heads, head_size), dtype=torch.float32, device=device
+        )
+        self._is_reserved = True
 
     def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
         """Write k, v [T, K, D] to their slots of k_cache, v_cache [num_blocks, K, block_size, D]."""
@@ -105,7 +131,7 @@ class TritonPagedAttention:
         if rows:
             launch_attention(
                 out, q, k_cache, v_cache, meta, shape, Mode.PREFILL, self.deterministic, scale,
-                first_row=meta.num_decode_rows, num_rows=rows, num_splits=1, partials=None,
+                first_row=meta.num_decode_rows, num_rows=rows, split_programs=1, partials=None,
             )  # fmt: skip
         return out
 
@@ -113,38 +139,57 @@ class TritonPagedAttention:
         self, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata,
         shape: AttentionShape, scale: float,
     ) -> None:  # fmt: skip
-        splits = max_splits(meta.max_seq_len, shape.window)
+        num_rows = rows_at_once = meta.num_decode_rows
+        splits = split_programs = max_splits(meta.max_seq_len, shape.window)
         mode = Mode.DECODE if splits > 1 else Mode.DECODE_DIRECT
-        rows_at_once = meta.num_decode_rows
         partials = None
         if mode is Mode.DECODE:
-            partials, rows_at_once = self._partials(q, meta.num_decode_rows, splits)
-        for first in range(0, meta.num_decode_rows, rows_at_once):
-            rows = min(rows_at_once, meta.num_decode_rows - first)
+            partials, rows_at_once = self._partials(q, num_rows, splits)
+        if meta.is_captured:
+            assert partials is None or self._is_reserved, "a captured step needs a workspace that never moves: reserve()"
+            rows_at_once = num_rows
+            split_programs = captured_split_programs(num_rows, shape.num_kv_heads, splits)
+        for first in range(0, num_rows, rows_at_once):
+            rows = min(rows_at_once, num_rows - first)
             launch_attention(
                 out, q, k_cache, v_cache, meta, shape, mode, self.deterministic, scale,
-                first_row=first, num_rows=rows, num_splits=splits, partials=partials,
+                first_row=first, num_rows=rows, split_programs=split_programs, partials=partials,
             )  # fmt: skip
             if partials is not None:
-                launch_combine(out, partials, meta, shape, first_row=first, num_rows=rows, num_splits=splits)
+                launch_combine(out, partials, meta, shape, first_row=first, num_rows=rows)
 
-    def _partials(self, q: Tensor, rows: int, splits: int) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-        """Workspace for (sums, peaks, totals) of as many rows as fit, and how many those are."""
+    def _partials(self, q: Tensor, rows: int, splits: int) -> tuple[Partials, int]:
+        """The workspace as (sums, peaks, totals), and of how many rows it holds the partials."""
         _, heads, size = q.shape
-        rows = max(1, min(rows, self._max_workspace_bytes // (4 * splits * heads * (size + 2))))
-        # Whole multiples of 16 bytes: an address that is aligned in one step and not in the next would compile again.
-        cells = -(-rows * splits * heads // 4) * 4
-        needed = cells * (size + 2)
+        if not self._is_reserved:
+            most = self._max_workspace_bytes // (4 * splits * heads * (size + 2))
+            self._grow(max(1, min(rows, most)) * splits * heads, size, q.device)
         workspace = self._workspace
-        if workspace is None or workspace.numel() < needed or workspace.device != q.device:
-            doubled = 0 if workspace is None else min(2 * workspace.numel(), self._max_workspace_bytes // 4)
-            # Let go of the old one first: the two together need not fit. Both live on one stream, so memory that a
-            # running kernel still reads is not handed to another stream.
-            self._workspace = workspace = None
-            workspace = torch.empty(max(needed, doubled), dtype=torch.float32, device=q.device)
-            self._workspace = workspace
-        sums, peaks, totals = torch.split(workspace[:needed], [cells * size, cells, cells])
-        return (sums, peaks, totals), rows
+        assert workspace is not None
+        assert workspace.device == q.device, (workspace.device, q.device)
+        cells = workspace.numel() // (size + 2) // 4 * 4
+        fitting = cells // (splits * heads)
+        assert fitting, f"a row of {splits} splits of {heads} heads in a workspace reserved for {cells} of them"
+        sums, peaks, totals = torch.split(workspace[: cells * (size + 2)], [cells * size, cells, cells])
+        return (sums, peaks, totals), min(rows, fitting)
+
+    def _grow(self, cells: int, size: int, device: torch.device) -> None:
+        workspace = self._workspace
+        if workspace is not None and workspace.device == device and workspace.numel() >= _numel(cells, size):
+            return
+        doubled = 0 if workspace is None else min(2 * workspace.numel(), self._max_workspace_bytes // 4)
+        # Let go of the old one first: the two together need not fit. Both live on one stream, so memory that a
+        # running kernel still reads is not handed to another stream.
+        self._workspace = workspace = None
+        self._workspace = torch.empty(max(_numel(cells, size), doubled), dtype=torch.float32, device=device)
+
+
+def _numel(cells: int, size: int) -> int:
+    """Values of a workspace for so many partial results of one head.
+
+    Whole multiples of 16 bytes: an address that is aligned in one step and not in the next would compile again.
+    """
+    return -(-cells // 4) * 4 * (size + 2)
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:

@@ -15,11 +15,17 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 SPLIT_TOKENS = (
     512  # a multiple of every BLOCK_N; partial results cost about 1.6 % of the KV read at 4 heads a group
 )
+SUM_ROWS = 128  # rows whose splits a program counts at a time, to find where its own row's partials begin
+# Programs of a captured launch, whose grid must not know the contexts: four for each multiprocessor of a large GPU. More
+# would find their row's splits taken, fewer would leave a long context among short ones to few programs.
+CAPTURED_PROGRAMS = 4 * 132
 COMBINE_STAGES = 8  # partials in flight in the combine kernel, which merges them one by one
 COMBINE_WARPS = 1
 
@@ -115,6 +121,7 @@ def variant(shape: AttentionShape, mode: Mode, deterministic: bool) -> Variant:
         "BLOCK_N": tile.block_n,
         "BLOCK_Q": 1 if mode.is_decode else tile.block_m // shape.group,
         "SPLIT": SPLIT_TOKENS,
+        "SUM_ROWS": SUM_ROWS,
         "WINDOW": shape.window or 0,
         "PREFILL": not mode.is_decode,
         "PARTIAL": mode is Mode.DECODE,
@@ -133,6 +140,7 @@ def combine_variant(shape: AttentionShape) -> Variant:
         "HEAD_SIZE": shape.head_size,
         "HEAD_PAD": padded_head_size(shape.head_size),
         "SPLIT": SPLIT_TOKENS,
+        "SUM_ROWS": SUM_ROWS,
         "WINDOW": shape.window or 0,
         "STAGES": COMBINE_STAGES,
     }
@@ -145,6 +153,19 @@ def max_splits(max_seq_len: int, window: int | None) -> int:
     if window:
         splits = min(splits, (window + SPLIT_TOKENS - 2) // SPLIT_TOKENS + 1)
     return max(1, splits)
+
+
+def num_partials(seq_lens: NDArray[np.int32]) -> int:
+    """Partial results that a decode step over rows [S] of these lengths writes, at most (a window writes fewer).
+
+    For the caller of a captured step, whose workspace was reserved: padding rows have length 1 and count too.
+    """
+    return int((-(-seq_lens.astype(np.int64) // SPLIT_TOKENS)).sum())
+
+
+def captured_split_programs(num_rows: int, num_kv_heads: int, splits: int) -> int:
+    """Programs that share the splits of one row and KV head in a captured launch: from 1 to `splits`."""
+    return min(splits, -(-CAPTURED_PROGRAMS // (num_rows * num_kv_heads)))
 
 
 def _options(num_warps: int, num_stages: int, *, fuse: bool) -> dict[str, int | bool]:

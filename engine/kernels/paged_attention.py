@@ -3,7 +3,8 @@
 The query heads that share a KV head are packed with the tokens into one tile (row r is token r // GROUP, head
 r % GROUP), so that a key is read once for all of them. Keys are folded with a running maximum and sum (Milakov and
 Gimelshein 2018; Dao et al. 2022), in float32, left to right in steps of BLOCK_N from an absolute multiple of it. Long
-decode contexts are cut at absolute multiples of SPLIT and merged by `combine_kernel` in order.
+decode contexts are cut at absolute multiples of SPLIT and merged by `combine_kernel` in order. Where a row's partials lie
+and which program folds them follow from the lengths on the device, so that a captured launch fits any lengths.
 
 Boundary: reads the layout of `engine.plan.KVSpec`; positions, tables and lengths come as tensors and are never copied
 to the host. Scheduling, workspace and the choice of launches: `engine.attention.triton_paged`.
@@ -86,6 +87,36 @@ def _fold(
 
 
 @triton.jit
+def _fold_split(
+    split_begin, q, k_head, v_head, table, begin, first_key, past_key, position, scale_log2,
+    NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The sums over one split's keys, from nothing: the same bits whichever program and kernel folds it."""
+    return _fold(
+        tl.zeros([BLOCK_M, HEAD_PAD], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_M], tl.float32), q, k_head, v_head, table,
+        tl.maximum(split_begin, begin), tl.minimum(split_begin + SPLIT, past_key),
+        first_key, past_key, position, scale_log2,
+        NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _first_partial(seq_lens, first_row, row, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SUM_ROWS: tl.constexpr):
+    """Where a decode row's partials begin: behind those of the launch's rows before it, one for each split they touch."""
+    before = tl.zeros([SUM_ROWS], tl.int32)
+    for start in range(first_row, row, SUM_ROWS):
+        other = start + tl.arange(0, SUM_ROWS)
+        seq_len = tl.load(seq_lens + other, mask=other < row, other=0)
+        splits = tl.cdiv(seq_len, SPLIT)
+        if WINDOW > 0:
+            splits -= tl.maximum(seq_len - WINDOW, 0) // SPLIT
+        before += splits
+    return tl.sum(before, 0)
+
+
+@triton.jit
 def _row_of_tile(tile, query_start, first_row, num_rows, BLOCK_Q: tl.constexpr):
     """Which row a query tile belongs to: row i's tiles begin at (its first token) // BLOCK_Q + i. Binary search."""
     base = tl.load(query_start + first_row)
@@ -106,23 +137,24 @@ def _row_of_tile(tile, query_start, first_row, num_rows, BLOCK_Q: tl.constexpr):
 # Arguments whose value or alignment changes from step to step: each new kind would be compiled in the middle of serving.
 _CHANGING = [
     "block_tables", "seq_lens", "query_start", "part_peak", "part_total", "stride_table", "first_row", "num_rows",
-    "num_splits",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_CHANGING)
 def paged_attention_kernel(
     out, q, k_cache, v_cache, block_tables, seq_lens, query_start, part_acc, part_peak, part_total,
-    scale_log2, stride_qt, stride_ot, stride_table, first_row, num_rows, num_splits,
+    scale_log2, stride_qt, stride_ot, stride_table, first_row, num_rows,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
-    SPLIT: tl.constexpr, WINDOW: tl.constexpr, PREFILL: tl.constexpr, PARTIAL: tl.constexpr,
+    SPLIT: tl.constexpr, SUM_ROWS: tl.constexpr, WINDOW: tl.constexpr, PREFILL: tl.constexpr, PARTIAL: tl.constexpr,
     BY_SPLIT: tl.constexpr, UNMASKED_BODY: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of query rows of one KV head. Axes: decode (row, head, split); prefill (query tile, head).
+    """One program: one tile of query rows of one KV head. Axes: decode (row, head, share of splits); prefill (query
+    tile, head).
 
-    PARTIAL: fold one split only and store its sum for `combine_kernel`. BY_SPLIT: fold all splits, each from nothing,
-    and merge them as the combine kernel does. UNMASKED_BODY: tiles that every row sees whole are folded without masks.
+    PARTIAL: fold every num_programs(2)-th split, each from nothing, and store its sum for `combine_kernel`. BY_SPLIT:
+    fold all splits, each from nothing, and merge them as the combine kernel does. UNMASKED_BODY: tiles that every row
+    sees whole are folded without masks.
     """
     kv_head = tl.program_id(1)
     if PREFILL:
@@ -144,10 +176,8 @@ def paged_attention_kernel(
     if WINDOW > 0:
         first_key = tl.maximum(low - WINDOW + 1, 0)
     first_split = first_key // SPLIT
-    split = first_split
     if PARTIAL:
-        split = first_split + tl.program_id(2)
-        if split * SPLIT >= past_key:
+        if (first_split + tl.program_id(2)) * SPLIT >= past_key:
             return
 
     packed = tl.arange(0, BLOCK_M)
@@ -165,45 +195,44 @@ def paged_attention_kernel(
     v_head = v_cache + kv_head * (BLOCK_SIZE * HEAD_SIZE)
     table = block_tables + row.to(tl.int64) * stride_table
 
-    acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
     begin = first_key // BLOCK_N * BLOCK_N
-    if BY_SPLIT:
-        for part in range(first_split, tl.cdiv(past_key, SPLIT)):
-            part_acc_, part_peak_, part_total_ = _fold(
-                tl.zeros([BLOCK_M, HEAD_PAD], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32),
-                tl.zeros([BLOCK_M], tl.float32), queries, k_head, v_head, table,
-                tl.maximum(part * SPLIT, begin), tl.minimum(part * SPLIT + SPLIT, past_key),
-                first_key, past_key, position, scale_log2,
+    if PARTIAL:
+        first_place = _first_partial(seq_lens, first_row, row, SPLIT, WINDOW, SUM_ROWS) - first_split
+        stride = tl.num_programs(2) * SPLIT
+        for split_begin in range((first_split + tl.program_id(2)) * SPLIT, past_key, stride):
+            acc, peak, total = _fold_split(
+                split_begin, queries, k_head, v_head, table, begin, first_key, past_key, position, scale_log2,
+                NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, WINDOW,
+            )  # fmt: skip
+            place = (first_place + split_begin // SPLIT).to(tl.int64) * (NUM_KV_HEADS * GROUP)
+            values = (head * HEAD_SIZE)[:, None] + dims[None, :]
+            tl.store(part_acc + place * HEAD_SIZE + values, acc, mask=cell)
+            tl.store(part_peak + place + head, peak, mask=valid)
+            tl.store(part_total + place + head, total, mask=valid)
+    else:
+        acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
+        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        if BY_SPLIT:
+            for split_begin in range(first_split * SPLIT, past_key, SPLIT):
+                split_acc, split_peak, split_total = _fold_split(
+                    split_begin, queries, k_head, v_head, table, begin, first_key, past_key, position, scale_log2,
+                    NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, WINDOW,
+                )  # fmt: skip
+                acc, peak, total = _merge(acc, peak, total, split_acc, split_peak, split_total)
+        else:
+            if UNMASKED_BODY:
+                whole = (low + 1) // BLOCK_N * BLOCK_N
+                acc, peak, total = _fold(
+                    acc, peak, total, queries, k_head, v_head, table, begin, whole, first_key, past_key, position, scale_log2,
+                    NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, False,
+                )  # fmt: skip
+                begin = whole
+            acc, peak, total = _fold(
+                acc, peak, total, queries, k_head, v_head, table, begin, past_key, first_key, past_key, position, scale_log2,
                 NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, True,
             )  # fmt: skip
-            acc, peak, total = _merge(acc, peak, total, part_acc_, part_peak_, part_total_)
-    else:
-        end = past_key
-        if PARTIAL:
-            begin = tl.maximum(split * SPLIT, begin)
-            end = tl.minimum(split * SPLIT + SPLIT, past_key)
-        if UNMASKED_BODY:
-            whole = (low + 1) // BLOCK_N * BLOCK_N
-            acc, peak, total = _fold(
-                acc, peak, total, queries, k_head, v_head, table, begin, whole, first_key, past_key, position, scale_log2,
-                NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, False,
-            )  # fmt: skip
-            begin = whole
-        acc, peak, total = _fold(
-            acc, peak, total, queries, k_head, v_head, table, begin, end, first_key, past_key, position, scale_log2,
-            NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, True,
-        )  # fmt: skip
 
-    if PARTIAL:
-        place = ((row - first_row).to(tl.int64) * num_splits + tl.program_id(2)) * (
-            NUM_KV_HEADS * GROUP
-        ) + head
-        tl.store(part_acc + (place * HEAD_SIZE)[:, None] + dims[None, :], acc, mask=cell)
-        tl.store(part_peak + place, peak, mask=valid)
-        tl.store(part_total + place, total, mask=valid)
-    else:
         # Rows of the tile that stand for no token may have seen no key.
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         target = (flat * stride_ot + head * HEAD_SIZE)[:, None] + dims[None, :]
@@ -214,14 +243,13 @@ def paged_attention_kernel(
     do_not_specialize=[name for name in _CHANGING if name not in ("block_tables", "stride_table", "num_rows")]
 )
 def combine_kernel(
-    out, part_acc, part_peak, part_total, seq_lens, query_start, stride_ot, first_row, num_splits,
+    out, part_acc, part_peak, part_total, seq_lens, query_start, stride_ot, first_row,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, SPLIT: tl.constexpr,
-    WINDOW: tl.constexpr, STAGES: tl.constexpr,
+    SUM_ROWS: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: one query head of one row; its splits are merged in order of position."""
-    local_row = tl.program_id(0)
+    row = first_row + tl.program_id(0)
     head = tl.program_id(1)
-    row = first_row + local_row
     seq_len = tl.load(seq_lens + row)
     first_split = 0
     if WINDOW > 0:
@@ -233,7 +261,7 @@ def combine_kernel(
     acc = tl.zeros([1, HEAD_PAD], tl.float32)
     peak = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
-    base = local_row.to(tl.int64) * num_splits
+    base = _first_partial(seq_lens, first_row, row, SPLIT, WINDOW, SUM_ROWS).to(tl.int64)
     for part in tl.range(0, count, num_stages=STAGES):
         place = (base + part) * NUM_HEADS + head + one
         other_acc = tl.load(
@@ -248,7 +276,8 @@ def combine_kernel(
     tl.store(out + target, result.to(out.dtype.element_ty), mask=inside[None, :])
 
 
-# float32 sums [rows, splits, H, D], peaks and totals [rows, splits, H], each flat
+# float32 sums [partials, H, D], peaks and totals [partials, H], each flat; a row's partials lie behind those of the row
+# before it in the launch, in order of position
 Partials = tuple[Tensor, Tensor, Tensor]
 
 LOG2_E = 1.4426950408889634  # the kernels exponentiate in base 2
@@ -256,32 +285,35 @@ LOG2_E = 1.4426950408889634  # the kernels exponentiate in base 2
 
 def launch_attention(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, shape: AttentionShape,
-    mode: Mode, deterministic: bool, scale: float, *, first_row: int, num_rows: int, num_splits: int,
-    partials: Partials | None,
+    mode: Mode, deterministic: bool, scale: float, *, first_row: int, num_rows: int,
+    split_programs: int, partials: Partials | None,
 ) -> None:  # fmt: skip
-    """Launch `paged_attention_kernel` over rows [first_row, first_row + num_rows), all of them of the mode's kind."""
+    """Launch `paged_attention_kernel` over rows [first_row, first_row + num_rows), all of them of the mode's kind.
+
+    `split_programs` programs share the splits of a decode row's KV head; `partials` has room for those of all rows.
+    """
     form = variant(shape, mode, deterministic)
     if mode.is_decode:
-        grid = (num_rows, shape.num_kv_heads, num_splits)
+        grid = (num_rows, shape.num_kv_heads, split_programs)
     else:
         # An upper bound that needs no lengths on the host: each row adds at most one tile that is not full.
         grid = ((q.shape[0] - first_row) // form.tokens_per_tile + num_rows, shape.num_kv_heads, 1)
     sums, peaks, totals = partials or (out, out, out)
     paged_attention_kernel[grid](
         out, q, k_cache, v_cache, meta.block_tables, meta.seq_lens, meta.query_start, sums, peaks, totals,
-        scale * LOG2_E, q.stride(0), out.stride(0), meta.block_tables.stride(0), first_row, num_rows, num_splits,
+        scale * LOG2_E, q.stride(0), out.stride(0), meta.block_tables.stride(0), first_row, num_rows,
         **form.constants, **form.options,
     )  # fmt: skip
 
 
 def launch_combine(
     out: Tensor, partials: Partials, meta: AttentionMetadata, shape: AttentionShape, *,
-    first_row: int, num_rows: int, num_splits: int,
+    first_row: int, num_rows: int,
 ) -> None:  # fmt: skip
     """Launch `combine_kernel` over the rows whose partials were just written."""
     form = combine_variant(shape)
     combine_kernel[(num_rows, shape.num_kv_heads * shape.group)](
-        out, *partials, meta.seq_lens, meta.query_start, out.stride(0), first_row, num_splits,
+        out, *partials, meta.seq_lens, meta.query_start, out.stride(0), first_row,
         **form.constants, **form.options,
     )  # fmt: skip
 

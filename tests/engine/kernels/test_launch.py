@@ -6,6 +6,7 @@ specialisation, compilation. A kernel that was compiled again because a length o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,30 @@ def test_steps_of_any_shape_use_the_same_compiled_kernels(launches: list[tuple[s
         "store_kv_kernel": 1, "paged_attention_kernel": 2, "combine_kernel": 1, "rms_norm_kernel": 1, "rotary_kernel": 1,
     }  # fmt: skip
     assert len(launches) == 3 * len(STEPS) + sum(2 if rows[0][1] == 1 else 0 for rows in STEPS) + 4
+
+
+def test_a_captured_step_is_launched_alike_whatever_its_lengths(
+    launches: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels, grids and addresses that depended on a length would be wrong when the graph is replayed."""
+    compile_only = JITFunction.run
+    seen: list[tuple[Any, ...]] = []
+
+    def note(self: Any, *args: Any, grid: Any, **options: Any) -> Any:
+        partials = [a.data_ptr() for a in args if isinstance(a, torch.Tensor) and a.dtype == torch.float32]
+        seen.append((self.__name__, grid, *partials, *[a for a in args if isinstance(a, int)]))
+        return compile_only(self, *args, grid=grid, **options)
+
+    monkeypatch.setattr(JITFunction, "run", note)
+    backend = TritonPagedAttention()
+    backend.reserve(40, 8, 64, "cpu")
+    for lengths in ([700, 1, 3000], [1, 1, 1], [5000, 4000, 3000]):
+        step = paged_step(
+            [(n, 1) for n in lengths], num_kv_heads=2, group=4, head_size=64, dtype=torch.bfloat16
+        )
+        tables = torch.zeros(3, 512, dtype=torch.int32)
+        meta = replace(step.meta, block_tables=tables, max_seq_len=8192, is_captured=True)
+        backend.forward(step.q, step.k_cache, step.v_cache, meta, scale=step.scale)
+    assert len(seen) == 6
+    assert seen[0:2] == seen[2:4] == seen[4:6]
+    assert len(set(launches)) == 2
