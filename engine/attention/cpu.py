@@ -1,7 +1,7 @@
 """Paged attention on a CPU through the compiled kernel (``cpu_paged.cpp``); torch's reference where it cannot serve.
 
-Compiled: float32, and bfloat16 storage with float32 sums. Other dtypes (float64 of the parity tests, float16) go to the
-reference. A token's result has the same bits whatever shares the batch, however the prompt was cut, for every block size
+Compiled: float32, and bfloat16 storage with float32 sums. Other dtypes (float64 of the parity tests, float16), soft caps
+and ALiBi go to the reference. A token's result has the same bits whatever shares the batch, however the prompt was cut, for every block size
 and number of threads: the kernel needs no deterministic mode of its own.
 
 Boundary: implements ``AttentionBackend``; `make_cpu_attention` picks and its `name` says what runs.
@@ -97,14 +97,17 @@ class CpuPagedAttention:
         *,
         scale: float,
         sliding_window: int | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Attention of each token over its row's keys at positions ≤ its own: q [T, H, D] -> [T, H, D] in q's dtype."""
         check_layout(k_cache, v_cache)
-        if q.dtype not in COMPILED_DTYPES or q.dtype != k_cache.dtype:
+        if q.dtype not in COMPILED_DTYPES or q.dtype != k_cache.dtype or softcap or alibi_slopes is not None:
             return self._reference.forward(
-                q, k_cache, v_cache, meta, scale=scale, sliding_window=sliding_window, out=out
-            )
+                q, k_cache, v_cache, meta, scale=scale, sliding_window=sliding_window, softcap=softcap,
+                alibi_slopes=alibi_slopes, out=out,
+            )  # fmt: skip
         q = _by_token(q)
         out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
         assert out.is_contiguous(), f"out has strides {out.stride()}"

@@ -1,6 +1,6 @@
 """The attention interface: what a backend gets and gives, in one layout for all of them.
 
-Boundary: paged causal attention over a block table, grouped query heads, optional sliding window. Rotary embedding and
+Boundary: paged causal attention over a block table, grouped query heads, optional sliding window, soft cap and ALiBi. Rotary embedding and
 projections belong to the model.
 
 Shapes: T tokens of the step, S sequences (rows), H query heads, K KV heads, D head size.
@@ -50,11 +50,15 @@ class AttentionBackend(Protocol):
         *,
         scale: float,
         sliding_window: int | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,  # [H] float32
         out: Tensor | None = None,
     ) -> Tensor:
         """Attention of each token over its row's keys at positions ≤ its own; returns [T, H, D] in q's dtype.
 
-        With `sliding_window` w a token at position p sees positions p - w + 1 … p.
+        With `sliding_window` w a token at position p sees positions p - w + 1 … p. A score is ``scale * q · k``; with
+        `softcap` c it becomes ``c * tanh(score / c)`` (Gemma 2), and with `alibi_slopes` its head's
+        ``slope * (key position - query position)`` is added (Press et al. 2022; BLOOM, Baichuan 13B).
         """
         ...
 

@@ -33,12 +33,14 @@ class PagedStep:
     def scale(self) -> float:
         return float(self.q.shape[2] ** -0.5)
 
-    def reference(self, window: int | None = None) -> Tensor:
+    def reference(
+        self, window: int | None = None, softcap: float | None = None, alibi_slopes: Tensor | None = None
+    ) -> Tensor:
         """The result [T, H, D] by the definition."""
         meta = self.meta
         return paged_attention_ref(
             self.q, self.k_cache, self.v_cache, meta.block_tables, meta.seq_lens, meta.query_start,
-            scale=self.scale, window=window,
+            scale=self.scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
         )  # fmt: skip
 
     def part(self, row: int, begin: int, end: int) -> PagedStep:
@@ -59,17 +61,22 @@ class PagedStep:
         return replace(self, q=self.q[chosen], meta=own)
 
 
-def excess_error(got: Tensor, step: PagedStep, window: int | None = None) -> float:
+def excess_error(
+    got: Tensor, step: PagedStep, window: int | None = None, softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> float:  # fmt: skip
     """The largest error as a share of what rounding allows; above 1, or not-a-number: wrong.
 
     Weights and result are each rounded once to the cache's dtype with unit roundoff e, sums are float32:
     |error| ≤ e · Σ weight · |v| + e · |result|. Scores, exponentials and sums in float32 add about 1e-6 of the same
-    magnitude; 1e-5 is allowed.
+    magnitude; 1e-5 is allowed. A capped score c · tanh is off by up to 4e-7 · c (exponential, difference, sum, quotient
+    and product in float32), and so is each weight and their sum in proportion: 8e-7 · c more.
     """
     exact = replace(step, q=step.q.double())  # whose reference is not rounded
-    want, magnitude = exact.reference(window), replace(exact, v_cache=step.v_cache.abs()).reference(window)
+    form = (window, softcap, alibi_slopes)
+    want, magnitude = exact.reference(*form), replace(exact, v_cache=step.v_cache.abs()).reference(*form)
     roundoff = torch.finfo(got.dtype).eps / 2 if got.dtype != torch.float32 else 0.0
-    bound = (1.02 * roundoff + 1e-5) * (magnitude + want.abs())
+    bound = (1.02 * roundoff + 1e-5 + 8e-7 * (softcap or 0.0)) * (magnitude + want.abs())
     error = (got.double() - want).abs()
     return float(
         torch.where(error == 0.0, 0.0, error / bound).max()

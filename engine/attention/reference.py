@@ -10,6 +10,8 @@ shape. That costs speed; the compiled backends do the same at full speed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,6 +24,29 @@ MAX_GATHERED_VALUES = 1 << 26  # keys gathered at once, in values: 256 MiB in fl
 KV_TILE = 64  # positions of one tile in deterministic mode
 TOKEN_TILE = 16  # tokens of one tile in deterministic mode
 NO_SCORE = -1e30  # below any score, yet finite: exp(NO_SCORE - NO_SCORE) is 1, not nan
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How scores are made of queries and keys, as `AttentionBackend.forward` says."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+
+    def shaped(self, scores: Tensor, distance: Tensor) -> Tensor:
+        """Scores [rows, K, H // K, …] capped and biased by how far (negative: earlier) each key is from its query."""
+        if self.softcap:
+            scores = self.softcap * in_pieces(torch.tanh, scores / self.softcap)
+        if self.alibi_slopes is not None:
+            slopes = self.alibi_slopes.to(scores.dtype)
+            scores = scores + slopes.view(*scores.shape[1:3], *[1] * (scores.ndim - 3)) * distance
+        return scores
+
+    def hidden(self, distance: Tensor) -> Tensor:
+        """Which keys a query does not see."""
+        return distance > 0 if self.window is None else (distance > 0) | (distance <= -self.window)
 
 
 class ReferenceAttention:
@@ -50,13 +75,16 @@ class ReferenceAttention:
         *,
         scale: float,
         sliding_window: int | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Attention of each token over its row's keys at positions ≤ its own: q [T, H, D] -> [T, H, D] in q's dtype."""
         check_layout(k_cache, v_cache)
+        form = _Form(scale, sliding_window, softcap, alibi_slopes)
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         if self.deterministic:
-            _forward_tiled(q, k_cache, v_cache, meta, scale, sliding_window, out)
+            _forward_tiled(q, k_cache, v_cache, meta, form, out)
             return out
         rows = meta.num_decode_rows
         if rows:
@@ -64,9 +92,7 @@ class ReferenceAttention:
             last = meta.seq_lens[:rows].long() - 1
             for part in _row_parts(rows, meta.max_seq_len, k_cache):
                 keys, values = _gather(k_cache, v_cache, meta.block_tables[part], meta.max_seq_len)
-                out[part] = _attend(q[part, None], keys, values, last[part, None], scale, sliding_window)[
-                    :, 0
-                ].to(out.dtype)
+                out[part] = _attend(q[part, None], keys, values, last[part, None], form)[:, 0].to(out.dtype)
         if rows == meta.seq_lens.shape[0]:
             return out
         starts, lengths = meta.query_start.tolist(), meta.seq_lens.tolist()
@@ -77,9 +103,7 @@ class ReferenceAttention:
             for begin in range(first, end, chunk):
                 stop = min(begin + chunk, end)
                 at = torch.arange(begin, stop, device=q.device)[None] + (lengths[row] - end)
-                out[begin:stop] = _attend(q[None, begin:stop], keys, values, at, scale, sliding_window)[0].to(
-                    out.dtype
-                )
+                out[begin:stop] = _attend(q[None, begin:stop], keys, values, at, form)[0].to(out.dtype)
         return out
 
     def fits_captured(self, seq_lens: NDArray[np.int32]) -> bool:
@@ -109,19 +133,18 @@ def _gather(k_cache: Tensor, v_cache: Tensor, tables: Tensor, length: int) -> tu
     return take(k_cache), take(v_cache)
 
 
-def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float, window: int | None
-) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, form: _Form) -> Tensor:
     """q [S, n, H, D] at positions [S, n] over keys, values [S, K, length, D] -> [S, n, H, D]."""
     rows, n, heads, size = q.shape
     groups = heads // keys.shape[1]
-    grouped = (q.to(keys.dtype) * scale).view(rows, n, keys.shape[1], groups, size).permute(0, 2, 3, 1, 4)
+    grouped = (
+        (q.to(keys.dtype) * form.scale).view(rows, n, keys.shape[1], groups, size).permute(0, 2, 3, 1, 4)
+    )
     scores = grouped.flatten(2, 3) @ keys.transpose(2, 3)  # [S, K, groups * n, length]
-    key_at = torch.arange(keys.shape[2], device=q.device)
-    hidden = key_at > positions[..., None]
-    if window is not None:
-        hidden |= key_at <= positions[..., None] - window
-    scores = scores.view(rows, keys.shape[1], groups, n, -1).masked_fill(hidden[:, None, None], float("-inf"))
+    distance = torch.arange(keys.shape[2], device=q.device) - positions[..., None]  # [S, n, length]
+    hidden = form.hidden(distance)
+    scores = form.shaped(scores.view(rows, keys.shape[1], groups, n, -1), distance[:, None, None])
+    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
     # Undefined cache entries may hold nan: 0 * nan is nan, so hidden values are cleared and not only weighted by 0.
     seen = ~hidden.all(dim=1)
     weights = scores.softmax(dim=-1).flatten(2, 3)
@@ -136,8 +159,7 @@ def _forward_tiled(
     k_cache: Tensor,
     v_cache: Tensor,
     meta: AttentionMetadata,
-    scale: float,
-    window: int | None,
+    form: _Form,
     out: Tensor,
 ) -> None:
     """Every token as its own row, TOKEN_TILE tokens and KV_TILE keys at a time, online softmax."""
@@ -152,7 +174,7 @@ def _forward_tiled(
         # Keys that no token sees change no bit: captured work takes as many as there may ever be.
         end = meta.max_seq_len if meta.is_captured else int(positions[index].max()) + 1
         tile = _attend_tile(
-            q[index], k_cache, v_cache, meta.block_tables[row_of[index]], positions[index], end, scale, window
+            q[index], k_cache, v_cache, meta.block_tables[row_of[index]], positions[index], end, form
         )
         out[first : first + TOKEN_TILE] = tile[: tokens - first].to(out.dtype)
 
@@ -164,13 +186,12 @@ def _attend_tile(
     tables: Tensor,
     positions: Tensor,
     end: int,
-    scale: float,
-    window: int | None,
+    form: _Form,
 ) -> Tensor:
     num_blocks, kv_heads, block_size, size = k_cache.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     tokens, heads = q.shape[:2]
-    query = (q.to(dtype) * scale).view(tokens, kv_heads, heads // kv_heads, 1, size)
+    query = (q.to(dtype) * form.scale).view(tokens, kv_heads, heads // kv_heads, 1, size)
     total = torch.zeros(tokens, kv_heads, heads // kv_heads, 1, dtype=dtype, device=q.device)
     best = torch.full_like(total, NO_SCORE)
     mixed = torch.zeros(*total.shape[:3], size, dtype=dtype, device=q.device)
@@ -178,14 +199,14 @@ def _attend_tile(
         at = torch.arange(first, first + KV_TILE, device=q.device)
         column = (at // block_size).clamp(max=tables.shape[1] - 1)
         blocks = tables[:, column].long().clamp(0, num_blocks - 1)  # [t, KV_TILE]
-        hidden = at > positions[:, None]
-        if window is not None:
-            hidden |= at <= positions[:, None] - window
+        distance = at - positions[:, None]
+        hidden = form.hidden(distance)
         keys = (
             k_cache[blocks, :, at % block_size].to(dtype).permute(0, 2, 1, 3)[:, :, None]
         )  # [t, K, 1, KV_TILE, D]
         values = v_cache[blocks, :, at % block_size].to(dtype).permute(0, 2, 1, 3)[:, :, None]
-        scores = (query * keys).sum(dim=-1).masked_fill(hidden[:, None, None], float("-inf"))
+        scores = form.shaped((query * keys).sum(dim=-1), distance[:, None, None])
+        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
         new_best = torch.maximum(best, scores.amax(dim=-1, keepdim=True))
         weights = in_pieces(torch.exp, scores - new_best)
         # A tile that a token does not see leaves its sums as they are, to the bit: factor 1, summand 0.

@@ -80,16 +80,16 @@ class TritonPagedAttention:
         """Give the workspace back."""
         self._workspace, self._is_reserved = None, False
 
-    def reserve(
-        self, num_partials: int, num_heads: int, head_size: int, device: torch.device | str
-    ) -> None:
+    def reserve(self, num_partials: int, num_heads: int, head_size: int, device: torch.device | str) -> None:
         """Take the workspace once, for so many partial results of H heads of D; captured steps keep its address.
 
         A captured step fits if `attention_tiles.num_partials` of its lengths is at most this: its caller has to look,
         for the launch cannot. An eager step that needs more is cut into several launches, row by row at the least, so
         the longest context alone must fit.
         """
-        assert not self._is_reserved, "the workspace is reserved already: captured graphs may hold its address"
+        assert not self._is_reserved, (
+            "the workspace is reserved already: captured graphs may hold its address"
+        )
         self._workspace = None  # the old one first, as below
         self._workspace = torch.empty(
             _numel(num_partials * num_heads, head_size), dtype=torch.float32, device=device
@@ -109,6 +109,8 @@ class TritonPagedAttention:
         *,
         scale: float,
         sliding_window: int | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Attention of each token over its row's keys at positions ≤ its own; returns [T, H, D] in q's dtype.
@@ -117,6 +119,9 @@ class TritonPagedAttention:
         """
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         _check(q, k_cache, v_cache, meta, out)
+        if alibi_slopes is not None:
+            assert (alibi_slopes.shape, alibi_slopes.dtype) == (q.shape[1:2], torch.float32), alibi_slopes
+            assert alibi_slopes.is_contiguous()
         shape = AttentionShape(
             k_cache.shape[1],
             q.shape[1] // k_cache.shape[1],
@@ -124,20 +129,23 @@ class TritonPagedAttention:
             k_cache.shape[2],
             q.dtype,
             sliding_window or None,
+            softcap or None,
+            alibi_slopes is not None,
         )
+        optional = {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}
         if meta.num_decode_rows:
-            self._decode(out, q, k_cache, v_cache, meta, shape, scale)
+            self._decode(out, q, k_cache, v_cache, meta, shape, scale, optional)
         rows = meta.seq_lens.shape[0] - meta.num_decode_rows
         if rows:
             launch_attention(
                 out, q, k_cache, v_cache, meta, shape, Mode.PREFILL, self.deterministic, scale,
-                first_row=meta.num_decode_rows, num_rows=rows, split_programs=1, partials=None,
+                first_row=meta.num_decode_rows, num_rows=rows, split_programs=1, partials=None, optional=optional,
             )  # fmt: skip
         return out
 
     def _decode(
         self, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata,
-        shape: AttentionShape, scale: float,
+        shape: AttentionShape, scale: float, optional: dict[str, Tensor],
     ) -> None:  # fmt: skip
         num_rows = rows_at_once = meta.num_decode_rows
         splits = split_programs = max_splits(meta.max_seq_len, shape.window)
@@ -146,7 +154,9 @@ class TritonPagedAttention:
         if mode is Mode.DECODE:
             partials, rows_at_once = self._partials(q, num_rows, splits)
         if meta.is_captured:
-            assert partials is None or self._is_reserved, "a captured step needs a workspace that never moves: reserve()"
+            assert partials is None or self._is_reserved, (
+                "a captured step needs a workspace that never moves: reserve()"
+            )
             rows_at_once = num_rows
             split_programs = captured_split_programs(num_rows, shape.num_kv_heads, splits)
         for first in range(0, num_rows, rows_at_once):
@@ -154,6 +164,7 @@ class TritonPagedAttention:
             launch_attention(
                 out, q, k_cache, v_cache, meta, shape, mode, self.deterministic, scale,
                 first_row=first, num_rows=rows, split_programs=split_programs, partials=partials,
+                optional=optional,
             )  # fmt: skip
             if partials is not None:
                 launch_combine(out, partials, meta, shape, first_row=first, num_rows=rows)
@@ -169,7 +180,9 @@ class TritonPagedAttention:
         assert workspace.device == q.device, (workspace.device, q.device)
         cells = workspace.numel() // (size + 2) // 4 * 4
         fitting = cells // (splits * heads)
-        assert fitting, f"a row of {splits} splits of {heads} heads in a workspace reserved for {cells} of them"
+        assert fitting, (
+            f"a row of {splits} splits of {heads} heads in a workspace reserved for {cells} of them"
+        )
         sums, peaks, totals = torch.split(workspace[: cells * (size + 2)], [cells * size, cells, cells])
         return (sums, peaks, totals), min(rows, fitting)
 

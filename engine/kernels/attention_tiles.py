@@ -52,7 +52,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What a model fixes: K KV heads, H // K query heads each, D head size, the cache's block size and dtype."""
+    """What a model fixes: K KV heads, H // K query heads each, D head size, the cache's block size and dtype, how scores are formed."""
 
     num_kv_heads: int
     group: int
@@ -60,13 +60,15 @@ class AttentionShape:
     block_size: int
     dtype: torch.dtype
     window: int | None = None
+    softcap: float | None = None
+    alibi: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One compiled form of the attention kernel."""
+    """One compiled form of the attention kernel. Tensors that it does without are among its constants, as None."""
 
-    constants: dict[str, int | bool]
+    constants: dict[str, int | float | bool | None]
     options: dict[str, int | bool]
 
     @property
@@ -111,7 +113,7 @@ def variant(shape: AttentionShape, mode: Mode, deterministic: bool) -> Variant:
     same position gets the same bits from either.
     """
     tile = tile_for(shape, mode, deterministic)
-    constants: dict[str, int | bool] = {
+    constants: dict[str, int | float | bool | None] = {
         "NUM_KV_HEADS": shape.num_kv_heads,
         "GROUP": shape.group,
         "HEAD_SIZE": shape.head_size,
@@ -123,11 +125,14 @@ def variant(shape: AttentionShape, mode: Mode, deterministic: bool) -> Variant:
         "SPLIT": SPLIT_TOKENS,
         "SUM_ROWS": SUM_ROWS,
         "WINDOW": shape.window or 0,
+        "SOFTCAP": shape.softcap or 0.0,
         "PREFILL": not mode.is_decode,
         "PARTIAL": mode is Mode.DECODE,
         "BY_SPLIT": deterministic and not mode.is_decode,
         "UNMASKED_BODY": not mode.is_decode and not deterministic and not shape.window,
     }
+    if not shape.alibi:
+        constants["alibi_slopes"] = None
     exact = mode.is_decode or deterministic
     return Variant(constants, _options(tile.num_warps, tile.num_stages, fuse=not exact))
 
@@ -135,7 +140,7 @@ def variant(shape: AttentionShape, mode: Mode, deterministic: bool) -> Variant:
 @lru_cache(maxsize=256)
 def combine_variant(shape: AttentionShape) -> Variant:
     """Constants and compile options of the kernel that merges a row's splits."""
-    constants: dict[str, int | bool] = {
+    constants: dict[str, int | float | bool | None] = {
         "NUM_HEADS": shape.num_kv_heads * shape.group,
         "HEAD_SIZE": shape.head_size,
         "HEAD_PAD": padded_head_size(shape.head_size),

@@ -16,6 +16,8 @@ Shapes: T tokens, S rows, H query heads, K KV heads, D head size.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -37,10 +39,18 @@ def _merge(acc, peak, total, other_acc, other_peak, other_total):
 
 
 @triton.jit
+def _soft_capped(score_log2, CAP: tl.constexpr):
+    """cap * tanh(score / cap), scores times log2(e); the exponential is at most 1, so that nothing overflows."""
+    shrunk = tl.exp2(tl.abs(score_log2) * (-2.0 / CAP))
+    size = (1.0 - shrunk) / (1.0 + shrunk) * (CAP * 1.4426950408889634)
+    return tl.where(score_log2 < 0.0, -size, size)
+
+
+@triton.jit
 def _fold(
-    acc, peak, total, q, k_head, v_head, table, begin, end, first_key, past_key, position, scale_log2,
+    acc, peak, total, q, k_head, v_head, table, begin, end, first_key, past_key, position, scale_log2, slope_log2,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys of tiles [begin, end) into (acc, peak, total); begin is a multiple of BLOCK_N.
 
@@ -71,6 +81,10 @@ def _fold(
             k = tl.load(k_head + offset)
             v = tl.load(v_head + offset)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        if SOFTCAP > 0.0:
+            score = _soft_capped(score, SOFTCAP)
+        if slope_log2 is not None:
+            score += slope_log2[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
         if MASKED:
             visible = live[None, :] & (key[None, :] <= position[:, None])
             if WINDOW > 0:
@@ -88,22 +102,25 @@ def _fold(
 
 @triton.jit
 def _fold_split(
-    split_begin, q, k_head, v_head, table, begin, first_key, past_key, position, scale_log2,
+    split_begin, q, k_head, v_head, table, begin, first_key, past_key, position, scale_log2, slope_log2,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The sums over one split's keys, from nothing: the same bits whichever program and kernel folds it."""
     return _fold(
         tl.zeros([BLOCK_M, HEAD_PAD], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32),
         tl.zeros([BLOCK_M], tl.float32), q, k_head, v_head, table,
         tl.maximum(split_begin, begin), tl.minimum(split_begin + SPLIT, past_key),
-        first_key, past_key, position, scale_log2,
-        NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, True,
+        first_key, past_key, position, scale_log2, slope_log2,
+        NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
     )  # fmt: skip
 
 
 @triton.jit
-def _first_partial(seq_lens, first_row, row, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SUM_ROWS: tl.constexpr):
+def _first_partial(
+    seq_lens, first_row, row, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SUM_ROWS: tl.constexpr
+):
     """Where a decode row's partials begin: behind those of the launch's rows before it, one for each split they touch."""
     before = tl.zeros([SUM_ROWS], tl.int32)
     for start in range(first_row, row, SUM_ROWS):
@@ -143,11 +160,11 @@ _CHANGING = [
 @triton.jit(do_not_specialize=_CHANGING)
 def paged_attention_kernel(
     out, q, k_cache, v_cache, block_tables, seq_lens, query_start, part_acc, part_peak, part_total,
-    scale_log2, stride_qt, stride_ot, stride_table, first_row, num_rows,
+    scale_log2, stride_qt, stride_ot, stride_table, first_row, num_rows, alibi_slopes,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
-    SPLIT: tl.constexpr, SUM_ROWS: tl.constexpr, WINDOW: tl.constexpr, PREFILL: tl.constexpr, PARTIAL: tl.constexpr,
-    BY_SPLIT: tl.constexpr, UNMASKED_BODY: tl.constexpr,
+    SPLIT: tl.constexpr, SUM_ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    PREFILL: tl.constexpr, PARTIAL: tl.constexpr, BY_SPLIT: tl.constexpr, UNMASKED_BODY: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of query rows of one KV head. Axes: decode (row, head, share of splits); prefill (query
     tile, head).
@@ -176,7 +193,7 @@ def paged_attention_kernel(
     if WINDOW > 0:
         first_key = tl.maximum(low - WINDOW + 1, 0)
     first_split = first_key // SPLIT
-    if PARTIAL:
+    if PARTIAL:  # noqa: SIM102 (decided when the kernel is compiled)
         if (first_split + tl.program_id(2)) * SPLIT >= past_key:
             return
 
@@ -194,6 +211,10 @@ def paged_attention_kernel(
     k_head = k_cache + kv_head * (BLOCK_SIZE * HEAD_SIZE)
     v_head = v_cache + kv_head * (BLOCK_SIZE * HEAD_SIZE)
     table = block_tables + row.to(tl.int64) * stride_table
+    if alibi_slopes is not None:
+        slope_log2 = tl.load(alibi_slopes + head) * 1.4426950408889634
+    else:
+        slope_log2 = None
 
     begin = first_key // BLOCK_N * BLOCK_N
     if PARTIAL:
@@ -201,8 +222,8 @@ def paged_attention_kernel(
         stride = tl.num_programs(2) * SPLIT
         for split_begin in range((first_split + tl.program_id(2)) * SPLIT, past_key, stride):
             acc, peak, total = _fold_split(
-                split_begin, queries, k_head, v_head, table, begin, first_key, past_key, position, scale_log2,
-                NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, WINDOW,
+                split_begin, queries, k_head, v_head, table, begin, first_key, past_key, position, scale_log2, slope_log2,
+                NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, WINDOW, SOFTCAP,
             )  # fmt: skip
             place = (first_place + split_begin // SPLIT).to(tl.int64) * (NUM_KV_HEADS * GROUP)
             values = (head * HEAD_SIZE)[:, None] + dims[None, :]
@@ -216,8 +237,8 @@ def paged_attention_kernel(
         if BY_SPLIT:
             for split_begin in range(first_split * SPLIT, past_key, SPLIT):
                 split_acc, split_peak, split_total = _fold_split(
-                    split_begin, queries, k_head, v_head, table, begin, first_key, past_key, position, scale_log2,
-                    NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, WINDOW,
+                    split_begin, queries, k_head, v_head, table, begin, first_key, past_key, position, scale_log2, slope_log2,
+                    NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, WINDOW, SOFTCAP,
                 )  # fmt: skip
                 acc, peak, total = _merge(acc, peak, total, split_acc, split_peak, split_total)
         else:
@@ -225,12 +246,12 @@ def paged_attention_kernel(
                 whole = (low + 1) // BLOCK_N * BLOCK_N
                 acc, peak, total = _fold(
                     acc, peak, total, queries, k_head, v_head, table, begin, whole, first_key, past_key, position, scale_log2,
-                    NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, False,
+                    slope_log2, NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, False,
                 )  # fmt: skip
                 begin = whole
             acc, peak, total = _fold(
                 acc, peak, total, queries, k_head, v_head, table, begin, past_key, first_key, past_key, position, scale_log2,
-                NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, True,
+                slope_log2, NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
             )  # fmt: skip
 
         # Rows of the tile that stand for no token may have seen no key.
@@ -286,11 +307,12 @@ LOG2_E = 1.4426950408889634  # the kernels exponentiate in base 2
 def launch_attention(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, shape: AttentionShape,
     mode: Mode, deterministic: bool, scale: float, *, first_row: int, num_rows: int,
-    split_programs: int, partials: Partials | None,
+    split_programs: int, partials: Partials | None, optional: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
     """Launch `paged_attention_kernel` over rows [first_row, first_row + num_rows), all of them of the mode's kind.
 
     `split_programs` programs share the splits of a decode row's KV head; `partials` has room for those of all rows.
+    `optional` holds the tensors that only some variants take, by the kernel's names for them.
     """
     form = variant(shape, mode, deterministic)
     if mode.is_decode:
@@ -302,7 +324,7 @@ def launch_attention(
     paged_attention_kernel[grid](
         out, q, k_cache, v_cache, meta.block_tables, meta.seq_lens, meta.query_start, sums, peaks, totals,
         scale * LOG2_E, q.stride(0), out.stride(0), meta.block_tables.stride(0), first_row, num_rows,
-        **form.constants, **form.options,
+        **optional, **form.constants, **form.options,
     )  # fmt: skip
 
 
@@ -328,6 +350,8 @@ def paged_attention_ref(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,  # [H]
 ) -> Tensor:
     """The same by the definition, row by row in float64 and rounded once: the oracle of the kernels, not a backend."""
     out = torch.empty_like(q)
@@ -341,8 +365,12 @@ def paged_attention_ref(
             for cache in (k_cache, v_cache)
         )
         scores = torch.einsum("thd,shd->hts", q[begin:end].double(), keys) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         position = torch.arange(length - (end - begin), length, device=q.device)[:, None]
         key = torch.arange(length, device=q.device)[None, :]
+        if alibi_slopes is not None:
+            scores += alibi_slopes.double()[:, None, None] * (key - position)
         visible = key <= position
         if window:
             visible &= key > position - window

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -76,13 +77,15 @@ class Case:
             num_decode_rows=sum(1 for _, new in self.rows if new == 1),
         )
 
-    def run(self, backend: ReferenceAttention, window: int | None) -> Tensor:
+    def run(self, backend: ReferenceAttention, window: int | None, **form: Any) -> Tensor:
         backend.store_kv(self.new_keys, self.new_values, self.k_cache, self.v_cache, self.meta.slot_mapping)
         return backend.forward(
-            self.q, self.k_cache, self.v_cache, self.meta, scale=0.3, sliding_window=window
+            self.q, self.k_cache, self.v_cache, self.meta, scale=0.3, sliding_window=window, **form
         )
 
-    def expected(self, window: int | None) -> Tensor:
+    def expected(
+        self, window: int | None, softcap: float | None = None, alibi_slopes: Tensor | None = None
+    ) -> Tensor:
         """One token, one head at a time, in float64."""
         found, at = torch.empty(self.q.shape, dtype=torch.float64), 0
         for row, (before, new) in enumerate(self.rows):
@@ -92,6 +95,11 @@ class Case:
                     kv_head = head // (self.heads // self.kv_heads)
                     keys = self.keys[row][first : position + 1, kv_head].double()
                     scores = [0.3 * float(self.q[at, head].double() @ key) for key in keys]
+                    if softcap is not None:
+                        scores = [softcap * math.tanh(s / softcap) for s in scores]
+                    if alibi_slopes is not None:
+                        slope = float(alibi_slopes[head])
+                        scores = [s + slope * (first + i - position) for i, s in enumerate(scores)]
                     weights = torch.tensor([math.exp(s - max(scores)) for s in scores], dtype=torch.float64)
                     values = self.values[row][first : position + 1, kv_head].double()
                     found[at, head] = (weights / weights.sum()) @ values
@@ -107,6 +115,18 @@ def test_equals_attention_written_out(mix: str, window: int | None, deterministi
     case = Case(mix, shape, block_size=8, dtype=torch.float64)
     found = case.run(ReferenceAttention(deterministic=deterministic), window)
     torch.testing.assert_close(found, case.expected(window), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("window", [None, 9])
+def test_soft_cap_and_alibi_equal_their_definitions(window: int | None, deterministic: bool) -> None:
+    case = Case("mixed", "gqa", block_size=8, dtype=torch.float64)
+    slopes = torch.tensor([2.0**-i for i in range(1, case.heads + 1)])
+    backend = ReferenceAttention(deterministic=deterministic)
+    for form in ({"softcap": 0.7}, {"alibi_slopes": slopes}, {"softcap": 0.7, "alibi_slopes": slopes}):
+        want = case.expected(window, **form)
+        torch.testing.assert_close(case.run(backend, window, **form), want, rtol=1e-12, atol=1e-12)
+        assert (want - case.expected(window)).abs().max() > 0.1, "the form makes no difference here"
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))

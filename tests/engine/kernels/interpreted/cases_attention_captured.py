@@ -90,7 +90,9 @@ def test_partials_lie_side_by_side_whoever_folds_them(window: int | None) -> Non
 def test_padding_rows_change_no_bit_of_the_others() -> None:
     step = _captured(_step(LENGTHS))
     padding, rows = 3, len(LENGTHS)
-    k_cache, v_cache = (torch.cat((torch.full_like(c[:1], float("nan")), c)) for c in (step.k_cache, step.v_cache))
+    k_cache, v_cache = (
+        torch.cat((torch.full_like(c[:1], float("nan")), c)) for c in (step.k_cache, step.v_cache)
+    )
     tables = torch.zeros(rows + padding, step.meta.block_tables.shape[1], dtype=torch.int32)
     tables[:rows] = step.meta.block_tables + 1  # block 0 was never written
     seq_lens = torch.cat((step.meta.seq_lens, torch.ones(padding, dtype=torch.int32)))
