@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -67,8 +68,22 @@ class AttentionBackend(Protocol):
 class CapturableAttention(AttentionBackend, Protocol):
     """A backend whose launches for decode rows can be captured and replayed with other lengths."""
 
+    short_context: int  # tokens: while no row has more, fewer launches do, which are captured apart; 0: it is all the same
+
+    def prepare_capture(
+        self,
+        num_tokens: int,
+        max_rows: int,
+        longest: int,
+        num_heads: int,
+        head_size: int,
+        device: torch.device,
+    ) -> None:
+        """Take the memory of captured launches, once: for `max_rows` rows of `num_tokens` in all, the longest of `longest`."""
+        ...
+
     def fits_captured(self, seq_lens: NDArray[np.int32]) -> bool:
-        """Whether captured launches have the memory for decode rows of these lengths."""
+        """Whether that memory holds a captured step over rows of these lengths [S]."""
         ...
 
 

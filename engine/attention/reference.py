@@ -53,6 +53,7 @@ class ReferenceAttention:
     """Implements ``AttentionBackend`` on any device."""
 
     name = "reference"
+    short_context = 0
 
     def __init__(self, *, deterministic: bool = False) -> None:
         self.deterministic = deterministic
@@ -105,6 +106,17 @@ class ReferenceAttention:
                 at = torch.arange(begin, stop, device=q.device)[None] + (lengths[row] - end)
                 out[begin:stop] = _attend(q[None, begin:stop], keys, values, at, form)[0].to(out.dtype)
         return out
+
+    def prepare_capture(
+        self,
+        num_tokens: int,
+        max_rows: int,
+        longest: int,
+        num_heads: int,
+        head_size: int,
+        device: torch.device,
+    ) -> None:
+        """It keeps nothing between launches."""
 
     def fits_captured(self, seq_lens: NDArray[np.int32]) -> bool:
         """It keeps nothing between launches."""

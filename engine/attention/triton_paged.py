@@ -13,7 +13,9 @@ to the current stream of the tensors' device.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention.interface import AttentionMetadata, check_layout
@@ -21,10 +23,12 @@ from engine.errors import ConfigError
 from engine.kernels.attention_tiles import (
     DTYPES,
     MAX_HEAD_SIZE,
+    SPLIT_TOKENS,
     AttentionShape,
     Mode,
     captured_split_programs,
     max_splits,
+    num_partials,
 )
 from engine.kernels.paged_attention import Partials, launch_attention, launch_combine
 from engine.kernels.store_kv import store_kv
@@ -42,6 +46,7 @@ class TritonPagedAttention:
     """
 
     name = "triton"
+    short_context = SPLIT_TOKENS
 
     def __init__(
         self, *, deterministic: bool = False, max_workspace_bytes: int = MAX_WORKSPACE_BYTES
@@ -50,6 +55,7 @@ class TritonPagedAttention:
         self._max_workspace_bytes = max_workspace_bytes
         self._workspace: Tensor | None = None
         self._is_reserved = False
+        self._num_partials = 0
 
     @staticmethod
     def check_supported(dtype: torch.dtype, head_size: int) -> None:
@@ -95,6 +101,23 @@ class TritonPagedAttention:
             _numel(num_partials * num_heads, head_size), dtype=torch.float32, device=device
         )
         self._is_reserved = True
+
+    def prepare_capture(
+        self,
+        num_tokens: int,
+        max_rows: int,
+        longest: int,
+        num_heads: int,
+        head_size: int,
+        device: torch.device,
+    ) -> None:
+        """Reserve the workspace of rows that share no block; rows of a long shared prefix may need more, and do not fit."""
+        self._num_partials = max(num_tokens // SPLIT_TOKENS + 2 * max_rows, max_splits(longest, None))
+        self.reserve(self._num_partials, num_heads, head_size, device)
+
+    def fits_captured(self, seq_lens: NDArray[np.int32]) -> bool:
+        """Whether the reserved workspace holds a captured step over rows of these lengths [S], and as many of padding."""
+        return num_partials(seq_lens) + len(seq_lens) <= self._num_partials
 
     def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
         """Write k, v [T, K, D] to their slots of k_cache, v_cache [num_blocks, K, block_size, D]."""

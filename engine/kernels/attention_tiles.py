@@ -73,7 +73,9 @@ class Variant:
 
     @property
     def tokens_per_tile(self) -> int:
-        return int(self.constants["BLOCK_Q"])
+        tokens = self.constants["BLOCK_Q"]
+        assert isinstance(tokens, int)
+        return tokens
 
 
 # Padded head size -> tile, for the 16-bit dtypes. Decode takes the smallest tile that the matrix units have; prefill

@@ -26,7 +26,6 @@ from engine.runner.device_batch import DeviceRowBatch
 from engine.runner.sampler import Sampled
 
 MAX_SIZE = 512  # rows of the largest captured step
-SHORT = 512  # tokens: below it attention needs no second kernel, so short contexts have a graph of their own
 NUM_INPUTS = 4  # rows, positions, new blocks, rows that want log-probabilities
 NO_BLOCK = -1
 
@@ -88,6 +87,11 @@ class DecodeGraphs:
         self._decoder, self._attention, self._caches, self._batch = decoder, attention, caches, batch
         self._replay = replay
         most = self.sizes[-1]
+        self._short = min(attention.short_context, shape.max_model_len)
+        num_blocks, _, block_size, head_size = caches[0].k.shape
+        attention.prepare_capture(
+            num_blocks * block_size, most, shape.max_model_len, decoder.config.num_heads, head_size, device
+        )
         self._inputs = torch.zeros(NUM_INPUTS * most, dtype=torch.int32, device=device)
         # A copy to the device reads its host memory later: as many as there are steps under way.
         self._staging = torch.zeros(
@@ -131,7 +135,7 @@ class DecodeGraphs:
 
     def forward(self, plan: StepPlan, size: int) -> None:
         """Run the model on the inputs that were sent last."""
-        self._run_forward(size, is_short=int(plan.start.max()) < SHORT)
+        self._run_forward(size, is_short=int(plan.start.max()) < self._short)
 
     def choose(self, plan: StepPlan, size: int) -> Sampled:
         """Sample from the logits of this step, and put the tokens behind their rows' last ones."""
@@ -146,9 +150,10 @@ class DecodeGraphs:
             self._columns(size)[:3] = torch.tensor(
                 [[self._batch.idle_row], [0], [NO_BLOCK]], dtype=torch.int32, device=self._batch.device
             )
-            for flag in (False, True):
-                self._run_forward(size, is_short=flag)
-                self._run_sampler(size, is_filtered=flag)
+            for is_short in {False, self._short > 0}:
+                self._run_forward(size, is_short=is_short)
+            for is_filtered in (False, True):
+                self._run_sampler(size, is_filtered=is_filtered)
             tell((place + 1) / len(self.sizes))
 
     def close(self) -> None:
@@ -160,7 +165,7 @@ class DecodeGraphs:
         return self._inputs[: NUM_INPUTS * size].view(NUM_INPUTS, size)
 
     def _run_forward(self, size: int, *, is_short: bool) -> None:
-        longest = min(SHORT, self._batch.shape.max_model_len) if is_short else self._batch.shape.max_model_len
+        longest = self._short if is_short else self._batch.shape.max_model_len
         self._replay(("forward", size, longest), lambda: self._forward(size, longest))
 
     def _run_sampler(self, size: int, *, is_filtered: bool) -> None:
