@@ -263,10 +263,11 @@ class ModelRunner:
             num_top = max(0, int(batch.num_logprobs[row]))
             for begin in range(0, count, PROMPT_LOGPROB_ROWS):
                 stop = min(begin + PROMPT_LOGPROB_ROWS, count)
-                logits = decoder.logits(hidden[int(first[i]) + begin : int(first[i]) + stop])
+                part = hidden[int(first[i]) + begin : int(first[i]) + stop]
                 # A copy: on a CPU the slice is the row buffer itself, which a later request will overwrite.
                 targets = batch.tokens[row, start + 1 + begin : start + 1 + stop].long()
-                found.append((i, num_top, token_logprobs(logits, targets, num_top).to_host()))
+                # The logits get no name: they would live on beside the next part's.
+                found.append((i, num_top, token_logprobs(decoder.logits(part), targets, num_top).to_host()))
         return tuple(found)
 
 
