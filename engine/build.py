@@ -1,15 +1,15 @@
 """Composition root: an EngineConfig becomes an Engine on this machine's device.
 
 `resolve_config` turns every automatic setting into a value, from the model's config and the device, before a weight is
-read; `build_engine` loads the weights, makes the runner and hands both to the Engine. The only module that knows all
-parts; nothing below imports it.
+read; `build_engine` loads the weights, sizes the KV cache again where the device tells what a step takes, makes the runner
+and hands both to the Engine. The only module that knows all parts; nothing below imports it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,15 +20,26 @@ from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.kernels import cpu_library
 from engine.kernels.invariant import find_row_tile
-from engine.memory import check_length_fits, make_kv_spec, make_ledger, size_pool
+from engine.memory import (
+    Allocator,
+    CudaAllocator,
+    Demand,
+    DeviceMemory,
+    decoder_bytes,
+    device_memory,
+    make_kv_spec,
+    make_ledger,
+    workspace_bytes,
+)
 from engine.model_folder import find_model, generation_eos_ids, has_tokenizer
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, StepDecoder
 from engine.models.fused_cpu import FusedCpuDecoder
 from engine.models.layers import Linear
 from engine.models.weights import load_weights
-from engine.plan import KVSpec
+from engine.pool_size import Measured, PoolSizer
 from engine.runner.model_runner import ModelRunner
+from engine.runner.profile_run import measure_workspace
 from engine.tokenizer import Tokenizer
 
 Progress = Callable[[str, float], None]
@@ -36,8 +47,12 @@ CPU_BATCHED_TOKENS = 512  # a step of this many tokens keeps running streams flu
 GPU_BATCHED_TOKENS = 8192
 
 
-def resolve_config(config: EngineConfig, model: ModelConfig | None = None) -> EngineConfig:
+def resolve_config(
+    config: EngineConfig, model: ModelConfig | None = None, memory: DeviceMemory | None = None
+) -> EngineConfig:
     """A new config in which nothing is automatic any more. Reads the model's config.json unless `model` is given.
+
+    `memory`: the device's bytes; None: asked of the device.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, ModelLoadError: from the model's config.
@@ -64,11 +79,15 @@ def resolve_config(config: EngineConfig, model: ModelConfig | None = None) -> En
         )
     threads = config.num_threads or available_cores()
     config = replace(config, attention_backend=backend, max_batched_tokens=batched, num_threads=threads)
-    return _resolve_pool(config, model, dtype, device)
+    return PoolSizer(model, device, memory or device_memory(device)).resolve(config)
 
 
-def build_engine(config: EngineConfig, *, progress: Progress | None = None) -> Engine:
+def build_engine(
+    config: EngineConfig, *, progress: Progress | None = None, allocator: Allocator | None = None
+) -> Engine:
     """Load the model and make its engine. `progress` gets a message and a share in [0, 1], from this thread.
+
+    `allocator`: tells what the device's memory is used for; None: torch's own on a GPU, on a CPU there is none.
 
     Raises:
         EngineError: as `resolve_config`, and CorruptWeightsError while weights are read.
@@ -77,8 +96,11 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None) -> E
     tell("reading the model's config", 0.0)
     folder = find_model(config.model)
     model = ModelConfig.from_folder(folder)
-    config = resolve_config(config, model)
+    asked, config = config, resolve_config(config, model, None if allocator is None else allocator.memory())
     device, dtype = torch.device(config.device), torch_dtype(config)
+    if device.type == "cuda" and allocator is None:
+        allocator = CudaAllocator(device)
+    before = device_memory(device) if allocator is None else allocator.memory()
     assert config.num_threads is not None
     assert config.max_model_len is not None
     if device.type == "cpu":
@@ -89,8 +111,10 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None) -> E
         eos_token_ids |= tokenizer.eos_token_ids
     decoder = Decoder(model, dtype=dtype, device=device, max_positions=config.max_model_len)
     load_weights(decoder, folder, lambda message, share: tell(message, 0.05 + 0.85 * share))
-    tell("allocating the KV cache", 0.92)
-    return _assemble(config, model, decoder, tokenizer, eos_token_ids, tell)
+    loaded = _Loaded(asked, config, model, decoder, tokenizer, eos_token_ids)
+    engine = _assemble(loaded, allocator, before, tell)
+    tell("ready", 1.0)
+    return engine
 
 
 def torch_dtype(config: EngineConfig) -> torch.dtype:
@@ -129,28 +153,62 @@ def prepare_decoder(decoder: Decoder, config: EngineConfig) -> StepDecoder:
     return decoder
 
 
-def _assemble(
-    config: EngineConfig,
-    model: ModelConfig,
-    decoder: Decoder,
-    tokenizer: Tokenizer | None,
-    eos_token_ids: frozenset[int],
-    tell: Progress,
-) -> Engine:
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A model whose weights are in memory, with the config as it was asked for and as it was resolved."""
+
+    asked: EngineConfig
+    config: EngineConfig
+    model: ModelConfig
+    decoder: Decoder
+    tokenizer: Tokenizer | None
+    eos_token_ids: frozenset[int]
+
+
+def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory, tell: Progress) -> Engine:
+    """The engine of a loaded model. `before`: the device's memory before the weights were read."""
+    config, model, eos_token_ids = loaded.config, loaded.model, loaded.eos_token_ids
     device, dtype = torch.device(config.device), torch_dtype(config)
     kv_spec = make_kv_spec(model, config.block_size, dtype)
-    runner = ModelRunner(
-        prepare_decoder(decoder, config), make_attention(config), config=config, kv_spec=kv_spec,
-        eos_token_ids=eos_token_ids, device=device, dtype=dtype,
-    )  # fmt: skip
+    decoder = prepare_decoder(loaded.decoder, config)
+
+    def make_runner(config: EngineConfig) -> ModelRunner:
+        return ModelRunner(
+            decoder, make_attention(config), config=config, kv_spec=kv_spec, eos_token_ids=eos_token_ids, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+
+    demand = Demand(decoder_bytes(decoder), workspace_bytes(config, model, dtype, device))
+    if allocator is not None:
+        tell("measuring the largest step", 0.91)
+        workspace = measure_workspace(make_runner, config, kv_spec, allocator, model.vocab_size)
+        demand = replace(demand, workspace_bytes=workspace)
+        config = _size_again(loaded, demand, allocator.memory())
+    tell("allocating the KV cache", 0.92)
+    runner = make_runner(config)
     runner.capture(lambda share: tell("capturing decode steps", 0.93 + 0.07 * share))
-    ledger = make_ledger(config, model, kv_spec, dtype, device)
-    engine = Engine(
-        config, runner, kv_spec=kv_spec, eos_token_ids=eos_token_ids, vocab_size=model.vocab_size, tokenizer=tokenizer,
-        memory=ledger,
+    ledger = make_ledger(
+        config, model, kv_spec, dtype, device, demand=demand,
+        graphs_bytes=0 if allocator is None else allocator.graph_bytes(),
+        other_bytes=before.total_bytes - before.free_bytes,
     )  # fmt: skip
-    tell("ready", 1.0)
-    return engine
+    return Engine(
+        config, runner, kv_spec=kv_spec, eos_token_ids=eos_token_ids, vocab_size=model.vocab_size,
+        tokenizer=loaded.tokenizer, memory=ledger,
+    )  # fmt: skip
+
+
+def _size_again(loaded: _Loaded, demand: Demand, now: DeviceMemory) -> EngineConfig:
+    """The resolved config with its pool sized by what was measured. Its context, for which tables exist, only shrinks.
+
+    Raises:
+        OutOfMemoryError: what was asked for does not fit beside what was measured.
+    """
+    asked, config = loaded.asked, loaded.config
+    without_weights = DeviceMemory(now.total_bytes, now.free_bytes + demand.weights_bytes)
+    sizer = PoolSizer(loaded.model, torch.device(config.device), without_weights, Measured(config, demand))
+    reopened = replace(config, num_blocks=asked.num_blocks, kv_memory_bytes=asked.kv_memory_bytes)
+    return sizer.resolve(reopened, may_clip=asked.max_model_len is None)
 
 
 def _load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:
@@ -263,27 +321,3 @@ def _cpu_kernel_missing(dtype: torch.dtype) -> str | None:
     from engine.kernels.cpu_library import unavailable_reason
 
     return unavailable_reason() if dtype in COMPILED_DTYPES else f"it has no {dtype} form"
-
-
-def _resolve_pool(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> EngineConfig:
-    if config.max_model_len is not None and config.max_model_len > model.max_context:
-        raise ConfigError(
-            f"max_model_len {config.max_model_len} is more than the model's context of {model.max_context}",
-            value=config.max_model_len,
-            limit=model.max_context,
-            param="max_model_len",
-            remedy=f"Set max_model_len={model.max_context} or less.",
-        )
-    kv_spec: KVSpec = make_kv_spec(model, config.block_size, dtype)
-    num_blocks = size_pool(config, model, kv_spec, dtype, device)
-    length = config.max_model_len or min(model.max_context, num_blocks * config.block_size)
-    config = replace(
-        config,
-        num_blocks=num_blocks,
-        kv_memory_bytes=num_blocks * kv_spec.bytes_per_block,
-        max_model_len=length,
-    )
-    check_length_fits(config, kv_spec, num_blocks)
-    return config

@@ -1,7 +1,10 @@
-"""The byte ledger: what an engine takes on its device, and how many KV blocks fit.
+"""The byte ledger: what an engine takes on its device, by purpose.
 
-Boundary: arithmetic on a model's shape and on what the device reports; it allocates nothing. When something does not fit,
-the error says what takes the bytes and which settings would fit.
+Weights and KV cache are counted where they are held. What a step needs beside them is an estimate before anything is
+loaded (`workspace_bytes`) and measured afterwards where the device's allocator tells (`Allocator`,
+``engine.runner.profile_run``): on a GPU; a CPU keeps the estimate.
+
+Boundary: readings and sums; it allocates nothing. How many KV blocks fit is ``engine.pool_size``'s.
 """
 
 from __future__ import annotations
@@ -9,20 +12,31 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
+from engine.attention.reference import MAX_GATHERED_VALUES
 from engine.config import EngineConfig
-from engine.errors import OutOfMemoryError
 from engine.models.config import ModelConfig
+from engine.models.decoder import StepDecoder
+from engine.models.fused_cpu import FusedCpuDecoder
 from engine.plan import KVSpec
 from engine.records import MemoryLedger
+from engine.runner.model_runner import PROMPT_LOGPROB_ROWS
 
-CPU_KV_BYTES = 1 << 30  # default KV cache on a CPU: this much,
-CPU_KV_SHARE = 0.25  # or this share of the free memory if that is less
-GPU_SHARE = 0.92  # of the GPU's free memory; the rest is for fragmentation and the allocator's rounding
 GPU_FIXED_BYTES = 512 << 20  # kernels, library workspaces, captured graphs
-LOGIT_COPIES = 4  # logits, log-softmax, noise and a sorted copy at once
+# Upper bounds of what a step holds at once, in copies; a test compares them with a CPU's resident memory.
+SAMPLER_COPIES = (
+    16  # of the sampled rows' logits, in torch's sampler with every filter; the compiled one makes none
+)
+PROMPT_COPIES = 5  # of one part's logits: they, their log-softmax, and the ranks, counted in int64
+GATHER_COPIES = 4  # of the keys that the reference attention gathers, or of the scores that it computes
+DEFAULT_POOL = (
+    0,
+    0,
+)  # what the CUDA allocator calls the pool of all tensors that belong to no captured graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +45,64 @@ class DeviceMemory:
 
     total_bytes: int
     free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What an engine takes beside its KV cache, in bytes."""
+
+    weights_bytes: int
+    workspace_bytes: int
+
+
+class Allocator(Protocol):
+    """What a device's allocator tells of its memory, in bytes. `CudaAllocator` is the real one."""
+
+    def memory(self) -> DeviceMemory:
+        """The device, its free bytes including what the allocator holds unused."""
+        ...
+
+    def reset_peak(self) -> None:
+        """Give back what no tensor uses, and forget the peak."""
+        ...
+
+    def held_bytes(self) -> int:
+        """Held for this process's tensors now, with rounding and unused pieces."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """The most that was held since `reset_peak`."""
+        ...
+
+    def graph_bytes(self) -> int:
+        """Held for captured graphs."""
+        ...
+
+
+class CudaAllocator:
+    """torch's caching allocator on one GPU. `held_bytes` counts whole segments: what others cannot have."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def memory(self) -> DeviceMemory:
+        return device_memory(self._device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def held_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self._device)
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved(self._device)
+
+    def graph_bytes(self) -> int:
+        snapshot = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        segments = (s for s in snapshot if s["device"] == self._device.index)
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != DEFAULT_POOL)
 
 
 def device_memory(device: torch.device) -> DeviceMemory:
@@ -66,104 +138,84 @@ def workspace_bytes(
     """An upper estimate of what a step needs beside weights and KV cache."""
     assert config.max_batched_tokens is not None
     wide = max(dtype.itemsize, 4)
+    rows, length = config.max_num_seqs, config.max_model_len or model.max_context
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
     per_token = (
         dtype.itemsize * (4 * model.hidden_size + 3 * model.intermediate_size + 2 * heads) + wide * heads
     )
-    logits = LOGIT_COPIES * wide * model.vocab_size * max(config.max_num_seqs, 256)
-    rows = config.max_num_seqs * (config.max_model_len or model.max_context) * 4
+    sampled = rows * (1 if config.attention_backend == "cpu" else SAMPLER_COPIES)
+    logits = max(sampled, rows + PROMPT_COPIES * PROMPT_LOGPROB_ROWS) * model.vocab_size * wide
+    row_buffers = 4 * rows * (length + -(-length // config.block_size) + 2)
+    gathered = _gathered_values(config, model) * GATHER_COPIES * wide
     fixed = GPU_FIXED_BYTES if device.type == "cuda" else 0
-    return config.max_batched_tokens * per_token + logits + rows + fixed
+    return config.max_batched_tokens * per_token + logits + row_buffers + gathered + fixed
 
 
-def size_pool(
-    config: EngineConfig, model: ModelConfig, kv_spec: KVSpec, dtype: torch.dtype, device: torch.device
-) -> int:
-    """The number of KV blocks: what the config says, checked against the device, or what the budget allows.
-
-    Raises:
-        OutOfMemoryError: weights, workspace and the KV cache do not fit together.
-    """
-    memory = device_memory(device)
-    weights = model.num_parameters * dtype.itemsize
-    workspace = workspace_bytes(config, model, dtype, device)
-    left = memory.free_bytes - weights - workspace
-    if config.num_blocks is not None:
-        asked = config.num_blocks
-    elif config.kv_memory_bytes is not None:
-        asked = config.kv_memory_bytes // kv_spec.bytes_per_block
-    else:
-        budget = GPU_SHARE * left if device.type == "cuda" else min(CPU_KV_BYTES, CPU_KV_SHARE * left)
-        longest = config.max_model_len or model.max_context
-        most = config.max_num_seqs * -(-longest // config.block_size)  # more could never be used at once
-        asked = min(int(budget) // kv_spec.bytes_per_block, most)
-    if asked < 1 or asked * kv_spec.bytes_per_block > left:
-        _raise_does_not_fit(asked, left, weights, workspace, memory, kv_spec, device)
-    return asked
+def _gathered_values(config: EngineConfig, model: ModelConfig) -> int:
+    """What the reference attention gathers or computes at once: keys of decode rows, or scores of a prefill row."""
+    if config.attention_backend != "reference":
+        return 0
+    assert config.max_batched_tokens is not None
+    length = config.max_model_len or model.max_context
+    row = length * model.num_kv_heads * model.head_size
+    scores = model.num_heads * min(length, config.max_batched_tokens) * length
+    return max(row, min(MAX_GATHERED_VALUES, max(config.max_num_seqs * row, scores)))
 
 
-def check_length_fits(config: EngineConfig, kv_spec: KVSpec, num_blocks: int) -> None:
-    """Check that one sequence of `max_model_len` fits the pool.
+def estimate_demand(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Demand:
+    """What an engine of this config will take beside its KV cache, before anything is loaded."""
+    rotary = (config.max_model_len or model.max_context) * model.head_size * max(dtype.itemsize, 4)
+    weights = model.num_parameters * dtype.itemsize + rotary
+    return Demand(weights, workspace_bytes(config, model, dtype, device))
 
-    Raises:
-        OutOfMemoryError: with the settings that fit.
-    """
-    assert config.max_model_len is not None
-    needed = -(-config.max_model_len // config.block_size)
-    if needed <= num_blocks:
-        return
-    raise OutOfMemoryError(
-        f"max_model_len {config.max_model_len} needs {needed} KV blocks ({_size(needed * kv_spec.bytes_per_block)}), "
-        f"the pool has {num_blocks} ({_size(num_blocks * kv_spec.bytes_per_block)}, "
-        f"{kv_spec.bytes_per_token} bytes a token)",
-        value=config.max_model_len,
-        limit=num_blocks * config.block_size,
-        param="max_model_len",
-        remedy=f"Set max_model_len={num_blocks * config.block_size} or less, or "
-        f"kv_memory_bytes={needed * kv_spec.bytes_per_block} or more.",
-    )
+
+def decoder_bytes(decoder: StepDecoder) -> int:
+    """Bytes that a decoder holds between steps: weights in whatever dtype and form they are kept, and its tables."""
+    if isinstance(decoder, FusedCpuDecoder):
+        return decoder.weight_bytes
+    assert isinstance(decoder, nn.Module), type(decoder)
+    storages = {}
+    for part in decoder.modules():
+        own = (*part.parameters(recurse=False), *part.buffers(recurse=False), *vars(part).values())
+        for tensor in own:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()  # tied weights and views have one
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def make_ledger(
-    config: EngineConfig, model: ModelConfig, kv_spec: KVSpec, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    model: ModelConfig,
+    kv_spec: KVSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    demand: Demand | None = None,
+    graphs_bytes: int = 0,
+    other_bytes: int = 0,
 ) -> MemoryLedger:
-    """The ledger of a resolved config."""
+    """The ledger of a resolved config. `demand`: what was counted or measured; None: the estimate.
+
+    `other_bytes`: what was taken of the device before this engine was built.
+    """
     assert config.num_blocks is not None
+    demand = demand or estimate_demand(config, model, dtype, device)
     return MemoryLedger(
-        weights_bytes=model.num_parameters * dtype.itemsize,
+        weights_bytes=demand.weights_bytes,
         kv_bytes=config.num_blocks * kv_spec.bytes_per_block,
-        workspace_bytes=workspace_bytes(config, model, dtype, device),
+        workspace_bytes=demand.workspace_bytes,
         total_bytes=device_memory(device).total_bytes,
         device=str(device),
+        graphs_bytes=graphs_bytes,
+        other_bytes=other_bytes,
     )
 
 
-def _raise_does_not_fit(
-    asked: int,
-    left: int,
-    weights: int,
-    workspace: int,
-    memory: DeviceMemory,
-    kv_spec: KVSpec,
-    device: torch.device,
-) -> None:
-    fitting = max(0, left) // kv_spec.bytes_per_block
-    if fitting:
-        remedy = f"Set num_blocks={fitting} or kv_memory_bytes={fitting * kv_spec.bytes_per_block} or less."
-    else:
-        remedy = "Use a smaller model or dtype, lower max_batched_tokens or max_num_seqs, or free memory on the device."
-    raise OutOfMemoryError(
-        f"the engine does not fit on {device}: weights {_size(weights)}, workspace {_size(workspace)}, KV cache "
-        f"{_size(max(asked, 1) * kv_spec.bytes_per_block)} ({max(asked, 1)} blocks of {kv_spec.block_size} tokens), and "
-        f"{_size(memory.free_bytes)} of {_size(memory.total_bytes)} are free",
-        value=max(asked, 1) * kv_spec.bytes_per_block,
-        limit=max(0, left),
-        remedy=remedy,
-        param="num_blocks",
-    )
-
-
-def _size(num_bytes: int) -> str:
+def in_units(num_bytes: int) -> str:
+    """Bytes for people: four digits and a binary unit."""
     value = float(num_bytes)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:

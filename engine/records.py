@@ -147,11 +147,23 @@ class EngineEvent:
 class MemoryLedger:
     """Bytes by purpose on the engine's device."""
 
-    weights_bytes: int
+    weights_bytes: int  # as they are held: packed, in another dtype, with the rotary tables
     kv_bytes: int
-    workspace_bytes: int
+    workspace_bytes: int  # the most that a step needs beside them: measured on a GPU, estimated on a CPU
     total_bytes: int  # what the device has
     device: str
+    graphs_bytes: int = 0  # captured graphs
+    other_bytes: int = 0  # what was taken before this engine was built: other processes, other engines
+
+    @property
+    def engine_bytes(self) -> int:
+        """What this engine takes in all."""
+        return self.weights_bytes + self.kv_bytes + self.workspace_bytes + self.graphs_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """What the device has left beside this engine and the others."""
+        return max(0, self.total_bytes - self.engine_bytes - self.other_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BELOW_THE_LINE = (
     "engine.build",
     "engine.memory",
+    "engine.pool_size",
     "engine.runner",
     "engine.attention",
     "engine.kernels",

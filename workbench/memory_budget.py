@@ -84,7 +84,7 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     memory = device_memory(device)
     if not others:
         return replace(config, num_blocks=_first_on_gpu(needs, memory.free_bytes))
-    reserved = sum(_total(ledger) for ledger in others.values())
+    reserved = sum(ledger.engine_bytes for ledger in others.values())
     left = memory.free_bytes
     if (
         device.type == "cpu"
@@ -121,7 +121,7 @@ def _no_room(
 ) -> Exception:
     from engine.errors import OutOfMemoryError
 
-    holders = ", ".join(f"{name} {in_units(_total(ledger))}" for name, ledger in others.items())
+    holders = ", ".join(f"{name} {in_units(ledger.engine_bytes)}" for name, ledger in others.items())
     return OutOfMemoryError(
         f"{config.model} does not fit beside what is resident: it needs {wanted} bytes ({in_units(wanted)}: weights "
         f"{in_units(needs.weights)}, workspace {in_units(needs.workspace)}, KV cache at least {in_units(wanted - needs.fixed)}), "
@@ -132,10 +132,6 @@ def _no_room(
         remedy=f"Unload {next(iter(others))}, or restart with fewer KV blocks (QUIRE_NUM_BLOCKS), a smaller "
         "QUIRE_MAX_NUM_SEQS or a narrower QUIRE_DTYPE.",
     )
-
-
-def _total(ledger: MemoryLedger) -> int:
-    return ledger.weights_bytes + ledger.kv_bytes + ledger.workspace_bytes
 
 
 def in_units(num_bytes: int) -> str:

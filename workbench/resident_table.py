@@ -129,7 +129,7 @@ class ResidentTable:
             version=slot.source.version,
             aliases=tuple(ref for ref, target in self.aliases.items() if target is slot),
             followed=any(each.slot is slot for each in self.follows.values()),
-            memory_bytes=ledger.weights_bytes + ledger.kv_bytes + ledger.workspace_bytes if ledger else None,
+            memory_bytes=ledger.engine_bytes if ledger else None,
         )
 
     # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -100,8 +100,9 @@ class FusedCpuDecoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of all weights as they are held now."""
-        return sum(kept.num_bytes if isinstance(kept, PackedWeight) else kept.nbytes for kept in self._kept)
+        """Memory of all weights as they are held now, and of the rotary table."""
+        kept = (each.num_bytes if isinstance(each, PackedWeight) else each.nbytes for each in self._kept)
+        return self._rotary.nbytes + sum(kept)
 
     def forward(
         self,

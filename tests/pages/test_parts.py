@@ -7,6 +7,7 @@ import base64
 import itertools
 import json
 import os
+import re
 import shlex
 import sys
 import threading
@@ -205,6 +206,19 @@ def test_ledger_adds_up():
     shown = memory_ledger.as_html(MemoryLedger(2**30, 3 * 2**30, 512 * 2**20, 9 * 2**30, "cpu"))
     assert "4.50 GiB in all, 50.0 % of 9.00 GiB" in shown
     assert "512 MiB" in shown
+    assert "graphs" not in shown
+    assert "others" not in shown
+    assert "free <b>4.50 GiB" in shown
+
+
+def test_ledger_shows_graphs_others_and_what_is_free_over_the_whole_device():
+    ledger = MemoryLedger(
+        2**30, 3 * 2**30, 2**30, 10 * 2**30, "cuda:0", graphs_bytes=2**30, other_bytes=2 * 2**30
+    )
+    shown = memory_ledger.as_html(ledger)
+    widths = [float(part.split("%")[0]) for part in shown.split("width:")[1:]]
+    assert widths == [10, 30, 10, 10, 20, 20]
+    assert "6.00 GiB in all, 60.0 % of 10.0 GiB on cuda:0" in re.sub("<[^>]*>", "", shown)
 
 
 def test_everything_foreign_is_escaped():

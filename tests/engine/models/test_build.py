@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine import memory
 from engine.build import build_engine, cpu_multiplies_bfloat16, resolve_config
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError, OutOfMemoryError
-from engine.memory import DeviceMemory, make_kv_spec, size_pool
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.weights import load_weights
@@ -65,39 +63,21 @@ def test_the_context_is_clipped_to_the_pool(folder: Path) -> None:
 def test_a_context_that_the_pool_cannot_hold_names_settings_that_fit(folder: Path) -> None:
     config = config_of(folder, dtype="float32", num_blocks=5, max_model_len=100)
     with pytest.raises(
-        OutOfMemoryError, match=r"needs 7 KV blocks.*max_model_len=80.*kv_memory_bytes=64512"
+        OutOfMemoryError, match=r"needs 7 KV blocks.*num_blocks=7 or more, max_model_len=80 or less"
     ) as caught:
         resolve_config(config)
     assert caught.value.limit == 80
     assert resolve_config(replace(config, max_model_len=80)).num_blocks == 5
-    assert resolve_config(replace(config, num_blocks=None, kv_memory_bytes=64512)).num_blocks == 7
+    assert resolve_config(replace(config, num_blocks=7)).max_model_len == 100
+    in_bytes = replace(config, num_blocks=None, kv_memory_bytes=5 * 9216)
+    with pytest.raises(OutOfMemoryError, match=r"kv_memory_bytes=64512 or more"):
+        resolve_config(in_bytes)
+    assert resolve_config(replace(in_bytes, kv_memory_bytes=64512)).num_blocks == 7
 
 
 def test_a_context_beyond_the_model_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="context of 256"):
         resolve_config(config_of(folder, max_model_len=257))
-
-
-def test_a_pool_beyond_the_device_says_what_takes_the_bytes_and_what_fits(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, spec_dtype = ModelConfig.from_folder(folder), torch.float32
-    config = replace(resolve_config(config_of(folder, dtype="float32", max_num_seqs=8)), num_blocks=10**7)
-    spec = make_kv_spec(model, 16, spec_dtype)
-    # The device's size is the one thing that a test cannot bring about.
-    monkeypatch.setattr(memory, "device_memory", lambda device: DeviceMemory(8 << 20, 6 << 20))
-    with pytest.raises(OutOfMemoryError, match=r"weights .*workspace .*KV cache .*are free") as caught:
-        size_pool(config, model, spec, spec_dtype, torch.device("cpu"))
-    fitting = int(str(caught.value).split("num_blocks=")[1].split()[0])
-    assert (
-        size_pool(replace(config, num_blocks=fitting), model, spec, spec_dtype, torch.device("cpu"))
-        == fitting
-    )
-    with pytest.raises(OutOfMemoryError):
-        size_pool(replace(config, num_blocks=fitting + 1), model, spec, spec_dtype, torch.device("cpu"))
-    monkeypatch.setattr(memory, "device_memory", lambda device: DeviceMemory(8 << 20, 1 << 10))
-    with pytest.raises(OutOfMemoryError, match="smaller model"):
-        size_pool(config, model, spec, spec_dtype, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -123,16 +103,6 @@ def test_an_absent_device_is_refused(folder: Path, device: str) -> None:
 def test_the_number_of_parameters_is_what_the_file_holds(tiny_model: Any) -> None:
     model = ModelConfig.from_folder(tiny_model.folder)
     assert model.num_parameters == sum(p.numel() for p in tiny_model.reference.parameters())
-
-
-def test_the_ledger_adds_up(folder: Path) -> None:
-    engine = build_engine(config_of(folder, dtype="float32", num_blocks=20))
-    ledger = engine.stats().memory
-    assert ledger is not None
-    assert ledger.weights_bytes == 4 * ModelConfig.from_folder(folder).num_parameters
-    assert ledger.kv_bytes == 20 * 16 * 576
-    assert ledger.weights_bytes + ledger.kv_bytes + ledger.workspace_bytes < ledger.total_bytes
-    engine.close()
 
 
 def test_close_gives_the_tensors_back_and_refuses_more(folder: Path) -> None:

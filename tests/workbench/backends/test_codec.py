@@ -75,7 +75,7 @@ def test_scores_with_an_impossible_token() -> None:
 
 def test_stats_and_records() -> None:
     stats = EngineStats(
-        "m", "d", 1, 2, 3, 4, 5, 16, 7, 8, 9, 10, 11, 12, 13, 14, 15, {"stop": 3}, MemoryLedger(1, 2, 3, 4, "cpu"), "float32"
+        "m", "d", 1, 2, 3, 4, 5, 16, 7, 8, 9, 10, 11, 12, 13, 14, 15, {"stop": 3}, MemoryLedger(1, 2, 3, 4, "cpu", 5, 6), "float32"
     )  # fmt: skip
     assert codec.stats_from_json(through_json(codec.stats_to_json(stats))) == stats
     request = RequestRecord("r", 1, None, 3, 4, 5, 6, 7, 8, FinishReason.ABORT, (1, 2**62), "why")

@@ -1,4 +1,4 @@
-"""The memory ledger: what the engine's bytes are for, as one bar with its key."""
+"""The memory ledger: what the device's bytes are for, as one bar with its key."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ def show(ledger: MemoryLedger | None) -> None:
 
 
 def as_html(ledger: MemoryLedger | None) -> str:
-    """The bar and its key, or a sentence when the engine keeps none."""
+    """The bar and its key, or a sentence when the engine keeps none. Parts of no bytes are left out."""
     if ledger is None:
         return '<p class="q-muted">This engine keeps no ledger: it has no device memory of its own.</p>'
     parts = [
         ("weights", ledger.weights_bytes, "var(--q-c0)"),
         ("KV cache", ledger.kv_bytes, "var(--q-c2)"),
         ("workspace", ledger.workspace_bytes, "var(--q-c1)"),
+        ("graphs", ledger.graphs_bytes, "var(--q-c3)"),
+        ("others", ledger.other_bytes, "var(--q-cached)"),
+        ("free", ledger.free_bytes, "var(--q-surface)"),
     ]
-    used = sum(size for _, size, _ in parts)
+    parts = [part for part in parts if part[1]]
+    whole = max(sum(size for _, size, _ in parts), 1)
     bar = "".join(
-        f'<i style="width:{100 * size / max(used, 1):.3f}%;background:{colour}"></i>'
-        for _, size, colour in parts
+        f'<i style="width:{100 * size / whole:.3f}%;background:{colour}"></i>' for _, size, colour in parts
     )
     key = "".join(
         f'<span style="--c:{colour}">{label} <b>{formats.bytes_of(size)}</b></span>'
         for label, size, colour in parts
     )
-    whole = f"{formats.bytes_of(used)} in all, {formats.percent(used, ledger.total_bytes)} of {formats.bytes_of(ledger.total_bytes)}"
+    used, total = ledger.engine_bytes, ledger.total_bytes
+    text = f"{formats.bytes_of(used)} in all, {formats.percent(used, total)} of {formats.bytes_of(total)}"
     return (
-        f'<div class="q-ledger" role="img" aria-label="{markup.text(whole)}">{bar}</div>'
-        f'<div class="q-key">{key}<em class="q-muted">{markup.text(whole)} on {markup.text(ledger.device)}</em></div>'
+        f'<div class="q-ledger" role="img" aria-label="{markup.text(text)}">{bar}</div>'
+        f'<div class="q-key">{key}<em class="q-muted">{markup.text(text)} on {markup.text(ledger.device)}</em></div>'
     )

@@ -1,0 +1,238 @@
+"""How many KV blocks fit beside weights and workspace, and which settings would fit where they do not.
+
+A config that does not fit is refused with what takes the bytes, and with every setting that alone makes it fit: its largest
+value that is accepted, found by trying values, so that the advice and the check cannot differ.
+
+Boundary: arithmetic on one model and one reading of its device; nothing is allocated. What takes how many bytes is
+``engine.memory``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError, OutOfMemoryError
+from engine.memory import Demand, DeviceMemory, estimate_demand, in_units, make_kv_spec, workspace_bytes
+from engine.models.config import ModelConfig
+
+CPU_KV_BYTES = 1 << 30  # default KV cache on a CPU: this much,
+CPU_KV_SHARE = 0.25  # or this share of what is left if that is less
+GPU_SHARE = 0.92  # of what a GPU has left; the rest is for fragmentation and the allocator's rounding
+REMEDY_SHARE = 0.99  # of the free memory, for advice: other processes move between a refusal and the next try
+NARROWER = {"float64": ("float32", "bfloat16"), "float32": ("bfloat16",)}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a loaded engine of `config` takes: counted weights, the workspace of a profile run."""
+
+    config: EngineConfig
+    demand: Demand
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """One setting that makes a config fit when nothing else is changed."""
+
+    setting: str
+    value: int | str
+    direction: str = "or less"
+
+    def __str__(self) -> str:
+        value = repr(self.value) if isinstance(self.value, str) else f"{self.value} {self.direction}"
+        return f"{self.setting}={value}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """A config on the scales."""
+
+    demand: Demand
+    left: int  # bytes for the KV cache
+    block_bytes: int
+    num_blocks: int  # asked for, or what the budget gives
+    needed: int  # blocks that one sequence of max_model_len takes; 1 where that follows the pool
+
+    @property
+    def pool_fits(self) -> bool:
+        return self.num_blocks >= 1 and self.num_blocks * self.block_bytes <= self.left
+
+    @property
+    def context_fits(self) -> bool:
+        return self.needed <= self.num_blocks
+
+
+class PoolSizer:
+    """Weighs configs of one model on one device. `memory`: the device before the weights are loaded.
+
+    `measured`: what was found out by loading; None: everything is estimated.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        device: torch.device,
+        memory: DeviceMemory,
+        measured: Measured | None = None,
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._memory = memory
+        self._measured = measured
+
+    def resolve(self, config: EngineConfig, *, may_clip: bool = False) -> EngineConfig:
+        """`config` with `num_blocks`, `kv_memory_bytes` and `max_model_len` set. Its dtype and token budget are resolved.
+
+        `may_clip`: a `max_model_len` that the pool cannot hold was no one's wish, and is lowered.
+
+        Raises:
+            ConfigError: `max_model_len` is beyond the model's context.
+            OutOfMemoryError: weights, workspace and KV cache do not fit, or the pool cannot hold one sequence.
+        """
+        most = self._model.max_context
+        if config.max_model_len is not None and config.max_model_len > most:
+            raise ConfigError(
+                f"max_model_len {config.max_model_len} is more than the model's context of {most}",
+                value=config.max_model_len,
+                limit=most,
+                param="max_model_len",
+                remedy=f"Set max_model_len={most} or less.",
+            )
+        fit = self._weigh(config, self._memory.free_bytes)
+        if not fit.pool_fits:
+            raise self._pool_error(config, fit)
+        if not fit.context_fits and not may_clip:
+            raise self._context_error(config, fit)
+        return replace(
+            config,
+            num_blocks=fit.num_blocks,
+            kv_memory_bytes=fit.num_blocks * fit.block_bytes,
+            max_model_len=min(config.max_model_len or most, fit.num_blocks * config.block_size),
+        )
+
+    def remedies(self, config: EngineConfig) -> list[Remedy]:
+        """Every setting that alone makes `config` fit, each at its largest value that does; the pool's first."""
+        return [*self._pool_remedies(config), *self._setting_remedies(config)]
+
+    def _weigh(self, config: EngineConfig, free_bytes: int) -> _Fit:
+        demand = self._demand(config)
+        block_bytes = make_kv_spec(self._model, config.block_size, _dtype(config)).bytes_per_block
+        left = free_bytes - demand.weights_bytes - demand.workspace_bytes
+        needed = 1 if config.max_model_len is None else -(-config.max_model_len // config.block_size)
+        return _Fit(demand, left, block_bytes, self._num_blocks(config, left, block_bytes), needed)
+
+    def _num_blocks(self, config: EngineConfig, left: int, block_bytes: int) -> int:
+        if config.num_blocks is not None:
+            return config.num_blocks
+        if config.kv_memory_bytes is not None:
+            return config.kv_memory_bytes // block_bytes
+        budget = GPU_SHARE * left if self._device.type == "cuda" else min(CPU_KV_BYTES, CPU_KV_SHARE * left)
+        longest = config.max_model_len or self._model.max_context
+        most = config.max_num_seqs * -(-longest // config.block_size)  # more could never be used at once
+        return min(int(budget) // block_bytes, most)
+
+    def _demand(self, config: EngineConfig) -> Demand:
+        """What was measured, for the settings that it was measured with; else the estimate, raised by what it was short."""
+        estimate = estimate_demand(config, self._model, _dtype(config), self._device)
+        if self._measured is None:
+            return estimate
+        known, demand = self._measured.config, self._measured.demand
+        if all(
+            getattr(config, name) == getattr(known, name)
+            for name in ("dtype", "max_num_seqs", "max_batched_tokens", "max_model_len")
+        ):
+            return demand
+        short = demand.workspace_bytes - workspace_bytes(known, self._model, _dtype(known), self._device)
+        return replace(estimate, workspace_bytes=estimate.workspace_bytes + max(0, short))
+
+    def _fits_with(self, config: EngineConfig, setting: str, value: Any) -> bool:
+        changed = replace(config, **{setting: value})
+        fit = self._weigh(changed, int(REMEDY_SHARE * self._memory.free_bytes))
+        return fit.pool_fits and fit.context_fits
+
+    def _pool_remedies(self, config: EngineConfig) -> Iterator[Remedy]:
+        """A smaller pool where it takes too much, a larger one where it cannot hold one sequence."""
+        fit = self._weigh(config, self._memory.free_bytes)
+        in_bytes = config.num_blocks is None and config.kv_memory_bytes is not None
+        setting, unit = ("kv_memory_bytes", fit.block_bytes) if in_bytes else ("num_blocks", 1)
+
+        def fits(num_blocks: int) -> bool:
+            return self._fits_with(config, setting, num_blocks * unit)
+
+        if not fit.pool_fits:
+            value = _largest(fits, fit.needed, fit.num_blocks)
+            if value is not None:
+                yield Remedy(setting, value * unit)
+        elif fits(fit.needed):
+            yield Remedy(setting, fit.needed * unit, "or more")
+
+    def _setting_remedies(self, config: EngineConfig) -> Iterator[Remedy]:
+        assert config.max_batched_tokens is not None
+        for setting, low, now in (
+            ("max_model_len", config.block_size, config.max_model_len or self._model.max_context),
+            ("max_num_seqs", 1, config.max_num_seqs),
+            ("max_batched_tokens", config.block_size, config.max_batched_tokens),
+        ):
+            value = _largest(partial(self._fits_with, config, setting), low, now)
+            if value is not None:
+                yield Remedy(setting, value)
+        for dtype in NARROWER.get(config.dtype, ()):
+            if self._fits_with(config, "dtype", dtype):
+                yield Remedy("dtype", dtype)
+                break
+
+    def _pool_error(self, config: EngineConfig, fit: _Fit) -> OutOfMemoryError:
+        demand, memory, num_blocks = fit.demand, self._memory, max(fit.num_blocks, 1)
+        return OutOfMemoryError(
+            f"the engine does not fit on {self._device}: weights {in_units(demand.weights_bytes)}, workspace "
+            f"{in_units(demand.workspace_bytes)}, KV cache {in_units(num_blocks * fit.block_bytes)} ({num_blocks} blocks "
+            f"of {config.block_size} tokens), and {in_units(memory.free_bytes)} of {in_units(memory.total_bytes)} are free",
+            value=num_blocks * fit.block_bytes,
+            limit=max(0, fit.left),
+            remedy=self._advice(config),
+            param="num_blocks",
+        )
+
+    def _context_error(self, config: EngineConfig, fit: _Fit) -> OutOfMemoryError:
+        return OutOfMemoryError(
+            f"max_model_len {config.max_model_len} needs {fit.needed} KV blocks "
+            f"({in_units(fit.needed * fit.block_bytes)}), the pool has {fit.num_blocks} "
+            f"({in_units(fit.num_blocks * fit.block_bytes)}, {fit.block_bytes // config.block_size} bytes a token)",
+            value=config.max_model_len,
+            limit=fit.num_blocks * config.block_size,
+            remedy=self._advice(config),
+            param="max_model_len",
+        )
+
+    def _advice(self, config: EngineConfig) -> str:
+        found = self.remedies(config)
+        if not found:
+            return "Use a smaller model, or free memory on the device."
+        if len(found) == 1:
+            return f"Set {found[0]}."
+        return f"Any one of these fits: {', '.join(map(str, found))}."
+
+
+def _dtype(config: EngineConfig) -> torch.dtype:
+    dtype = getattr(torch, config.dtype)
+    assert isinstance(dtype, torch.dtype), config.dtype
+    return dtype
+
+
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest value in [low, high] that fits, where a smaller one fits whenever a larger one does."""
+    if low > high or not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,158 @@
+"""Which pools fit, and advice that holds: every setting that a refusal names does make the config fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from engine.build import resolve_config
+from engine.config import EngineConfig
+from engine.errors import OutOfMemoryError
+from engine.memory import Demand, DeviceMemory, estimate_demand
+from engine.models.config import ModelConfig
+from engine.pool_size import Measured, PoolSizer
+
+GIB = 1 << 30
+MODEL = ModelConfig.from_dict(
+    {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    }
+)  # fmt: skip
+BLOCK_BYTES = {"bfloat16": 2 << 20, "float32": 4 << 20}  # 32 layers, K and V, 8 heads of 128, 16 tokens
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def config_of(**settings: Any) -> EngineConfig:
+    defaults = {
+        "device": "cpu", "dtype": "bfloat16", "max_model_len": 8192, "num_threads": 1, "attention_backend": "reference",
+    }  # fmt: skip
+    return EngineConfig(model="8b", **{**defaults, **settings})
+
+
+def resolve(config: EngineConfig, free: int) -> EngineConfig:
+    return resolve_config(config, MODEL, DeviceMemory(2 * free, free))
+
+
+def refusal(config: EngineConfig, free: int) -> OutOfMemoryError:
+    with pytest.raises(OutOfMemoryError) as caught:
+        resolve(config, free)
+    return caught.value
+
+
+def needs(config: EngineConfig) -> int:
+    """Bytes of a config with a pool that is asked for."""
+    resolved = resolve(config, 1 << 50)
+    demand = estimate_demand(resolved, MODEL, getattr(torch, resolved.dtype), CPU)
+    assert resolved.kv_memory_bytes is not None
+    return demand.weights_bytes + demand.workspace_bytes + resolved.kv_memory_bytes
+
+
+BUSY: dict[str, Any] = {"max_num_seqs": 1024, "max_batched_tokens": 8192}
+CASES = {
+    # (settings, free bytes, settings that a refusal must name)
+    "a pool in blocks, a little too large": (
+        {**BUSY, "num_blocks": 4096, "dtype": "float32"}, -(1 << 28), {"num_blocks", "max_num_seqs", "max_batched_tokens", "dtype"},
+    ),
+    "a pool in bytes, a little too large": (
+        {**BUSY, "kv_memory_bytes": 8 * GIB}, -(1 << 28), {"kv_memory_bytes", "max_num_seqs", "max_batched_tokens"},
+    ),
+    "many long rows": (
+        {"max_num_seqs": 8192, "max_batched_tokens": 512, "max_model_len": 131072, "num_blocks": 8192}, -GIB, {"max_num_seqs"},
+    ),
+    "a context beyond the default pool": ({"max_model_len": 6000, "dtype": "float32"}, 64 * GIB, {"num_blocks", "max_model_len", "dtype"}),
+    "a context beyond a pool in blocks": ({"num_blocks": 100}, 64 * GIB, {"num_blocks", "max_model_len"}),
+    "a context beyond a pool in bytes": ({"kv_memory_bytes": GIB // 2}, 64 * GIB, {"kv_memory_bytes", "max_model_len"}),
+    "weights alone are too large": ({"dtype": "float32"}, 24 * GIB, {"dtype"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_setting_that_a_refusal_names_makes_it_fit(case: str) -> None:
+    settings, free, expected = CASES[case]
+    config = config_of(**settings)
+    free = free if free > 0 else needs(config) + free
+    error = refusal(config, free)
+    sizer = PoolSizer(MODEL, CPU, DeviceMemory(2 * free, free))
+    resolved = replace(resolve(config_of(), 1 << 50), num_blocks=None, kv_memory_bytes=None)
+    remedies = sizer.remedies(replace(resolved, **settings))
+    assert expected <= {remedy.setting for remedy in remedies}
+    for remedy in remedies:
+        assert str(remedy) in str(error), "the text names what was computed"
+        applied = replace(config, **{remedy.setting: remedy.value})
+        found = resolve(applied, free)
+        assert found.num_blocks is not None
+
+
+def test_advice_leaves_room_for_what_moves_between_two_tries() -> None:
+    config = config_of(**BUSY, num_blocks=4096)
+    free = needs(config) - GIB
+    for remedy in PoolSizer(MODEL, CPU, DeviceMemory(2 * free, free)).remedies(config):
+        resolve(replace(config, **{remedy.setting: remedy.value}), int(0.995 * free))
+
+
+def test_advice_is_not_timid() -> None:
+    config = config_of(num_blocks=100_000)
+    (remedy,) = PoolSizer(MODEL, CPU, DeviceMemory(64 * GIB, 32 * GIB)).remedies(
+        replace(resolve(config, 1 << 50), kv_memory_bytes=None)
+    )
+    assert isinstance(remedy.value, int)
+    resolve(replace(config, num_blocks=remedy.value), 32 * GIB)
+    refusal(
+        replace(config, num_blocks=remedy.value + int(0.02 * 32 * GIB) // BLOCK_BYTES["bfloat16"]), 32 * GIB
+    )
+
+
+def test_a_refusal_says_what_takes_the_bytes() -> None:
+    error = refusal(config_of(num_blocks=100_000), 32 * GIB)
+    assert "weights 14.96 GiB" in error.message
+    assert "workspace" in error.message
+    assert "100000 blocks" in error.message
+    assert "32 GiB of 64 GiB are free" in error.message
+    assert error.value == 100_000 * BLOCK_BYTES["bfloat16"]
+
+
+def test_where_nothing_helps_the_refusal_says_so() -> None:
+    assert "Use a smaller model" in str(refusal(config_of(), 8 * GIB))
+
+
+def test_a_measured_workspace_gives_the_rest_to_the_pool() -> None:
+    memory = DeviceMemory(80 * GIB, 70 * GIB)
+    asked = EngineConfig(
+        model="8b", device="cuda:0", dtype="bfloat16", max_batched_tokens=8192, max_model_len=8192
+    )
+    estimated = PoolSizer(MODEL, GPU, memory).resolve(asked)
+    demand = Demand(15 * GIB, GIB // 2)
+    measured = PoolSizer(MODEL, GPU, memory, Measured(estimated, demand)).resolve(asked)
+    assert measured.num_blocks == int(0.92 * (70 * GIB - 15 * GIB - GIB // 2)) // BLOCK_BYTES["bfloat16"]
+    assert estimated.num_blocks is not None
+    assert measured.num_blocks > estimated.num_blocks, "the estimate is an upper one"
+
+
+def test_other_settings_are_not_judged_by_less_than_was_measured() -> None:
+    """A measured workspace above the estimate is added to the estimates of other settings: advice stays true."""
+    asked = config_of(**BUSY, num_blocks=4096)
+    resolved = resolve(asked, 1 << 50)
+    estimate = estimate_demand(resolved, MODEL, torch.bfloat16, CPU)
+    measured = Measured(resolved, replace(estimate, workspace_bytes=estimate.workspace_bytes + GIB))
+    free = needs(asked) + GIB // 2
+    sizer = PoolSizer(MODEL, CPU, DeviceMemory(2 * free, free), measured)
+    with pytest.raises(OutOfMemoryError):
+        sizer.resolve(resolved)
+    remedies = sizer.remedies(resolved)
+    assert {"num_blocks", "max_num_seqs", "max_batched_tokens"} <= {remedy.setting for remedy in remedies}
+    more = PoolSizer(MODEL, CPU, DeviceMemory(2 * free, free - GIB))  # the excess, taken off what is free
+    for remedy in remedies:
+        more.resolve(replace(resolved, kv_memory_bytes=None, **{remedy.setting: remedy.value}))
+
+
+def test_a_context_that_nobody_asked_for_follows_the_pool() -> None:
+    sizer = PoolSizer(MODEL, CPU, DeviceMemory(64 * GIB, 40 * GIB))
+    config = config_of(num_blocks=100, max_batched_tokens=512)
+    assert sizer.resolve(config, may_clip=True).max_model_len == 1600
+    with pytest.raises(OutOfMemoryError, match="needs 512 KV blocks"):
+        sizer.resolve(config)
