@@ -165,8 +165,8 @@ def workload() -> dict[str, Asked]:
     shared = tokens(9)
     drawn: dict[str, Any] = {"temperature": 0.8, "ignore_eos": True}
     return {
-        "greedy": Asked(tokens(7), SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)),
-        "figures": Asked(tokens(3), SamplingParams(max_tokens=14, temperature=0.0, ignore_eos=True, logprobs=2)),
+        "greedy": Asked(tokens(7), SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)),
+        "figures": Asked(tokens(3), SamplingParams(max_tokens=34, temperature=0.0, ignore_eos=True, logprobs=2)),
         "drawn": Asked([*shared, 1], SamplingParams(max_tokens=16, seed=3, logprobs=1, **drawn), arrives=2),
         "filtered": Asked([*shared, 2], SamplingParams(max_tokens=16, seed=4, top_k=9, top_p=0.8, min_p=0.02, **drawn), 5),
         "stops": Asked(tokens(5), SamplingParams(max_tokens=25, seed=2**40 + 7, temperature=1.0,
