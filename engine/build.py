@@ -43,6 +43,7 @@ from engine.runner.profile_run import measure_workspace
 from engine.tokenizer import Tokenizer
 
 Progress = Callable[[str, float], None]
+Loader = Callable[[Decoder, Path, Progress], None]
 CPU_BATCHED_TOKENS = 512  # a step of this many tokens keeps running streams fluent on a few cores
 GPU_BATCHED_TOKENS = 8192
 
@@ -83,11 +84,16 @@ def resolve_config(
 
 
 def build_engine(
-    config: EngineConfig, *, progress: Progress | None = None, allocator: Allocator | None = None
+    config: EngineConfig,
+    *,
+    progress: Progress | None = None,
+    allocator: Allocator | None = None,
+    load: Loader = load_weights,
 ) -> Engine:
     """Load the model and make its engine. `progress` gets a message and a share in [0, 1], from this thread.
 
     `allocator`: tells what the device's memory is used for; None: torch's own on a GPU, on a CPU there is none.
+    `load` fills the decoder's weights from the model's folder; benchmarks bring weights that are in no file.
 
     Raises:
         EngineError: as `resolve_config`, and CorruptWeightsError while weights are read.
@@ -110,7 +116,7 @@ def build_engine(
     if tokenizer is not None:
         eos_token_ids |= tokenizer.eos_token_ids
     decoder = Decoder(model, dtype=dtype, device=device, max_positions=config.max_model_len)
-    load_weights(decoder, folder, lambda message, share: tell(message, 0.05 + 0.85 * share))
+    load(decoder, folder, lambda message, share: tell(message, 0.05 + 0.85 * share))
     loaded = _Loaded(asked, config, model, decoder, tokenizer, eos_token_ids)
     engine = _assemble(loaded, allocator, before, tell)
     tell("ready", 1.0)
