@@ -1,6 +1,6 @@
 """``python -m engine.bench NAME [options]``: runs one benchmark and ends with one line of JSON.
 
-Modules of this package with a ``run`` function are benchmarks, named as they are, with ``-`` for ``_``.
+The modules of this package but `record` are benchmarks, named as they are, with ``-`` for ``_``; what they share is in ``parts``.
 """
 
 from __future__ import annotations
@@ -9,22 +9,19 @@ import argparse
 import importlib
 import pkgutil
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import engine.bench
-from engine.bench.record import make_record, save, to_json
+from engine.bench.record import RESULTS, make_record, save, to_json
 
-NOT_BENCHMARKS = frozenset({"__main__", "record", "parts"})
-RESULTS = Path("data/results")
+NOT_BENCHMARKS = frozenset({"__main__", "record"})
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark that `argv` names; returns the exit code."""
+    """Run the benchmark that `argv` names; returns the exit code: 1 where a part of it failed."""
     arguments = sys.argv[1:] if argv is None else argv
-    names = sorted(
-        m.name for m in pkgutil.iter_modules(engine.bench.__path__) if m.name not in NOT_BENCHMARKS
-    )
+    modules = pkgutil.iter_modules(engine.bench.__path__)
+    names = sorted(m.name for m in modules if not m.ispkg and m.name not in NOT_BENCHMARKS)
     parser = argparse.ArgumentParser(prog="python -m engine.bench", description=__doc__)
     parser.add_argument(
         "name", choices=[name.replace("_", "-") for name in names], help="the benchmark to run"
@@ -36,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if _SAVE in arguments[1:]:
         print(f"saved to {save(record, RESULTS)}")
     print(to_json(record))
-    return 0
+    return 1 if figures.get("failed") else 0
 
 
 _SAVE = "--save"

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from engine.bench.parts.limits import Limits, seconds_of
+from engine.bench.parts.report import Bar
+from engine.bench.parts.session import Session, open_session
+from engine.bench.parts.session import add_arguments as add_session_arguments
 
 if TYPE_CHECKING:
     from engine.attention.interface import AttentionMetadata
@@ -35,11 +38,13 @@ DECODE_CASES = [
     if batch * context <= POOL_TOKENS
 ]
 PREFILL_CASES = [(1, 2048), (1, 8192), (1, 32768), (16, 2048)]  # (rows, tokens of each)
-CALLS, REPEATS = 8, 5
-PASS_SHARE, TARGET_SHARE = 0.75, 0.90  # of the bandwidth, where batch x context is at least 64k
+CALLS = 8
+BAR = Bar("attention, lowest share of the bandwidth in decode", 0.75, 0.90)
+JUDGED_TOKENS = 65536  # batch x context from which on a case is judged
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_session_arguments(parser)
     parser.add_argument("--deterministic", action="store_true", help="the tile that decode and prefill share")
 
 
@@ -48,60 +53,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which is below
         print("No CUDA device: results at reduced size in Triton's interpreter, no timing.")
-        return {"correctness": check_results("cpu", options.deterministic)}
-    device = torch.device("cuda", torch.cuda.current_device())
-    limits = measure_limits(device)
-    print(f"{torch.cuda.get_device_name(device)}: {limits}")
-    correctness = check_results(device, options.deterministic)
-    pool = make_pool(device)
-    decode = measure_decode(pool, limits, options.deterministic)
-    prefill = measure_prefill(pool, limits, options.deterministic)
+        return {"correctness": check_results("cpu", options.deterministic), "verdicts": []}
+    return measure(open_session(options), options)
+
+
+def measure(session: Session, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure in an open session on a GPU; prints tables, returns figures.
+
+    Raises:
+        AssertionError: a result is wrong.
+    """
+    correctness = check_results(session.device, options.deterministic)
+    pool = make_pool(session.device)
+    decode = measure_decode(pool, session.limits, options.deterministic)
+    prefill = measure_prefill(pool, session.limits, options.deterministic)
+    judged = [case["share"] for case in decode if case["batch"] * case["context"] >= JUDGED_TOKENS]
     return {
-        "bandwidth_bytes_s": limits.bytes_s, "matrix_flops_s": limits.flops_s, "deterministic": options.deterministic,
-        "correctness": correctness, "decode": decode, "prefill": prefill,
+        **session.figures(), "deterministic": options.deterministic, "correctness": correctness, "decode": decode,
+        "prefill": prefill, "verdicts": [BAR.judge(min(judged), is_tiny=False)] if judged else [],
     }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the device was measured to do in this run."""
-
-    bytes_s: float  # read
-    flops_s: float  # bfloat16 products
-
-    def __str__(self) -> str:
-        return (
-            f"reads {self.bytes_s / 1e12:.2f} TB/s, multiplies {self.flops_s / 1e12:.0f} TFLOP/s in bfloat16"
-        )
-
-    def seconds(self, num_bytes: float, flops: float) -> float:
-        """The least time that so many bytes and operations take."""
-        return max(num_bytes / self.bytes_s, flops / self.flops_s)
-
-
-def measure_limits(device: torch.device) -> Limits:
-    """Read bandwidth and bfloat16 matrix rate of the device, medians."""
-    values = torch.rand(1 << 30, dtype=torch.float32, device=device)
-    read = seconds_of(values.sum, calls=4)
-    left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
-    multiply = seconds_of(lambda: torch.mm(left, right), calls=8)
-    return Limits(values.numel() * 4 / read, 2 * 8192**3 / multiply)
-
-
-def seconds_of(work: Callable[[], object], *, calls: int = 1, repeats: int = REPEATS) -> float:
-    """Median device seconds of one call, by events around `calls` of them."""
-    for _ in range(3):
-        work()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        for _ in range(calls):
-            work()
-        end.record()
-        end.synchronize()
-        times.append(float(begin.elapsed_time(end)) * 1e-3 / calls)
-    return median(times)
 
 
 def check_results(device: str | torch.device, deterministic: bool) -> dict[str, float]:
@@ -169,8 +139,8 @@ def measure_decode(pool: Pool, limits: Limits, deterministic: bool = False) -> l
         seconds = _time_case(pool, [(context, 1)] * batch, deterministic)
         rate = batch * context * TOKEN_BYTES / seconds
         share = rate / limits.bytes_s
-        bar = "" if batch * context < 65536 else "pass" if share >= PASS_SHARE else "below the bar"
-        print(f"{batch:6d} {context:8d} {seconds * 1e6:9.1f} {rate / 1e12:6.2f} {share:8.0%}  {bar}")
+        verdict = BAR.verdict(share) if batch * context >= JUDGED_TOKENS else ""
+        print(f"{batch:6d} {context:8d} {seconds * 1e6:9.1f} {rate / 1e12:6.2f} {share:8.0%}  {verdict}")
         found.append(
             {
                 "batch": batch,

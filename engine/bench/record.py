@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path("data/results")
 PACKAGES = ("numpy", "torch", "triton", "transformers", "tokenizers", "streamlit", "mlflow")
 
 

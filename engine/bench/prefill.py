@@ -1,0 +1,115 @@
+"""Prefill at Qwen3-8B's shape in bfloat16: one prompt of 32k tokens, 16 of 2k, and a 32k prompt of which 90 % is cached.
+
+A prefill multiplies: its floor is 2·P·T for the weights and 4·L·H·D for every pair of query and key that causal attention sees,
+over the matrix rate measured in this run. A warm prompt computes its new tenth only, over the keys of all of it, and its time to
+first token is held against that. Each request asks for one token.
+
+Ablation: the warm prompt without the prefix cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import median
+from typing import Any
+
+from engine.bench.parts.floors import ModelCost
+from engine.bench.parts.phases import phases
+from engine.bench.parts.random_engine import random_engine
+from engine.bench.parts.report import Bar, print_table
+from engine.bench.parts.session import Session, add_arguments, open_session
+from engine.bench.parts.shapes import QWEN3_8B, TINY, Shape
+from engine.bench.parts.throughput import warm_up
+from engine.bench.parts.workload import Run, Workload, equal_requests, run_workload
+from engine.engine import Engine
+
+__all__ = ["add_arguments", "measure", "run"]
+
+COLD_BAR = (0.45, 0.70)  # share of the matrix rate
+WARM_BAR = Bar(
+    "prefill, warm, time to first token over its floor", 1.5, 1.1, is_lower_better=True, percent=False
+)
+ROUNDS = 3
+CACHED_SHARE = 0.9
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    return measure(open_session(options), options)
+
+
+def measure(session: Session, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure in an open session; prints tables, returns figures."""
+    shape, cases = prefill_cases(session.is_tiny)
+    cost, longest = ModelCost(shape.model, session.dtype_bytes), cases[0]
+    limits: dict[str, Any] = {
+        "max_num_seqs": max(len(case.prompts) for case in cases), "max_model_len": longest.max_model_len,
+    }  # fmt: skip
+    rows, verdicts = [], []
+    with random_engine(shape, session.device, **limits) as engine:
+        warm_up(engine, longest)
+        for case in cases:
+            row = _measure_cold(session, engine, case, cost)
+            rows.append(row)
+            bar = Bar(f"prefill, {case.name}, share of the floor", *COLD_BAR)
+            verdicts.append(bar.judge(row["of_floor"], is_tiny=session.is_tiny))
+        runs, cached = _run_warm(session, engine, longest)
+    floor_s = cost.prefill_s(session.limits, [(cached, longest.num_input_tokens - cached)])
+    rows.append(_row("warm", runs, longest.num_input_tokens - cached, floor_s, cost, session))
+    verdicts.append(WARM_BAR.judge(rows[-1]["ttft_over_floor"], is_tiny=session.is_tiny))
+    if not options.no_ablations and session.has_room("ablation 'prefix cache off'", 30):
+        with random_engine(shape, session.device, **limits, enable_prefix_cache=False) as engine:
+            warm_up(engine, longest)
+            runs, none = _run_warm(session, engine, longest)
+        assert none == 0, f"{none} tokens came from a prefix cache that is off"
+        rows.append(_row("warm, prefix cache off", runs, longest.num_input_tokens, floor_s, cost, session))
+    print_table(f"prefill at {shape.name}'s shape", rows)
+    return {
+        **session.figures(), "shape": shape.name, "cases": rows, "cached_tokens": cached, "verdicts": verdicts,
+    }  # fmt: skip
+
+
+def _measure_cold(session: Session, engine: Engine, case: Workload, cost: ModelCost) -> dict[str, Any]:
+    rounds = 1 if session.is_tiny else ROUNDS
+    runs = [run_workload(engine, case.with_other_tokens(i), ends_at=session.ends_at) for i in range(rounds)]
+    floor_s = cost.prefill_s(session.limits, [(0, n) for n, _ in case.lengths])
+    return _row(case.name, runs, case.num_input_tokens, floor_s, cost, session)
+
+
+def _run_warm(session: Session, engine: Engine, case: Workload) -> tuple[list[Run], int]:
+    """Rounds of prompts whose first 90 % another one has left in the cache; tokens that were found there."""
+    prompt, block_size = case.prompts[0], engine.config.block_size
+    shared = int(CACHED_SHARE * len(prompt)) // block_size * block_size
+    run_workload(engine, case, ends_at=session.ends_at)
+    runs = []
+    for number in range(1 if session.is_tiny else ROUNDS):
+        suffix = case.with_other_tokens(100 + number).prompts[0][shared:]
+        warm = Workload("warm", [prompt[:shared] + suffix], [1])
+        runs.append(run_workload(engine, warm, ends_at=session.ends_at))
+    found = {run.requests[0].num_cached_tokens for run in runs}
+    assert found in ({0}, {shared}), f"of {shared} shared tokens {found} came from the cache"
+    return runs, found.pop()
+
+
+def _row(
+    name: str, runs: list[Run], tokens: int, floor_s: float, cost: ModelCost, session: Session
+) -> dict[str, Any]:
+    """One line of the table; `tokens` are those that were computed."""
+    seconds, ttft_s = median(run.seconds for run in runs), median(map(_longest_ttft_s, runs))
+    bound = phases(runs[0].steps, cost, session.limits)[0].bound
+    return {
+        "case": name, "tokens": tokens, "seconds": seconds, "floor_s": floor_s, "of_floor": round(floor_s / seconds, 4),
+        "longest_ttft_s": ttft_s, "ttft_over_floor": round(ttft_s / floor_s, 3), "bound_by": bound,
+    }  # fmt: skip
+
+
+def _longest_ttft_s(run: Run) -> float:
+    return max(((r.first_token_ns or r.finished_ns) - r.arrival_ns) / 1e9 for r in run.requests)
+
+
+def prefill_cases(is_tiny: bool) -> tuple[Shape, list[Workload]]:
+    """The shape and its cold cases, the longest prompt first."""
+    shape, sizes = (TINY, ((1, 96), (4, 32))) if is_tiny else (QWEN3_8B, ((1, 32768), (16, 2048)))
+    return shape, [
+        equal_requests(f"{rows} × {tokens}", rows, tokens, 1, shape.model.vocab_size)
+        for rows, tokens in sizes
+    ]
