@@ -14,7 +14,7 @@ CHECKED := engine workbench pages tests docs
 
 export PORT MLFLOW_PORT HOME_DIR
 
-.PHONY: up test test-full check format map bench bench-gpu browser clean
+.PHONY: up test test-full test-gpu check format map bench bench-gpu browser clean
 
 up: $(VENV)/.installed
 	@exec $(BIN)/quire up
@@ -59,9 +59,11 @@ bench: $(VENV)/.installed-test browser
 	$(BIN)/python -m engine.bench cpu
 	$(BIN)/python -m workbench.bench live
 
-# Runs with any Python that has torch, triton and transformers: make bench-gpu BIN=/path/to/its/bin
-bench-gpu:
+# Both run with any Python that has torch, triton and transformers (test-gpu: and pytest): make bench-gpu BIN=/path/to/its/bin
+test-gpu:
 	$(BIN)/python -m pytest tests/gpu -p no:cacheprovider -W default
+
+bench-gpu:
 	$(BIN)/python -m engine.bench gpu --save
 
 clean:
