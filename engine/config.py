@@ -39,8 +39,6 @@ class EngineConfig:
     enforce_eager: bool = False  # True: no captured graphs on a GPU
     async_scheduling: bool = True  # on a GPU the next step is planned and launched while one runs
     num_threads: int | None = None  # CPU threads of the forward pass
-    enforce_eager: bool = False  # launch every kernel of every step: no captured graphs
-    async_scheduling: bool = True  # the next step is planned and submitted while one runs on the device
     seed: int = 0  # draws the seeds of requests that bring none
     trust_remote_code: bool = False
     version_digest: str = ""  # content identity of the weights; part of every prefix-cache key

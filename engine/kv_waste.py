@@ -27,15 +27,18 @@ class KVWaste:
         return self.empty_slots / self.held_slots if self.held_slots else 0.0
 
 
-def kv_waste(records: Sequence[StepRecord], *, num_blocks: int, block_size: int) -> KVWaste:
-    """The waste of these steps, in a row from the engine's first or from one before which nothing ran.
+def kv_waste(
+    records: Sequence[StepRecord], *, num_blocks: int, block_size: int, last: int | None = None
+) -> KVWaste:
+    """The waste of the `last` of these steps (None: all), in a row from the engine's first or from one before which nothing ran.
 
     A step counts with all tokens that were planned when it ended: their blocks are held, and being written.
     """
     tables: dict[str, int] = {}  # blocks of each running request
     tokens: dict[str, int] = {}
     held = empty = planned = 0
-    for record in records:
+    first = len(records) - (len(records) if last is None else last)
+    for number, record in enumerate(records):
         for event in record.block_events:
             if event.kind is BlockEventKind.RELEASE:
                 tables.pop(event.request_id, None)
@@ -49,6 +52,8 @@ def kv_waste(records: Sequence[StepRecord], *, num_blocks: int, block_size: int)
                 if request_id in tables:  # else it ended, or was preempted, under this step
                     tokens[request_id] += num_tokens
             planned += 1
+        if number < first:
+            continue
         held += (num_blocks - record.num_free_blocks) * block_size
         empty += sum(tables.values()) * block_size - sum(tokens.values())
     return KVWaste(held, empty)

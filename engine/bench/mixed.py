@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from engine.bench.parts.floors import ModelCost
-from engine.bench.parts.kv_waste import kv_waste
 from engine.bench.parts.phases import idle_share, phases
 from engine.bench.parts.random_engine import random_engine
 from engine.bench.parts.report import Bar, print_table
@@ -31,6 +30,7 @@ from engine.bench.parts.shapes import QWEN3_8B, TINY, Shape
 from engine.bench.parts.throughput import ABLATIONS, AS_IT_IS, warm_up
 from engine.bench.parts.workload import Collected, OutOfTime, Workload, add, drain, equal_requests
 from engine.engine import Engine
+from engine.kv_waste import kv_waste
 from engine.records import StepRecord
 
 ITL_BAR = Bar("mixed, p99 ITL over pure-decode ITL", 2.5, 1.5, is_lower_better=True, percent=False)
@@ -143,10 +143,11 @@ def _measure_variant(
     decode_ms = float(np.median(_itl_ms(pure, streams)))
     p99_ms = float(np.percentile(_itl_ms(window, streams), 99))
     cost = ModelCost(load.shape.model, session.dtype_bytes)
+    waste = kv_waste(taken.steps, num_blocks=num_blocks, block_size=block_size, last=len(window))
     return {
         "decode_itl_ms": decode_ms, "p99_itl_ms": p99_ms, "itl_ratio": p99_ms / decode_ms,
         "idle_share": idle_share(window), "decode_idle_share": idle_share(pure),
-        "kv_waste": kv_waste(taken.steps, num_blocks, block_size, last=len(window)),
+        "kv_waste": waste.share,
         "prompts": len(prompts), "median_ttft_ms": float(np.median(ttft_ms)),
         "phases": [phase.figures() for phase in phases(window, cost, session.limits)],
     }  # fmt: skip

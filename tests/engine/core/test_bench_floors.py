@@ -7,7 +7,6 @@ import torch
 
 from engine.bench.nano import nano_workload
 from engine.bench.parts.floors import ModelCost
-from engine.bench.parts.kv_waste import kv_waste
 from engine.bench.parts.limits import Limits
 from engine.bench.parts.phases import idle_share, phases
 from engine.bench.parts.random_engine import random_engine
@@ -15,6 +14,7 @@ from engine.bench.parts.report import Bar, print_table
 from engine.bench.parts.shapes import LLAMA_8B, QWEN3_8B, QWEN3_600M, TINY
 from engine.bench.parts.workload import equal_requests, run_workload
 from engine.bench.serve_8b import serve_workload
+from engine.kv_waste import kv_waste
 from engine.records import StepRecord
 
 H200 = Limits(bytes_s=4.3e12, flops_s=790e12)  # the rates that the published floors were worked out with
@@ -131,25 +131,14 @@ def test_a_phase_that_mostly_waits_is_bound_by_the_host():
     assert decode.host_s == pytest.approx(0.036)
 
 
-def test_kv_waste_by_hand():
-    # 10 blocks of 4. Step 0 computes 5 tokens of a (2 blocks); while it runs, step 1 is planned, which adds b with 4 (1 block).
-    steps = [
-        step(0, 0, 10, rows=(("a", 5),), num_free_blocks=7),
-        step(1, 5, 20, rows=(("a", 1), ("b", 4)), num_free_blocks=7),
-        step(2, 21, 30, rows=(("b", 1),), num_free_blocks=8, preempted=("a",)),  # b has 5 tokens in 2 blocks
-        step(3, 31, 40, rows=(), num_free_blocks=10, finished=("b",)),
-    ]
-    # Held places 12, 12, 8 and 0; tokens 10, 10, 5 and 0.
-    assert kv_waste(steps, 10, 4) == pytest.approx(1 - 25 / 32)
-    assert kv_waste(steps, 10, 4, last=2) == pytest.approx(1 - 5 / 8)
-
-
 def test_kv_waste_of_an_engine_is_what_its_last_blocks_leave_empty():
     with random_engine(TINY, CPU, max_num_seqs=1, max_model_len=64) as engine:
         steps = run_workload(engine, equal_requests("one", 1, 20, 10, 512)).steps
         num_blocks = engine.stats().num_blocks
     # Each step but the last, whose request gives its blocks back, holds 2 blocks of 16 for 20 to 28 tokens.
-    assert kv_waste(steps, num_blocks, 16) == pytest.approx(1 - sum(range(20, 29)) / (9 * 32))
+    waste = kv_waste(steps, num_blocks=num_blocks, block_size=16)
+    assert waste.share == pytest.approx(1 - sum(range(20, 29)) / (9 * 32))
+    assert kv_waste(steps, num_blocks=num_blocks, block_size=16, last=2).share == pytest.approx(1 - 28 / 32)
 
 
 @pytest.mark.parametrize(
