@@ -36,6 +36,7 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, StepDecoder
 from engine.models.fused_cpu import FusedCpuDecoder
 from engine.models.layers import Linear
+from engine.models.quantized import check_quantization, quantize_decoder
 from engine.models.weights import load_weights
 from engine.pool_size import Measured, PoolSizer
 from engine.runner.model_runner import ModelRunner
@@ -61,17 +62,13 @@ def resolve_config(
         OutOfMemoryError: weights and KV cache do not fit.
     """
     model = ModelConfig.from_folder(find_model(config.model)) if model is None else model
-    if config.quantization is not None:
-        raise ConfigError(
-            f"quantization {config.quantization!r} is not supported",
-            value=config.quantization,
-            limit=None,
-            param="quantization",
-            remedy="Leave it out.",
-        )
     device = _resolve_device(config.device)
     config = replace(config, device=str(device), dtype=_resolve_dtype(config.dtype, device))
     dtype = torch_dtype(config)
+    if config.quantization is not None:
+        check_quantization(
+            config.quantization, model, dtype=dtype, device=device, deterministic=config.deterministic
+        )
     backend = _resolve_attention(config, model, dtype, device)
     batched = config.max_batched_tokens
     if batched is None:
@@ -117,6 +114,8 @@ def build_engine(
         eos_token_ids |= tokenizer.eos_token_ids
     decoder = Decoder(model, dtype=dtype, device=device, max_positions=config.max_model_len)
     load(decoder, folder, lambda message, share: tell(message, 0.05 + 0.85 * share))
+    if config.quantization is not None:
+        quantize_decoder(decoder, config.quantization, deterministic=config.deterministic)
     loaded = _Loaded(asked, config, model, decoder, tokenizer, eos_token_ids)
     engine = _assemble(loaded, allocator, before, tell)
     tell("ready", 1.0)
@@ -147,7 +146,8 @@ def make_attention(config: EngineConfig) -> AttentionBackend:
 
 def prepare_decoder(decoder: Decoder, config: EngineConfig) -> StepDecoder:
     """The loaded decoder in the form that runs: one compiled call a step beside the compiled CPU attention, else torch."""
-    if config.attention_backend == "cpu":
+    # fp8 rounds what the linear layers multiply, which the compiled step does not
+    if config.attention_backend == "cpu" and config.quantization != "fp8":
         library = cpu_library.load()
         assert library is not None, "the config was resolved where the compiled kernels work"
         return FusedCpuDecoder(decoder, library)

@@ -13,6 +13,7 @@ from engine.errors import ConfigError
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "triton", "cpu")
+QUANTIZATIONS = ("int8", "int4", "fp8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class EngineConfig:
     max_model_len: int | None = None  # prompt and output tokens of one sequence; None: the model's own
     enable_prefix_cache: bool = True
     deterministic: bool = False  # bitwise the same tokens whatever shares the batch
-    quantization: str | None = None
+    quantization: str | None = None  # of the linear layers' weights, and with fp8 of what they multiply
     attention_backend: str = "auto"
     enforce_eager: bool = False  # True: no captured graphs on a GPU
     async_scheduling: bool = True  # on a GPU the next step is planned and launched while one runs
@@ -51,6 +52,8 @@ class EngineConfig:
             )
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        if self.quantization is not None:
+            _one_of("quantization", self.quantization, QUANTIZATIONS)
         for name in ("block_size", "max_num_seqs", "record_seconds"):
             _at_least(name, getattr(self, name), 1)
         for name in ("num_blocks", "kv_memory_bytes", "max_batched_tokens", "max_model_len", "num_threads"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from engine.attention.triton_paged import TritonPagedAttention
 from engine.kernels.attention_tiles import SPLIT_TOKENS
 from engine.kernels.logprobs import token_logprobs
 from engine.kernels.random_sampling import FILTERED, PLAIN, SamplingStep, sampling_step, wrong_rows
+from engine.kernels.fp8_linear import MIN_CAPABILITY, fp8_linear, fp8_linear_ref
+from engine.kernels.quantized_weight import Int4Weight, Int8Weight, quantize_fp8, quantize_int4, quantize_int8
 from engine.kernels.rms_norm import rms_norm
 from engine.kernels.rotary import rotate_in_place
 from engine.kernels.sampling import sample_tokens, sample_tokens_ref
 from engine.kernels.store_kv import store_kv, store_kv_ref
+from engine.kernels.weight_only import FEW_TOKENS, weight_only_linear
 from engine.models.layers import RMSNorm, rotate
 
 DECODE = [(1, 1), (16, 1), (511, 1), (512, 1), (513, 1), (4096, 1), (6000, 1)]
@@ -253,3 +257,87 @@ def test_logprobs(num_top: int, device: torch.device) -> None:
     order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
     assert torch.equal(found.top_ids, order)
     torch.testing.assert_close(found.top_values.double(), expected.gather(1, order), rtol=0, atol=1e-5)
+def _quantized_case(
+    quantize: Callable[[Tensor], Int8Weight | Int4Weight],
+    tokens: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Int8Weight | Int4Weight, Tensor]:
+    generator = torch.Generator(device).manual_seed(tokens)
+    weight = torch.randn(size, generator=generator, device=device)
+    weight *= torch.rand(size[0], 1, generator=generator, device=device)
+    x = torch.randn(tokens, size[1], generator=generator, device=device).to(dtype)
+    return x, quantize(weight), torch.randn(size[0], generator=generator, device=device).to(dtype)
+
+
+QUANTIZERS = pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
+
+
+# An 8B model's merged projections, and sizes that no tile divides.
+@QUANTIZERS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(6144, 4096), (4096, 14336), (1000, 1100)])
+def test_weight_only_products_agree_with_the_definition(
+    quantize: Callable[[Tensor], Int8Weight | Int4Weight],
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    device: torch.device,
+) -> None:
+    for tokens in (1, 7, FEW_TOKENS, FEW_TOKENS + 1, 64, 65, 1000):
+        x, weight, bias = _quantized_case(quantize, tokens, size, dtype, device)
+        wide, exact = weight.dequantize().double(), x.double()
+        want = exact @ wide.t() + bias.double()
+        # One rounding to x's dtype, and as many of the float32 sum as it has terms, in any order.
+        terms = exact.abs() @ wide.abs().t() + bias.double().abs()
+        allowed = 0.51 * torch.finfo(dtype).eps * want.abs() + (size[1] + 3) * 2.0**-24 * terms
+        for deterministic in (False, True):
+            got = weight_only_linear(x, weight, bias, deterministic=deterministic)
+            excess = ((got.double() - want).abs() / allowed).max().item()
+            assert excess <= 1.0, f"{tokens} tokens: the error is {excess:.2f} of what rounding allows"
+
+
+@QUANTIZERS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weight_only_rows_have_the_same_bits_whatever_is_beside_them(
+    quantize: Callable[[Tensor], Int8Weight | Int4Weight], dtype: torch.dtype, device: torch.device
+) -> None:
+    x, weight, bias = _quantized_case(quantize, 300, (6144, 4096), dtype, device)
+    few = weight_only_linear(x[:FEW_TOKENS], weight, bias)
+    for first, past in ((0, 1), (9, 10), (4, 11)):
+        assert torch.equal(weight_only_linear(x[first:past], weight, bias), few[first:past])
+    together = weight_only_linear(x, weight, bias, deterministic=True)
+    for first, past in ((0, 1), (9, 20), (100, 190), (299, 300)):
+        alone = weight_only_linear(x[first:past], weight, bias, deterministic=True)
+        assert torch.equal(alone, together[first:past])
+
+
+@QUANTIZERS
+@pytest.mark.parametrize("tokens", [4, 100])
+def test_weight_only_products_are_captured(
+    quantize: Callable[[Tensor], Int8Weight | Int4Weight], tokens: int, device: torch.device
+) -> None:
+    x, weight, bias = _quantized_case(quantize, tokens, (1024, 1024), torch.bfloat16, device)
+    out = weight_only_linear(x, weight, bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        weight_only_linear(x, weight, bias, out=out)
+    x.neg_()
+    want = weight_only_linear(x, weight, bias)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+def test_fp8_products_agree_with_the_definition(device: torch.device) -> None:
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        pytest.skip(f"fp8 products need compute capability {MIN_CAPABILITY}")
+    generator = torch.Generator(device).manual_seed(0)
+    weight = quantize_fp8(torch.randn(6144, 4096, generator=generator, device=device))
+    bias = torch.randn(6144, generator=generator, device=device).bfloat16()
+    for tokens in (1, 7, 64, 1000):
+        x = torch.randn(tokens, 4096, generator=generator, device=device).bfloat16()
+        # Sums of 4096 terms of about 1: their rounding is far below that of the bfloat16 result.
+        torch.testing.assert_close(
+            fp8_linear(x, weight, bias), fp8_linear_ref(x, weight, bias), rtol=2**-7, atol=0.05
+        )

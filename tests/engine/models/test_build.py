@@ -83,7 +83,7 @@ def test_a_context_beyond_the_model_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "param"),
     [
-        ({"quantization": "int4"}, "quantization"),
+        ({"quantization": "int3"}, "quantization"),
         ({"attention_backend": "triton"}, "attention_backend"),
         ({"attention_backend": "cpu", "dtype": "float64"}, "attention_backend"),
     ],

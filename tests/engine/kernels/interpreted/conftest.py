@@ -1,7 +1,7 @@
 """Makes bfloat16 right in Triton's interpreter, which keeps such values as their bits.
 
-The interpreter multiplies bfloat16 bit patterns as integers in `tl.dot` and truncates where a GPU rounds to nearest even.
-Both are replaced by what the hardware does. Only under TRITON_INTERPRET=1, that is in the process that
+The interpreter multiplies bfloat16 bit patterns as integers in `tl.dot`, subtracts them as integers, and truncates where a
+GPU rounds to nearest even. All three are replaced by what the hardware does. Only under TRITON_INTERPRET=1, that is in the process that
 `test_interpreted.py` starts.
 """
 
@@ -28,6 +28,7 @@ def _correct_bfloat16() -> None:
     from triton.runtime import interpreter
 
     plain_dot = interpreter.InterpreterBuilder.create_dot
+    plain_subtract = interpreter.InterpreterBuilder.create_fsub
     plain_convert = interpreter._convert_float
 
     def widened(handle: Any) -> Any:
@@ -38,12 +39,18 @@ def _correct_bfloat16() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return plain_dot(self, widened(a), widened(b), *rest)
 
+    def create_fsub(self: Any, a: Any, b: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return plain_subtract(self, a, b)
+        return interpreter.TensorHandle(_float32_to_bfloat16(widened(a).data - widened(b).data), tl.bfloat16)
+
     def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
         if source == tl.float32 and target == tl.bfloat16:
             return _float32_to_bfloat16(values).reshape(values.shape)
         return plain_convert(values, source, target, rounding)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.create_fsub = create_fsub
     interpreter._convert_float = convert
 
 
