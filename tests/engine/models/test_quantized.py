@@ -16,7 +16,7 @@ from engine.attention.reference import ReferenceAttention
 from engine.build import build_engine, prepare_decoder, resolve_config
 from engine.config import QUANTIZATIONS, EngineConfig
 from engine.errors import ConfigError
-from engine.kernels.fp8_linear import fp8_linear_ref, round_rows_fp8
+from engine.kernels.fp8_linear import fp8_linear, fp8_linear_ref, round_rows_fp8
 from engine.kernels.quantized_weight import (
     GROUP,
     QuantizedWeight,
@@ -122,6 +122,23 @@ def test_activations_are_scaled_token_by_token() -> None:
     torch.testing.assert_close(fp8_linear_ref(x, weight).double(), want, rtol=1e-5, atol=1e-5)
     alone, _ = quantize_rows_fp8(x[2:3])
     assert torch.equal(alone.float(), values[2:3].float())
+
+
+def test_fp8_products_agree_with_their_reference() -> None:
+    """Through the same call as on a GPU; torch has a form of it for a CPU."""
+    generator = torch.Generator().manual_seed(0)
+    weight = quantize_fp8(torch.randn(32, 64, generator=generator))
+    bias = torch.randn(32, generator=generator).bfloat16()
+    x = (torch.randn(5, 64, generator=generator) * torch.logspace(-2, 2, 5)[:, None]).bfloat16()
+    for given in (None, bias):
+        got, want = fp8_linear(x, weight, given), fp8_linear_ref(x, weight, given)
+        # Two ways of one float32 sum may be rounded to neighbouring values.
+        torch.testing.assert_close(got, want, rtol=1.01 * torch.finfo(x.dtype).eps, atol=1e-4)
+    out = torch.empty(5, 32, dtype=x.dtype)
+    assert fp8_linear(x, weight, bias, out=out) is out
+    assert torch.equal(out, fp8_linear(x, weight, bias))
+    layer = QuantizedLinear(weight, bias, deterministic=False)
+    assert torch.equal(layer(x), out)
 
 
 def _load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.kernels.quantized_weight import Int4Weight, Int8Weight, quantize_int4, quantize_int8
 from engine.kernels.weight_only import FEW_TOKENS, weight_only_linear, weight_only_linear_ref
+from engine.models.quantized import QuantizedLinear
 
 Quantizer = Callable[[Tensor], Int8Weight | Int4Weight]
 BOTH = pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
@@ -108,6 +109,15 @@ def test_not_a_number_in_one_row_stays_in_it(quantize: Quantizer) -> None:
         got = weight_only_linear(x, weight, bias)
         assert got[2].isnan().all()
         assert not torch.cat((got[:2], got[3:])).isnan().any()
+
+
+@BOTH
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_quantized_layer_multiplies_with_what_it_holds(quantize: Quantizer, deterministic: bool) -> None:
+    x, weight, bias = _case(quantize, 5, (40, 300), torch.bfloat16)
+    got = QuantizedLinear(weight, bias, deterministic=deterministic)(x)
+    assert torch.equal(got, weight_only_linear(x, weight, bias, deterministic=deterministic))
+    _assert_close(got, x, weight, bias)
 
 
 @BOTH
