@@ -125,12 +125,6 @@ def quantize_decoder(
         decoder.lm_head = cast(Linear, _quantize_linear(decoder.lm_head, method, deterministic))
 
 
-def weight_bytes(decoder: nn.Module) -> int:
-    """Bytes of all weights as they are held now, quantized ones with their scales; a tied head counts once."""
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*decoder.parameters(), *decoder.buffers())}
-    return sum(held.values())
-
-
 def _quantize_linear(linear: Linear, method: str, deterministic: bool) -> nn.Module:
     weight = QUANTIZERS[method](linear.weight.data)
     if linear.weight.device.type == "cuda":

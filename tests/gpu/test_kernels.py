@@ -13,9 +13,8 @@ from torch import Tensor
 from engine.attention.random_step import PagedStep, excess_error, paged_step
 from engine.attention.triton_paged import TritonPagedAttention
 from engine.kernels.attention_tiles import SPLIT_TOKENS
-from engine.kernels.logprobs import token_logprobs
-from engine.kernels.random_sampling import FILTERED, PLAIN, SamplingStep, sampling_step, wrong_rows
 from engine.kernels.fp8_linear import MIN_CAPABILITY, fp8_linear, fp8_linear_ref
+from engine.kernels.logprobs import token_logprobs
 from engine.kernels.quantized_weight import (
     Fp8Weight,
     Int4Weight,
@@ -24,6 +23,7 @@ from engine.kernels.quantized_weight import (
     quantize_int4,
     quantize_int8,
 )
+from engine.kernels.random_sampling import FILTERED, PLAIN, SamplingStep, sampling_step, wrong_rows
 from engine.kernels.rms_norm import rms_norm
 from engine.kernels.rotary import rotate_in_place
 from engine.kernels.sampling import sample_tokens, sample_tokens_ref
@@ -268,6 +268,8 @@ def test_logprobs(num_top: int, device: torch.device) -> None:
     order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
     assert torch.equal(found.top_ids, order)
     torch.testing.assert_close(found.top_values.double(), expected.gather(1, order), rtol=0, atol=1e-5)
+
+
 def _quantized_case(
     quantize: Callable[[Tensor], Int8Weight | Int4Weight],
     tokens: int,

@@ -26,7 +26,7 @@ from engine.kernels.quantized_weight import (
     quantize_rows_fp8,
 )
 from engine.kernels.weight_only import weight_only_linear_ref
-from engine.memory import make_kv_spec
+from engine.memory import decoder_bytes, make_kv_spec
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.quantized import (
@@ -34,7 +34,6 @@ from engine.models.quantized import (
     QuantizedLinear,
     check_quantization,
     quantize_decoder,
-    weight_bytes,
 )
 from engine.models.weights import load_weights
 from engine.runner.model_runner import allocate_caches
@@ -190,10 +189,10 @@ def test_the_output_head_is_quantized_on_request_and_a_tied_embedding_is_not(
 
 def test_bytes_are_those_of_the_tensors_held(tiny_models: Callable[[str], Any]) -> None:
     tied = _load(tiny_models("llama3_gqa_tied").folder)
-    assert weight_bytes(tied) == 4 * tied.config.num_parameters
+    assert decoder_bytes(tied) == 4 * tied.config.num_parameters
     weight, bias = _weight(256, 1000), torch.zeros(256, dtype=torch.bfloat16)
     held = {
-        method: weight_bytes(nn.ModuleList([QuantizedLinear(quantize(weight), bias, deterministic=False)]))
+        method: decoder_bytes(nn.ModuleList([QuantizedLinear(quantize(weight), bias, deterministic=False)]))
         - 512
         for method, quantize in QUANTIZERS.items()
     }
