@@ -203,7 +203,9 @@ class PoolSizer:
         return OutOfMemoryError(
             f"max_model_len {config.max_model_len} needs {fit.needed} KV blocks "
             f"({in_units(fit.needed * fit.block_bytes)}), the pool has {fit.num_blocks} "
-            f"({in_units(fit.num_blocks * fit.block_bytes)}, {fit.block_bytes // config.block_size} bytes a token)",
+            f"({in_units(fit.num_blocks * fit.block_bytes)}, {fit.block_bytes // config.block_size} bytes a token): "
+            f"weights {in_units(fit.demand.weights_bytes)} and workspace {in_units(fit.demand.workspace_bytes)} leave "
+            f"{in_units(fit.left)} of {in_units(self._memory.free_bytes)}",
             value=config.max_model_len,
             limit=fit.num_blocks * config.block_size,
             remedy=self._advice(config),

@@ -91,11 +91,14 @@ def _step(
 ) -> StepPlan:
     """A step of rows 0 … S - 1, all admitted with it, that compute and sample."""
     num_rows = len(start)
-    admitted = []
-    for row, (first, count) in enumerate(zip(start, num_tokens, strict=True)):
-        end = first + count
-        blocks = tuple(i % PROFILE_BLOCKS for i in range(-(-end // block_size)))
-        admitted.append(RowAdmission(row, f"row {row}", [0] * end, end, first, (blocks,), params[row], row))
+    ends = [first + count for first, count in zip(start, num_tokens, strict=True)]
+    # Rows of one length share a text and a table: a thousand long ones of their own would fill the host's memory.
+    texts = {end: [0] * end for end in ends}
+    tables = {end: tuple(i % PROFILE_BLOCKS for i in range(-(-end // block_size))) for end in ends}
+    admitted = [
+        RowAdmission(row, f"row {row}", texts[end], end, start[row], (tables[end],), params[row], row)
+        for row, end in enumerate(ends)
+    ]
     return StepPlan(
         step_id=step_id,
         rows=np.arange(num_rows, dtype=np.int32),

@@ -116,6 +116,14 @@ def test_a_refusal_says_what_takes_the_bytes() -> None:
     assert error.value == 100_000 * BLOCK_BYTES["bfloat16"]
 
 
+def test_a_refused_context_says_what_takes_the_bytes() -> None:
+    error = refusal(config_of(max_model_len=100_000), 64 * GIB)
+    assert "weights 15.01 GiB and workspace" in error.message
+    assert "of 64 GiB" in error.message
+    # All 6,250 blocks of it are 12.2 GiB and would fit, were they asked for.
+    assert "num_blocks=6250 or more, max_model_len=8192 or less" in str(error)
+
+
 def test_where_nothing_helps_the_refusal_says_so() -> None:
     assert "Use a smaller model" in str(refusal(config_of(), 8 * GIB))
 
