@@ -1,8 +1,15 @@
-"""Rotary embedding of a step's heads, in place, one token a program.
+"""What lies between the merged projection and attention, in one launch: query-key norm, rotary embedding, KV store.
 
-Value d pairs with d + D/2, as in Hugging Face checkpoints; the angles' cosines and sines come as a table row per token, in
-float32, and so is the arithmetic. Reference: `engine.models.layers.rotate` in torch's operations.
-Boundary: it rotates whole heads; it computes no angles and stores no cache.
+Queries are normalised (Qwen3) and rotated in place, keys on their way into the cache, values go there as they are. Value
+d pairs with d + D/2, as in Hugging Face checkpoints; positions index the table of cosines and sines in the kernel.
+Arithmetic is float32, rounded where torch's operations round: after the norm, after its weight, after the rotation.
+Reference: `RMSNorm` and `rotate` of `engine.models.layers`, then `store_kv_ref`.
+
+A program computes whole heads of one token, in an order that the model's shape decides: a token's bits do not depend on
+the rest of the batch.
+Boundary: the cache has the model's dtype and the layout of `engine.plan.KVSpec`. It computes no angles and no attention.
+
+Shapes: T tokens, H query heads, K KV heads, D head size.
 """
 
 # Triton reads kernel parameters by name and compiles the body; their types exist only at launch.
@@ -14,51 +21,140 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROTARY_WARPS = 4
+from engine.attention.interface import check_layout
 
 
 @triton.jit
-def rotary_kernel(
-    heads, table, stride_token, NUM_HEADS: tl.constexpr, HALF: tl.constexpr, HEADS_PAD: tl.constexpr, HALF_PAD: tl.constexpr
-):  # fmt: skip
-    """heads [T, NUM_HEADS, 2 HALF] with the table [T, 2 HALF]: cosines, then sines."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS_PAD)
-    lane = tl.arange(0, HALF_PAD)
-    live = lane < HALF
-    cos = tl.load(table + token * (2 * HALF) + lane, mask=live, other=0.0)[None, :]
-    sin = tl.load(table + token * (2 * HALF) + HALF + lane, mask=live, other=0.0)[None, :]
-    cell = heads + token * stride_token + head[:, None] * (2 * HALF) + lane[None, :]
-    inside = (head < NUM_HEADS)[:, None] & live[None, :]
+def _normalised(values, scale, weight, live):
+    rounded = (values * scale).to(weight.dtype.element_ty).to(tl.float32)
+    wide = rounded * tl.load(weight, mask=live, other=0.0).to(tl.float32)[None, :]
+    return wide.to(weight.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _rotated(cell, inside, live, cos, sin, weight, eps, HALF: tl.constexpr, NORM: tl.constexpr):
+    """Both halves of the heads at `cell` [heads, HALF], normalised with NORM, then rotated; in the dtype of `cell`."""
     first = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(cell + HALF, mask=inside, other=0.0).to(tl.float32)
-    tl.store(cell, (first * cos - second * sin).to(heads.dtype.element_ty), mask=inside)
-    tl.store(cell + HALF, (second * cos + first * sin).to(heads.dtype.element_ty), mask=inside)
+    if NORM:
+        mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF)
+        scale = tl.rsqrt(mean + eps)[:, None]
+        first = _normalised(first, scale, weight, live)
+        second = _normalised(second, scale, weight + HALF, live)
+    dtype = cell.dtype.element_ty
+    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
-def rotary_constants(num_heads: int, head_size: int) -> dict[str, int]:
-    """Compile-time constants; launch and compile tests read them here."""
-    half = head_size // 2
+# Slices of the step's upload, aligned in some steps only: specialised, they would compile twice.
+@triton.jit(do_not_specialize=["positions", "slot_mapping"])
+def rotate_and_store_kernel(
+    qkv, table, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight, stride_token, eps,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,  # KV heads of one program; divides NUM_KV_HEADS
+    Q_PAD: tl.constexpr, HALF_PAD: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Program (t, i): token t's KV heads from i * KV_HEADS on, and as many groups of query heads.
+
+    A token of the qkv [T, (H + 2 K) 2 HALF] is its queries, then its keys, then its values.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    if slot < 0:
+        return
+    lane = tl.arange(0, HALF_PAD)
+    live = lane < HALF
+    angle = table + tl.load(positions + token) * (2 * HALF) + lane
+    cos = tl.load(angle, mask=live, other=0.0)[None, :]
+    sin = tl.load(angle + HALF, mask=live, other=0.0)[None, :]
+    heads = qkv + token * stride_token
+    first_kv = tl.program_id(1) * KV_HEADS
+
+    query = tl.arange(0, Q_PAD)
+    cell = heads + (first_kv * GROUP + query)[:, None] * (2 * HALF) + lane[None, :]
+    inside = (query < KV_HEADS * GROUP)[:, None] & live[None, :]
+    first, second = _rotated(cell, inside, live, cos, sin, q_weight + lane, eps, HALF, NORM)
+    tl.store(cell, first, mask=inside)
+    tl.store(cell + HALF, second, mask=inside)
+
+    kv_head = first_kv + tl.arange(0, KV_HEADS)
+    row = (slot // BLOCK_SIZE * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
+    target = row[:, None] * (2 * HALF) + lane[None, :]
+    cell = heads + (NUM_KV_HEADS * GROUP + kv_head)[:, None] * (2 * HALF) + lane[None, :]
+    first, second = _rotated(cell, live[None, :], live, cos, sin, k_weight + lane, eps, HALF, NORM)
+    tl.store(k_cache + target, first, mask=live[None, :])
+    tl.store(k_cache + target + HALF, second, mask=live[None, :])
+    cell += NUM_KV_HEADS * (2 * HALF)
+    tl.store(v_cache + target, tl.load(cell, mask=live[None, :]), mask=live[None, :])
+    tl.store(v_cache + target + HALF, tl.load(cell + HALF, mask=live[None, :]), mask=live[None, :])
+
+
+def rotate_and_store_constants(
+    num_heads: int, num_kv_heads: int, head_size: int, block_size: int, *, norm: bool
+) -> dict[str, int]:
+    """Compile-time constants; launch and compile tests read them here.
+
+    A program takes KV heads until its queries give a warp 16 bytes a thread.
+    """
+    group, half, kv_heads = num_heads // num_kv_heads, head_size // 2, 1
+    while num_kv_heads % (2 * kv_heads) == 0 and kv_heads * group * half < 256:
+        kv_heads *= 2
     return {
-        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
         "HALF": half,
-        "HEADS_PAD": triton.next_power_of_2(num_heads),
+        "BLOCK_SIZE": block_size,
+        "KV_HEADS": kv_heads,
+        "Q_PAD": triton.next_power_of_2(kv_heads * group),
         "HALF_PAD": triton.next_power_of_2(half),
+        "NORM": norm,
     }
 
 
-def rotate_in_place(heads: Tensor, table: Tensor) -> None:
-    """Rotate heads [T, n, D], which may be a view with any token stride, by its tokens' rows of the table [T, D]."""
-    tokens, count, size = heads.shape
-    assert heads.stride()[1:] == (size, 1), f"heads of a token are not side by side: {heads.stride()}"
-    assert (table.shape, table.dtype) == ((tokens, size), torch.float32), (table.shape, table.dtype)
+def rotate_and_store_warps(constants: dict[str, int]) -> int:
+    """Warps of a program: a thread takes eight values of either half of the queries; at most eight warps."""
+    return max(1, min(8, constants["Q_PAD"] * constants["HALF_PAD"] // 256))
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Rotate q in place, store rotated k and v to slots [T] of the caches [num_blocks, K, block_size, D]; the q [T, H, D].
+
+    qkv [T, (H + 2 K) D] may have any token stride, and the result is a view of it. `table` [positions, D] holds cosines,
+    then sines; a position beyond it is not noticed. `q_norm` and `k_norm` [D]: weights of an RMSNorm over each head, before
+    the rotation. A token with a negative slot is padding: it is left as it is.
+    """
+    check_layout(k_cache, v_cache)
+    _, num_kv_heads, block_size, size = k_cache.shape
+    tokens, num_heads = qkv.shape[0], qkv.shape[1] // size - 2 * num_kv_heads
+    assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * size, (qkv.shape, k_cache.shape)
+    assert num_heads % num_kv_heads == 0, f"{num_heads} query heads over {num_kv_heads} KV heads"
+    assert qkv.stride(1) == 1, qkv.stride()
+    assert k_cache.dtype == qkv.dtype, f"keys in {qkv.dtype}, cache in {k_cache.dtype}"
+    assert (table.shape[1], table.dtype) == (size, torch.float32), (table.shape, table.dtype)
     assert table.is_contiguous()
+    for index in (positions, slot_mapping):
+        assert (index.shape, index.dtype) == ((tokens,), torch.int64), (index.shape, index.dtype)
+        assert index.is_contiguous()
+    assert (q_norm is None) == (k_norm is None), "q and k are normalised both or neither"
+    for weight in (q_norm, k_norm):
+        assert weight is None or (weight.shape == (size,) and weight.dtype == qkv.dtype), weight.shape
     if tokens:
-        rotary_kernel[(tokens,)](
-            heads,
-            table,
-            heads.stride(0),
-            **rotary_constants(count, size),
-            num_warps=ROTARY_WARPS,
-            enable_fp_fusion=False,
+        constants = rotate_and_store_constants(
+            num_heads, num_kv_heads, size, block_size, norm=q_norm is not None
         )
+        rotate_and_store_kernel[(tokens, num_kv_heads // constants["KV_HEADS"])](
+            qkv, table, positions, k_cache, v_cache, slot_mapping,
+            qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, qkv.stride(0), eps,
+            **constants, num_warps=rotate_and_store_warps(constants), enable_fp_fusion=False,
+        )  # fmt: skip
+    return qkv[:, : num_heads * size].view(tokens, num_heads, size)

@@ -51,7 +51,12 @@ class StepDecoder(Protocol):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and gated MLP, each behind an RMSNorm, each added to the residual."""
+    """Attention and gated MLP, each behind an RMSNorm, each added to the residual.
+
+    The residual is carried beside the last addition to it, which the next norm makes in passing. With kernels a layer
+    takes nine launches: norm, qkv, rotary with the KV store, attention, out, norm, gate_up, activation, down. Attention
+    takes one more where it merges contexts that it had split, and one more in a mixed step.
+    """
 
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -83,44 +88,53 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | None,
+        residual: Tensor,
+        positions: Tensor,
         rotary: Tensor,
         cache: LayerCache,
         meta: AttentionMetadata,
         attention: AttentionBackend,
     ) -> Tensor:
-        """x [T, hidden] -> [T, hidden]; `rotary` [T, D] holds the cosines and sines of the tokens' positions."""
-        x = x + self.out(self._attend(self.input_norm(x), rotary, cache, meta, attention))
-        inner = gated_silu(self.gate_up(self.post_attention_norm(x)), invariant=self.invariant)
-        down: Tensor = self.down(inner)
-        return x + down
+        """What this layer adds to the residual [T, hidden], after `x`, what the one before it adds, was added in place.
 
-    def _attend(
+        `x` is None before the first layer. `rotary` [max_positions, D] holds cosines and sines by position.
+        """
+        x = self.input_norm(residual) if x is None else self.input_norm(x, residual)
+        q = self._queries(self.qkv(x), positions, rotary, cache, meta, attention)
+        mixed = attention.forward(
+            q, cache.k, cache.v, meta, scale=self.scale, sliding_window=self.window
+        ).flatten(1)
+        x = self.post_attention_norm(self.out(mixed), residual)
+        inner = gated_silu(self.gate_up(x), invariant=self.invariant, use_kernel=self.use_kernel)
+        down: Tensor = self.down(inner)
+        return down
+
+    def _queries(
         self,
-        x: Tensor,
+        qkv: Tensor,
+        positions: Tensor,
         rotary: Tensor,
         cache: LayerCache,
         meta: AttentionMetadata,
         attention: AttentionBackend,
     ) -> Tensor:
-        tokens = x.shape[0]
-        heads = self.qkv(x).view(tokens, self.num_heads + 2 * self.num_kv_heads, self.head_size)
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        """The queries [T, H, D] as attention takes them; keys and values go to the cache."""
+        if self.use_kernel:
+            from engine.kernels.rotary import rotate_and_store
+
+            return rotate_and_store(
+                qkv, rotary, positions, cache.k, cache.v, meta.slot_mapping, eps=self.input_norm.eps,
+                q_norm=None if self.q_norm is None else self.q_norm.weight,
+                k_norm=None if self.k_norm is None else self.k_norm.weight,
+            )  # fmt: skip
+        heads = qkv.view(qkv.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_size)
+        q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self._rotate(q, k, rotary)
-        attention.store_kv(k, v, cache.k, cache.v, meta.slot_mapping)
-        out = attention.forward(q, cache.k, cache.v, meta, scale=self.scale, sliding_window=self.window)
-        return out.reshape(tokens, self.num_heads * self.head_size)
-
-    def _rotate(self, q: Tensor, k: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.use_kernel:
-            return rotate(q, rotary), rotate(k, rotary)
-        from engine.kernels.rotary import rotate_in_place
-
-        rotate_in_place(q, rotary)
-        rotate_in_place(k, rotary)
-        return q, k
+        table = rotary[positions]
+        attention.store_kv(rotate(k, table), v, cache.k, cache.v, meta.slot_mapping)
+        return rotate(q, table)
 
 
 class Decoder(nn.Module):
@@ -148,7 +162,7 @@ class Decoder(nn.Module):
         self.rotary = rotary_table(config.rope, config.head_size, max_positions, table_dtype).to(device)
 
     def use_kernels(self) -> None:
-        """Take the Triton kernels for norms and rotary embedding: on a GPU, in the dtypes that attention has there too."""
+        """Take the Triton kernels for all but the products: on a GPU, in the dtypes that attention has there too."""
         for module in self.modules():
             if isinstance(module, RMSNorm | DecoderLayer):
                 module.use_kernel = True
@@ -170,11 +184,11 @@ class Decoder(nn.Module):
         attention: AttentionBackend,
     ) -> Tensor:
         """Hidden states [T, hidden] of a step's tokens, before the final norm; K and V are written to the caches."""
-        x = F.embedding(token_ids, self.embedding)
-        rotary = self.rotary[positions]
+        residual = F.embedding(token_ids, self.embedding)
+        x: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, rotary, cache, meta, attention)
-        return x
+            x = layer(x, residual, positions, self.rotary, cache, meta, attention)
+        return residual if x is None else residual.add_(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of the given rows of `forward`'s result, float32 (float64 for a float64 model)."""

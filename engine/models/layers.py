@@ -50,11 +50,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.use_kernel = False  # one Triton kernel instead of torch's operations
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The norm of x; with a residual, ``residual += x`` and the norm of that, for which x's memory may be used."""
         if self.use_kernel:
-            from engine.kernels.rms_norm import rms_norm
+            from engine.kernels.rms_norm import fused_add_rms_norm, rms_norm
 
-            return rms_norm(x, self.weight, self.eps)
+            if residual is None:
+                return rms_norm(x, self.weight, self.eps)
+            return fused_add_rms_norm(x, residual, self.weight, self.eps)
+        if residual is not None:
+            x = residual.add_(x)
         wide = x if x.dtype == torch.float64 else x.float()
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return self.weight * (wide * scale).to(x.dtype)
@@ -71,7 +76,11 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def gated_silu(gate_up: Tensor, *, invariant: bool) -> Tensor:
+def gated_silu(gate_up: Tensor, *, invariant: bool, use_kernel: bool = False) -> Tensor:
     """``silu(gate) * up`` for the merged projection [T, 2 I] -> [T, I]."""
+    if use_kernel:
+        from engine.kernels.silu_and_mul import silu_and_mul
+
+        return silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return (in_pieces(F.silu, gate) if invariant else F.silu(gate)) * up

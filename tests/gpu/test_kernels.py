@@ -24,16 +24,18 @@ from engine.kernels.quantized_weight import (
     quantize_int8,
 )
 from engine.kernels.random_sampling import FILTERED, PLAIN, SamplingStep, sampling_step, wrong_rows
-from engine.kernels.rms_norm import rms_norm
-from engine.kernels.rotary import rotate_in_place
+from engine.kernels.rms_norm import fused_add_rms_norm, rms_norm
+from engine.kernels.rotary import rotate_and_store
 from engine.kernels.sampling import sample_tokens, sample_tokens_ref
+from engine.kernels.silu_and_mul import silu_and_mul
 from engine.kernels.store_kv import store_kv, store_kv_ref
 from engine.kernels.weight_only import FEW_TOKENS, weight_only_linear, weight_only_linear_ref
+from engine.memory import decoder_bytes
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
-from engine.models.layers import RMSNorm, rotate
+from engine.models.layers import RMSNorm, gated_silu, rotate
 from engine.models.quantized import QUANTIZERS as WEIGHT_QUANTIZERS
-from engine.models.quantized import quantize_decoder, weight_bytes
+from engine.models.quantized import quantize_decoder
 
 DECODE = [(1, 1), (16, 1), (511, 1), (512, 1), (513, 1), (4096, 1), (6000, 1)]
 PREFILL = [(2, 2), (300, 300), (2048, 2048), (5000, 700)]
@@ -111,27 +113,94 @@ def test_store_kv(dtype: torch.dtype, device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rms_norm(dtype: torch.dtype, device: torch.device) -> None:
-    for shape in ((513, 4096), (64, 32, 128), (3, 5120), (17, 4, 80)):
-        norm = RMSNorm(shape[-1], 1e-5, dtype=dtype, device=device)
-        norm.weight.normal_(1.0, 0.3)
-        x = torch.randn(*shape[:-1], 2 * shape[-1], device=device).to(dtype)[..., : shape[-1]]
+    for rows, size in ((513, 4096), (3, 5120), (17, 80)):
+        norm = _norm(size, dtype, device)
+        x = torch.randn(rows, 2 * size, device=device).to(dtype)[:, :size]
+        residual = 4 * torch.randn(rows, size, device=device).to(dtype)
         got = rms_norm(x, norm.weight, norm.eps)
         torch.testing.assert_close(got, norm(x), rtol=2.1 * torch.finfo(dtype).eps, atol=1e-6)
         assert torch.equal(rms_norm(x[2:3], norm.weight, norm.eps), got[2:3]), (
             "a row depends on its neighbours"
         )
+        want_residual, kept = residual.clone(), residual.clone()
+        want = norm(x, want_residual)
+        got = fused_add_rms_norm(x.contiguous(), kept, norm.weight, norm.eps)
+        assert torch.equal(kept, want_residual)
+        torch.testing.assert_close(got, want, rtol=2.1 * torch.finfo(dtype).eps, atol=1e-6)
+        alone = fused_add_rms_norm(x[2:3].contiguous(), residual[2:3].clone(), norm.weight, norm.eps)
+        assert torch.equal(alone, got[2:3]), "a row depends on its neighbours"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rotary(dtype: torch.dtype, device: torch.device) -> None:
-    for tokens, heads, size in ((700, 32, 128), (5, 7, 80)):
-        merged = torch.randn(tokens, heads + 3, size, device=device).to(dtype)
-        table = torch.randn(tokens, size, device=device)
-        want = rotate(merged[:, :heads], table)
-        beside = merged[:, heads:].clone()
-        rotate_in_place(merged[:, :heads], table)
-        torch.testing.assert_close(merged[:, :heads], want, rtol=1.1 * torch.finfo(dtype).eps, atol=1e-6)
-        assert torch.equal(merged[:, heads:], beside)
+def test_silu_and_mul(dtype: torch.dtype, device: torch.device) -> None:
+    for rows, size in ((513, 14336), (3, 4864), (17, 80)):
+        gate_up = 4 * torch.randn(rows, 2 * size, device=device).to(dtype)
+        gate_up[0, :2] = torch.tensor([-1e4, 1e4])
+        got = silu_and_mul(gate_up)
+        # Two roundings; in float32 exponential and quotient add a few units in the last place.
+        rtol = max(2.1 * torch.finfo(dtype).eps, 1e-6)
+        torch.testing.assert_close(got, gated_silu(gate_up, invariant=False), rtol=rtol, atol=1e-6)
+        assert torch.equal(silu_and_mul(gate_up[2:3]), got[2:3]), "a row depends on its neighbours"
+
+
+def _norm(size: int, dtype: torch.dtype, device: torch.device) -> RMSNorm:
+    norm = RMSNorm(size, 1e-5, dtype=dtype, device=device)
+    norm.weight.normal_(1.0, 0.3)
+    return norm
+
+
+# Heads of Llama 8B, Qwen3 0.6B, Qwen2 7B (groups of 7), a model without groups, heads of 80, and 71 queries on one key.
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"),
+    [(32, 8, 128), (16, 8, 128), (28, 4, 128), (32, 32, 64), (8, 4, 80), (71, 1, 64)],
+)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rotate_and_store(
+    heads: int, kv_heads: int, size: int, norm: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    tokens, block_size, eps = 700, 16, torch.finfo(dtype).eps
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size, device=device).to(dtype)
+    angles = 6.3 * torch.rand(1000, size // 2, device=device)
+    table = torch.cat((angles.cos(), angles.sin()), dim=1)
+    positions = torch.randint(0, 1000, (tokens,), device=device)
+    slots = torch.randperm(50 * block_size, device=device)[:tokens]
+    slots[[7, 699]] = -1
+    live = slots >= 0
+    norms = (_norm(size, dtype, device), _norm(size, dtype, device)) if norm else None
+    weights = dict(zip(("q_norm", "k_norm"), (each.weight for each in norms), strict=True)) if norms else {}
+    got_caches, want_caches = torch.full(
+        (2, 2, 50, kv_heads, block_size, size), 1000.0, dtype=dtype, device=device
+    )
+
+    q, k, v = qkv.unflatten(1, (-1, size)).split((heads, kv_heads, kv_heads), dim=1)
+    if norms is not None:
+        q, k = norms[0](q), norms[1](k)
+    rows = table[positions]
+    want = rotate(q, rows)
+    store_kv_ref(rotate(k, rows), v, want_caches[0], want_caches[1], slots)
+    whole, before = qkv.clone(), qkv.clone()
+    got = rotate_and_store(whole, table, positions, *got_caches, slots, eps=1e-5, **weights)
+
+    # One rounding of the result may fall to the other side of a tie, two of each value that the norm made; float32 sums
+    # in another order add some 1e-7 of a value.
+    x = torch.cat((q, k), dim=1).abs().float()
+    of_values = (2.1 * eps if norm else 0.0) + 5e-7
+    bound = (
+        of_values * (x + x.roll(size // 2, -1))
+        + 1.1 * eps * rotate(torch.cat((q, k), dim=1), rows).abs().float()
+    )
+    assert ((got - want).abs().float() <= bound[:, :heads])[live].all()
+    blocks, offsets = slots[live] // block_size, slots[live] % block_size
+    apart = got_caches[0][blocks, :, offsets] - want_caches[0][blocks, :, offsets]
+    assert (apart.abs().float() <= bound[live, heads:]).all()
+    assert torch.equal(got_caches[1], want_caches[1])
+    assert torch.equal(got_caches[0] == 1000.0, want_caches[0] == 1000.0)
+    assert torch.equal(whole[~live], before[~live])
+    alone = rotate_and_store(
+        qkv[3:4], table, positions[3:4], *got_caches.clone(), slots[3:4], eps=1e-5, **weights
+    )
+    assert torch.equal(alone, got[3:4]), "a token depends on its neighbours"
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -376,12 +445,12 @@ def test_a_quantized_decoder_multiplies_with_what_it_holds_and_gives_the_rest_ba
     for parameter in decoder.parameters():
         parameter.normal_(0.0, 0.05)
     weights = [layer.gate_up.weight.data.cpu() for layer in decoder.layers]
-    allocated, bytes_before = torch.cuda.memory_allocated(device), weight_bytes(decoder)
+    allocated, bytes_before = torch.cuda.memory_allocated(device), decoder_bytes(decoder)
     quantize_decoder(decoder, method)
     gc.collect()
     given_back = allocated - torch.cuda.memory_allocated(device)
     assert given_back == pytest.approx(
-        bytes_before - weight_bytes(decoder), rel=0.02
+        bytes_before - decoder_bytes(decoder), rel=0.02
     )  # rounded to 512 bytes each
     x = torch.randn(5, 256, device=device).bfloat16()
     for layer, weight in zip(decoder.layers, weights, strict=True):

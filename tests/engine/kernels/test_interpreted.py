@@ -1,7 +1,7 @@
 """Runs the kernels in Triton's interpreter, on any machine, against their references.
 
 Triton decides between interpreter and compiler when a kernel is decorated, so the cases run in a process of their own
-whose environment says so from the start, and this process keeps the compiler for `test_compiled_sm90.py`.
+whose environment says so from the start, and this process keeps the compiler for `test_compiled.py`.
 """
 
 from __future__ import annotations

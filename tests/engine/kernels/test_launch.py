@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from engine.attention.random_step import paged_step
 from engine.attention.triton_paged import TritonPagedAttention
-from engine.kernels.rms_norm import rms_norm
-from engine.kernels.rotary import rotate_in_place
+from engine.models.config import ModelConfig
+from engine.models.decoder import DecoderLayer, LayerCache
 
 pytestmark = [
     pytest.mark.skipif(
@@ -71,25 +72,66 @@ STEPS = [
 ]
 
 
-def test_steps_of_any_shape_use_the_same_compiled_kernels(launches: list[tuple[str, str]]) -> None:
-    backend = TritonPagedAttention()
+SHAPE = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 64, "hidden_size": 256,
+    "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """Names of torch's operations that would launch something on a GPU; views and new memory do not."""
+
+    FREE = frozenset(
+        ["empty", "slice", "split", "split_with_sizes", "t", "transpose", "view", "_unsafe_view"]
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in self.FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _layer() -> DecoderLayer:
+    layer = DecoderLayer(ModelConfig.from_dict(SHAPE), 0, torch.bfloat16, torch.device("cpu"))
+    for module in layer.modules():
+        if hasattr(module, "use_kernel"):
+            module.use_kernel = True
+    return layer
+
+
+def test_steps_of_any_shape_use_the_same_compiled_kernels_and_nine_launches_a_layer(
+    launches: list[tuple[str, str]],
+) -> None:
+    backend, layer, rotary = TritonPagedAttention(), _layer(), torch.zeros(8192, 64)
     for rows in STEPS:
         step = paged_step(rows, num_kv_heads=2, group=4, head_size=64, dtype=torch.bfloat16)
         tokens = len(step.q)
-        merged = torch.zeros(tokens, 12, 64, dtype=torch.bfloat16)
-        q, k, v = merged.split((8, 2, 2), dim=1)
         slots = torch.zeros(tokens + 1, dtype=torch.int64)[1:]  # 8 bytes off, as a slice of an upload may be
-        rms_norm(merged.view(tokens, -1), torch.ones(768, dtype=torch.bfloat16), 1e-5)
-        rotate_in_place(q, torch.zeros(tokens, 64))
-        backend.store_kv(k, v, step.k_cache, step.v_cache, slots)
-        backend.forward(q, step.k_cache, step.v_cache, step.meta, scale=step.scale)
+        meta = replace(step.meta, slot_mapping=slots)
+        x, residual = (torch.zeros(tokens, 256, dtype=torch.bfloat16) for _ in range(2))
+        before = len(launches)
+        with torch.no_grad(), Operations() as operations:
+            layer(x, residual, slots, rotary, LayerCache(step.k_cache, step.v_cache), meta, backend)
+        split, mixed = meta.num_decode_rows > 0, 0 < meta.num_decode_rows < len(rows)
+        assert len(launches) - before + len(operations.names) == 9 + split + mixed, (
+            launches[before:],
+            operations.names,
+        )
+        backend.store_kv(step.q[:, :2], step.q[:, 2:4], step.k_cache, step.v_cache, slots)
     compiled: dict[str, set[str]] = {}
     for name, digest in launches:
         compiled.setdefault(name, set()).add(digest)
     assert {name: len(digests) for name, digests in compiled.items()} == {
-        "store_kv_kernel": 1, "paged_attention_kernel": 2, "combine_kernel": 1, "rms_norm_kernel": 1, "rotary_kernel": 1,
+        "rms_norm_kernel": 1, "rotate_and_store_kernel": 1, "paged_attention_kernel": 2, "combine_kernel": 1,
+        "silu_and_mul_kernel": 1, "store_kv_kernel": 1,
     }  # fmt: skip
-    assert len(launches) == 3 * len(STEPS) + sum(2 if rows[0][1] == 1 else 0 for rows in STEPS) + 4
 
 
 def test_a_captured_step_is_launched_alike_whatever_its_lengths(

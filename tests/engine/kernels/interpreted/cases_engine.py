@@ -1,4 +1,4 @@
-"""The whole engine on the Triton kernels, norms and rotary embedding too: real step metadata, chunks, mixed steps, prefix hits and preemption."""
+"""The whole engine on the Triton kernels of attention and layers: real step metadata, chunks, mixed steps, prefix hits and preemption."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from engine.sampling_params import SamplingParams
 
 VOCAB = 64
 SHAPE = {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
+    "architectures": [
+        "Qwen3ForCausalLM"
+    ],  # has all that layers can have: query-key norms, and windows in some
+    "model_type": "qwen3",
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -30,7 +32,9 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
+    "use_sliding_window": True,
     "sliding_window": 24,
+    "layer_types": ["sliding_attention", "full_attention"],
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,

@@ -1,46 +1,169 @@
-"""The kernels of norms and rotary embedding against the layers that they stand for."""
+"""The kernels of a decoder layer against the layers of `engine.models.layers`, which they stand for."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from engine.kernels.rms_norm import rms_norm
-from engine.kernels.rotary import rotate_in_place
-from engine.models.layers import RMSNorm, rotate
+from engine.kernels.rms_norm import fused_add_rms_norm, rms_norm
+from engine.kernels.rotary import rotate_and_store
+from engine.kernels.silu_and_mul import silu_and_mul
+from engine.kernels.store_kv import store_kv_ref
+from engine.models.layers import RMSNorm, gated_silu, rotate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BLOCK = 16
+UNWRITTEN = 1000.0  # no rotated value comes near
 
 
-# Rows of a hidden state and heads of a projection (a view, as q and k are); sizes that fill a power of two and do not.
-@pytest.mark.parametrize("shape", [(5, 256), (3, 4, 64), (3, 2, 80), (1, 300)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    norm = RMSNorm(shape[-1], 1e-5, dtype=dtype, device=torch.device("cpu"))
+def _norm(size: int, dtype: torch.dtype) -> RMSNorm:
+    norm = RMSNorm(size, 1e-5, dtype=dtype, device=torch.device("cpu"))
     norm.weight.normal_(1.0, 0.3)
-    x = torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., : shape[-1]]
+    return norm
+
+
+# Sizes that fill a power of two and do not; several rows and one; rows that are part of wider ones.
+@pytest.mark.parametrize(("rows", "size"), [(5, 256), (3, 80), (1, 300)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(rows: int, size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = _norm(size, dtype)
+    x = torch.randn(rows, 2 * size).to(dtype)[:, :size]
     got = rms_norm(x, norm.weight, norm.eps)
     assert got.is_contiguous()
-    assert got.shape == x.shape
     # Two roundings, either of which may fall to the other side of a tie.
     torch.testing.assert_close(got, norm(x), rtol=2.1 * torch.finfo(dtype).eps, atol=1e-6)
-    assert torch.equal(rms_norm(x[:1], norm.weight, norm.eps), got[:1])
+    assert torch.equal(rms_norm(x[-1:], norm.weight, norm.eps), got[-1:]), "a row depends on its neighbours"
 
 
-@pytest.mark.parametrize(("heads", "size"), [(4, 64), (3, 80), (1, 22)])
+@pytest.mark.parametrize(("rows", "size"), [(5, 256), (3, 80), (1, 300)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rotary_in_place(heads: int, size: int, dtype: torch.dtype) -> None:
+def test_residual_is_added_before_the_norm(rows: int, size: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    merged = torch.randn(5, heads + 2, size).to(dtype)
-    before = merged.clone()
-    table = torch.randn(5, size)
-    want = rotate(merged[:, :heads], table)
-    rotate_in_place(merged[:, :heads], table)
-    torch.testing.assert_close(merged[:, :heads], want, rtol=1.1 * torch.finfo(dtype).eps, atol=1e-6)
-    assert torch.equal(merged[:, heads:], before[:, heads:]), "heads beside the view were touched"
+    norm = _norm(size, dtype)
+    x, residual = torch.randn(rows, size).to(dtype), 4 * torch.randn(rows, size).to(dtype)
+    want_residual = residual.clone()
+    want = norm(x, want_residual)
+    alone_x, alone_residual = x[-1:].clone(), residual[-1:].clone()
+    got = fused_add_rms_norm(x, residual, norm.weight, norm.eps)
+    assert torch.equal(residual, want_residual), "a sum of two values is rounded once"
+    torch.testing.assert_close(got, want, rtol=2.1 * torch.finfo(dtype).eps, atol=1e-6)
+    alone = fused_add_rms_norm(alone_x, alone_residual, norm.weight, norm.eps)
+    assert torch.equal(alone, got[-1:]), "a row depends on its neighbours"
+
+
+@pytest.mark.parametrize(("rows", "size"), [(3, 80), (2, 1500)])  # less than one program's piece, and more
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_and_mul(rows: int, size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    merged = 4 * torch.randn(rows, 2 * size + 8).to(dtype)
+    gate_up = merged[:, : 2 * size]
+    got = silu_and_mul(gate_up)
+    assert got.is_contiguous()
+    # Two roundings; in float32 the exponential adds a few units in the last place.
+    rtol = max(2.1 * torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(got, gated_silu(gate_up, invariant=False), rtol=rtol, atol=1e-6)
+    assert torch.equal(silu_and_mul(gate_up[-1:]), got[-1:]), "a row depends on its neighbours"
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_silu_far_from_zero() -> None:
+    gate = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]])
+    got = silu_and_mul(torch.cat((gate, torch.ones(1, 5)), dim=1))
+    torch.testing.assert_close(got, torch.tensor([[0.0, 0.0, 0.0, 100.0, 1e4]]), rtol=1e-6, atol=1e-6)
+
+
+class HeadsCase:
+    """A merged projection of some tokens, where its keys and values go, and what must come of it."""
+
+    def __init__(self, heads: int, kv_heads: int, size: int, dtype: torch.dtype, *, norm: bool) -> None:
+        torch.manual_seed(0)
+        tokens, blocks, positions = 7, 3, 90
+        self.split = (heads, kv_heads, kv_heads)
+        self.qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size + 16).to(dtype)[:, :-16]
+        angles = 6.3 * torch.rand(positions, size // 2)
+        self.table = torch.cat((angles.cos(), angles.sin()), dim=1)
+        self.positions = torch.randint(0, positions, (tokens + 1,))[1:]  # a slice, as of a step's upload
+        self.slots = torch.randperm(blocks * BLOCK)[: tokens + 1][1:]
+        self.slots[[2, 6]] = -1
+        shape = (2, blocks, kv_heads, BLOCK, size)
+        self.caches = torch.full(shape, UNWRITTEN, dtype=dtype)
+        self.norms = (_norm(size, dtype), _norm(size, dtype)) if norm else None
+
+    def run(self, qkv: Tensor, caches: Tensor, tokens: slice = slice(None)) -> Tensor:
+        q_norm, k_norm = self.norms or (None, None)
+        return rotate_and_store(
+            qkv[tokens], self.table, self.positions[tokens], caches[0], caches[1], self.slots[tokens],
+            q_norm=None if q_norm is None else q_norm.weight, k_norm=None if k_norm is None else k_norm.weight,
+            eps=1e-5,
+        )  # fmt: skip
+
+    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, D], caches, and bounds of the queries' and keys' error [T, H + K, D]."""
+        size = self.table.shape[1]
+        heads, table = self.qkv.unflatten(1, (-1, size)), self.table[self.positions]
+        q, k, v = heads.split(self.split, dim=1)
+        if self.norms is not None:
+            q, k = self.norms[0](q), self.norms[1](k)
+        caches = self.caches.clone()
+        store_kv_ref(rotate(k, table), v, caches[0], caches[1], self.slots)
+        return rotate(q, table), caches, self._bound(torch.cat((q, k), dim=1), table)
+
+    def _bound(self, x: Tensor, table: Tensor) -> Tensor:
+        """One rounding of the result may fall to the other side of a tie, and two of each value that the norm made.
+
+        float32 sums in another order add some 1e-7 of a value.
+        """
+        eps = torch.finfo(x.dtype).eps
+        of_values = (2.1 * eps if self.norms is not None else 0.0) + 5e-7
+        magnitude = x.abs().float() + x.abs().float().roll(table.shape[1] // 2, -1)
+        return of_values * magnitude + 1.1 * eps * rotate(x, table).abs().float()
+
+
+# Groups that fill a tile and do not, heads that share a program and do not, head sizes of a power of two and not.
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(8, 2, 64), (4, 4, 80), (7, 1, 128), (6, 3, 22), (12, 4, 128)]
+)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotate_and_store(heads: int, kv_heads: int, size: int, norm: bool, dtype: torch.dtype) -> None:
+    case = HeadsCase(heads, kv_heads, size, dtype, norm=norm)
+    want, want_caches, bound = case.expected()
+    before, got_caches = case.qkv.clone(), case.caches.clone()
+    got = case.run(case.qkv, got_caches)
+    live = case.slots >= 0
+    assert ((got - want).abs().float() <= bound[:, :heads])[live].all(), "queries"
+    blocks, offsets = case.slots[live] // BLOCK, case.slots[live] % BLOCK
+    keys, want_keys = got_caches[0][blocks, :, offsets], want_caches[0][blocks, :, offsets]
+    assert ((keys - want_keys).abs().float() <= bound[live, heads:]).all(), "keys"
+    assert torch.equal(got_caches[1], want_caches[1]), "values, and slots that are not this step's"
+    assert torch.equal(got_caches[0] == UNWRITTEN, want_caches[0] == UNWRITTEN), (
+        "slots that are not this step's"
+    )
+    assert torch.equal(case.qkv[~live], before[~live]), "padding was touched"
+    assert torch.equal(case.qkv[:, heads * size :], before[:, heads * size :]), (
+        "keys and values are only read"
+    )
+
+    alone_caches = case.caches.clone()
+    alone = case.run(before, alone_caches, slice(3, 4))
+    assert torch.equal(alone, got[3:4]), "a token's queries depend on its neighbours"
+    block, offset = case.slots[3] // BLOCK, case.slots[3] % BLOCK
+    assert torch.equal(alone_caches[0, block, :, offset], got_caches[0, block, :, offset])
+
+
+def test_a_cache_of_another_dtype_is_refused() -> None:
+    case = HeadsCase(2, 1, 64, torch.float32, norm=False)
+    with pytest.raises(AssertionError, match="float16"):
+        case.run(case.qkv, case.caches.half())
 
 
 def test_no_tokens_is_no_work() -> None:
     assert rms_norm(torch.empty(0, 64), torch.ones(64), 1e-5).shape == (0, 64)
-    rotate_in_place(torch.empty(0, 2, 64), torch.empty(0, 64))
+    assert fused_add_rms_norm(torch.empty(0, 64), torch.empty(0, 64), torch.ones(64), 1e-5).shape == (0, 64)
+    assert silu_and_mul(torch.empty(0, 64)).shape == (0, 32)
+    case = HeadsCase(4, 2, 64, torch.float32, norm=True)
+    caches = case.caches.clone()
+    assert case.run(case.qkv, caches, slice(0, 0)).shape == (0, 4, 64)
+    assert (caches == UNWRITTEN).all()
