@@ -1,7 +1,8 @@
 """Compiles the kernels for sm_80 and sm_90, without a GPU, and reads what the hardware would be given.
 
-Proves: attention uses matrix units (wgmma on sm_90 where a tile fills a warpgroup, else mma.sync), nothing is spilled to
-memory, shared memory and registers fit one multiprocessor, memory is read and written 16 bytes at a time.
+Proves: attention uses matrix units (wgmma on sm_90 where a tile fills a warpgroup, else mma.sync), no registers are
+spilled but a few bytes in a form named below, shared memory and registers fit one multiprocessor, memory is read and
+written 16 bytes at a time.
 Does not prove speed.
 """
 
@@ -91,15 +92,22 @@ def test_attention_compiles_to_matrix_instructions_and_fits(
 ) -> None:
     form = variant(shape, mode, deterministic)
     built = compile_kernel(capability, *_attention_arguments(form, shape.dtype))
-    # The one form that does not quite fit sm_80's registers: a second accumulator for the split, at heads of 128.
-    tight = capability == 80 and deterministic and mode is Mode.PREFILL and shape.head_size == 128
+    # Prefill over heads of 128 fills a thread's 255 registers on sm_80. What has more to keep, a second accumulator for the
+    # split or the window's bounds, spills 72 and 0 bytes under Triton 3.7, 80 and 32 under 3.6.
+    more_to_keep = mode is Mode.PREFILL and (deterministic or shape.window is not None)
+    tight = capability == 80 and more_to_keep and shape.head_size == 128
     built.assert_fits(spilled_bytes=128 if tight else 0)
     whole_warpgroup = tile_for(shape, mode, deterministic).block_m >= 64
     products = {"wgmma": built.ptx.count("wgmma.mma_async"), "mma": built.ptx.count("mma.sync")}
     assert products["wgmma" if capability == 90 and whole_warpgroup else "mma"] > 0, products
     copies = re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x10,", built.ptx)
     assert len(copies) >= 4, "keys and values are not copied 16 bytes at a time"
-    figures = {"registers": built.registers, "shared_bytes": built.shared_bytes, **products}
+    figures = {
+        "registers": built.registers,
+        "spilled_bytes": built.stack_bytes,
+        "shared_bytes": built.shared_bytes,
+        **products,
+    }
     for name, figure in figures.items():
         record_property(name, figure)
     print(f"sm_{capability}", _name((shape, mode, deterministic)), figures)
