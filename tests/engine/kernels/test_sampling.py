@@ -90,31 +90,35 @@ def test_draws_follow_the_softmax_of_what_is_kept(kind: dict[str, float]) -> Non
         logits, torch.zeros(draws).int(), torch.arange(draws).int(), settings_of([kind], seed=11)
     )
     counts = torch.bincount(run(step), minlength=vocab).double()
-    statistic, degrees = chi_square(counts, logits[0].double() / kind.get("temperature", 1.0), kind)
-    assert statistic < CHI_SQUARE[degrees]
+    values = logits[0].double() / kind.get("temperature", 1.0)
+    is_kept = kept_of(values.softmax(-1), kind)
+    assert counts[~is_kept].sum() == 0
+    limit = CHI_SQUARE[int(is_kept.sum()) - 1]
+    assert chi_square(counts[is_kept], values[is_kept]) < limit
     # The same counts against a temperature that is a fifth off: the test sees it.
-    statistic, degrees = chi_square(counts, logits[0].double() / kind.get("temperature", 1.0) * 1.2, kind)
-    assert statistic > CHI_SQUARE[degrees]
+    assert chi_square(counts[is_kept], values[is_kept] * 1.2) > limit
 
 
 # The upper 0.1 % points by degrees of freedom.
 CHI_SQUARE = {3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32, 8: 26.12, 9: 27.88, 10: 29.59, 11: 31.26}
 
 
-def chi_square(counts: Tensor, values: Tensor, kind: dict[str, float]) -> tuple[float, int]:
-    """Pearson's statistic of the counts of tokens against the softmax of what is kept, and its degrees of freedom."""
-    p = values.softmax(-1)
+def kept_of(p: Tensor, kind: dict[str, float]) -> Tensor:
+    """Which tokens of these probabilities the filters keep, one filter after the other."""
     p = torch.where(p >= kind.get("min_p", 0.0) * p.max(), p, 0.0)
     if "top_k" in kind:
         p = torch.where(p >= p.topk(int(kind["top_k"])).values[-1], p, 0.0)
-    p = p / p.sum()
-    ordered, order = p.sort(descending=True)
-    p[order[ordered.cumsum(-1) - ordered >= kind.get("top_p", 2.0)]] = 0.0
-    expected = p / p.sum() * counts.sum()
-    is_kept = expected > 0
-    assert expected[is_kept].min() > 5
-    assert counts[~is_kept].sum() == 0
-    return float(((counts - expected)[is_kept] ** 2 / expected[is_kept]).sum()), int(is_kept.sum()) - 1
+    ordered, order = (p / p.sum()).sort(descending=True)
+    is_kept = p > 0
+    is_kept[order[ordered.cumsum(-1) - ordered >= kind.get("top_p", 2.0)]] = False
+    return is_kept
+
+
+def chi_square(counts: Tensor, values: Tensor) -> float:
+    """Pearson's statistic of counts against the softmax of values."""
+    expected = values.softmax(-1) * counts.sum()
+    assert expected.min() > 5
+    return float(((counts - expected) ** 2 / expected).sum())
 
 
 def test_nothing_is_asked_of_the_host_and_shapes_never_depend_on_data() -> None:
