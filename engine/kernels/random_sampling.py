@@ -104,7 +104,7 @@ def wrong_rows(step: SamplingStep, tokens: Tensor) -> list[int]:
 def _is_right(step: SamplingStep, i: int, token: int) -> bool:
     row = int(step.rows[i])
     one = {field.name: getattr(step.settings, field.name)[row].cpu() for field in fields(RowSettings)}
-    allowed = step.allowed[i].cpu()
+    allowed = step.part(slice(i, i + 1)).allowed[0].cpu()
     x = step.logits[i].cpu().masked_fill(~allowed, float("-inf"))
     x = x.masked_fill(x.isnan(), float("-inf"))
     if float(one["temperature"]) <= 0.0 or bool((x == float("-inf")).all()):
@@ -115,9 +115,10 @@ def _is_right(step: SamplingStep, i: int, token: int) -> bool:
     keys = mix_keys(one["seed_low"][None], one["seed_high"][None], step.positions[i : i + 1].cpu())
     noise = gumbel_noise(keys, torch.arange(len(x), dtype=torch.int32), torch.float64)[0]
     sums = x + noise
-    largest = max(float(x[token].abs()), float(noise[token].abs()), 1.0)
-    best_sum = float(sums[must].max())
-    return bool(may[token] & allowed[token]) and float(sums[token]) >= best_sum - SUM_ULPS * _ULP * largest
+    best = int(sums.masked_fill(~must, float("-inf")).argmax())
+    largest = max(1.0, *(float(term[j].abs()) for term in (x, noise) for j in (token, best)))
+    is_kept = bool(may[token] & allowed[token])
+    return is_kept and float(sums[token]) >= float(sums[best]) - SUM_ULPS * _ULP * largest
 
 
 def _kept(x: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:

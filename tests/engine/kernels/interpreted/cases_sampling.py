@@ -44,10 +44,10 @@ def one_row(
     )  # fmt: skip
 
 
-# Vocabularies inside a part, of a part and one more, of several parts, and a large model's (a row of all three filters).
+# Vocabularies inside a part, of a part and one more, of several parts, and of many (a row of all three filters).
 @pytest.mark.parametrize(
     ("vocab", "num_rows", "masked"),
-    [(61, 16, True), (TILE + 1, 4, False), (4096, 3, True), (128256, 1, False)],
+    [(61, 16, True), (TILE + 1, 4, False), (4096, 3, True), (32001, 1, False)],
 )
 def test_filtered_rows(vocab: int, num_rows: int, masked: bool) -> None:
     kinds = FILTERED[:-1] + PLAIN[:4] if num_rows > 8 else FILTERED[-2:-10:-1]
@@ -76,12 +76,10 @@ def test_a_row_draws_the_same_whatever_shares_the_batch() -> None:
 
 
 def test_equal_logits_share_the_last_place_of_top_p_by_id_and_of_top_k_not_at_all() -> None:
-    """All 2,048 tokens equal, in two parts: half of the probability is exactly the lower half of the ids."""
-    flat = [0.5] * 2 * TILE
-    for kind, highest in (({"top_p": 0.5}, TILE), ({"top_p": 1e-9}, 1), ({"top_k": 3}, 2 * TILE)):
-        found = run(one_row(flat, 4, kind))
-        assert int(found.max()) < highest, kind
-        assert torch.equal(found, run(one_row(flat, 4, kind), reference=True)), kind
+    for kind, expected in (
+        ({"top_p": 0.5}, {0, 1}), ({"top_p": 0.501}, {0, 1, 2}), ({"top_p": 1e-9}, {0}), ({"top_k": 1}, {0, 1, 2, 3}),
+    ):  # fmt: skip
+        assert set(run(one_row([0.5] * 4, 16, kind)).tolist()) == expected, kind
     # Three equal ones behind a certain one, the first of them in the first part: two of them are needed.
     edge = [-9.0] * 2 * TILE
     for i in (4, TILE, TILE + 9):
