@@ -75,24 +75,45 @@ def test_a_row_draws_the_same_whatever_shares_the_batch() -> None:
         assert torch.equal(run(step.part(slice(i, i + 1))), together[i : i + 1])
 
 
-def test_equal_logits_share_the_last_place_of_top_p_by_id_and_of_top_k_not_at_all() -> None:
-    for kind, expected in (
-        ({"top_p": 0.5}, {0, 1}), ({"top_p": 0.501}, {0, 1, 2}), ({"top_p": 1e-9}, {0}), ({"top_k": 1}, {0, 1, 2, 3}),
-    ):  # fmt: skip
-        assert set(run(one_row([0.5] * 4, 16, kind)).tolist()) == expected, kind
-    # Three equal ones behind a certain one, the first of them in the first part: two of them are needed.
-    edge = [-9.0] * 2 * TILE
-    for i in (4, TILE, TILE + 9):
-        edge[i] = 1.0
-    edge[TILE + 3] = 1.0 + math.log(2.0)
-    found = run(one_row(edge, 9, {"top_p": 0.7}))
-    assert set(found.tolist()) == {4, TILE, TILE + 3}
+FOUR = [0.5] * 4
+STAIRS = [0.1 * i for i in range(10)]
+# The likeliest token in the second part; of the three behind it, equal and in both parts, top_p needs two.
+EDGE = [-9.0] * 2 * TILE
+EDGE[TILE + 3] = 1.0 + math.log(2.0)
+for place in (4, TILE, TILE + 9):
+    EDGE[place] = 1.0
 
 
-def test_both_zeros_are_equal() -> None:
-    kind = {"top_k": 1}
-    found = run(one_row([-0.0, 0.0, -0.0, -1.0], 8, kind))
-    assert set(found.tolist()) == {0, 1, 2}
+@pytest.mark.parametrize(
+    ("logits", "kind", "keeps", "drops"),
+    [
+        (FOUR, {"top_p": 0.5}, [1], [2]),
+        (FOUR, {"top_p": 0.501}, [2], [3]),
+        (FOUR, {"top_p": 1e-9}, [0], [1]),
+        (FOUR, {"top_k": 1}, [0, 3], []),
+        (STAIRS, {"top_k": 1}, [9], [8]),
+        (STAIRS, {"top_k": 3}, [7], [6]),
+        (STAIRS, {"min_p": 0.75}, [7], [6]),  # exp(-0.2) and exp(-0.3) on either side
+        (STAIRS, {"top_p": 0.5}, [6], [5]),
+        (STAIRS, {"top_p": 0.5, "top_k": 5}, [7], [6]),  # of what top_k keeps
+        (EDGE, {"top_p": 0.7}, [4, TILE, TILE + 3], [TILE + 9]),
+        ([-0.0, 0.0, -0.0, -1.0], {"top_k": 1}, [0, 1, 2], [3]),  # both zeros are equal
+    ],
+)
+def test_filters_cut_where_they_should(
+    logits: list[float], kind: dict[str, float], keeps: list[int], drops: list[int]
+) -> None:
+    """At positions where these very tokens would win without filters: the last ones kept win, the first dropped do not."""
+    free = one_row(logits, 3000, {})
+    winners = run(free, is_filtered=False, reference=True).tolist()
+    positions = torch.tensor([winners.index(token) for token in keeps + drops]).int()
+    step = one_row(logits, len(positions), kind)
+    found = run(replace(step, positions=positions)).tolist()
+    assert found[: len(keeps)] == keeps
+    assert all(token != dropped for token, dropped in zip(found[len(keeps) :], drops, strict=True))
+
+
+def test_equal_logits_greedy_takes_the_lowest_id() -> None:
     assert run(one_row([-1.0, -0.0, 0.0], 1, {"temperature": 0.0})).tolist() == [1]
 
 
