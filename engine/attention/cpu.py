@@ -1,7 +1,7 @@
 """Paged attention on a CPU through the compiled kernel (``cpu_paged.cpp``); torch's reference where it cannot serve.
 
-Compiled: float32, and bfloat16 storage with float32 sums. Other dtypes (float64 of the parity tests, float16), soft caps
-and ALiBi go to the reference. A token's result has the same bits whatever shares the batch, however the prompt was cut, for every block size
+Compiled: float32, and bfloat16 storage with float32 sums. Other dtypes (float64 of the parity tests, float16), quantized
+caches, soft caps and ALiBi go to the reference. A token's result has the same bits whatever shares the batch, however the prompt was cut, for every block size
 and number of threads: the kernel needs no deterministic mode of its own.
 
 Boundary: implements ``AttentionBackend``; `make_cpu_attention` picks and its `name` says what runs.
@@ -71,11 +71,23 @@ class CpuPagedAttention:
         self._library = library
         self._reference = ReferenceAttention(deterministic=deterministic)
 
-    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    def store_kv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:
         """Write k, v [T, K, D] to their slots of the caches [num_blocks, K, block_size, D]."""
         check_layout(k_cache, v_cache)
         if k_cache.dtype not in COMPILED_DTYPES or k.dtype != k_cache.dtype:
-            return self._reference.store_kv(k, v, k_cache, v_cache, slot_mapping)
+            return self._reference.store_kv(
+                k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale
+            )
         k, v, slots = _by_token(k), _by_token(v), slot_mapping.contiguous()
         if k.stride(0) != v.stride(0):
             k, v = k.contiguous(), v.contiguous()
@@ -99,6 +111,8 @@ class CpuPagedAttention:
         sliding_window: int | None = None,
         softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Attention of each token over its row's keys at positions ≤ its own: q [T, H, D] -> [T, H, D] in q's dtype."""
@@ -106,7 +120,7 @@ class CpuPagedAttention:
         if q.dtype not in COMPILED_DTYPES or q.dtype != k_cache.dtype or softcap or alibi_slopes is not None:
             return self._reference.forward(
                 q, k_cache, v_cache, meta, scale=scale, sliding_window=sliding_window, softcap=softcap,
-                alibi_slopes=alibi_slopes, out=out,
+                alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, out=out,
             )  # fmt: skip
         q = _by_token(q)
         out = torch.empty(q.shape, dtype=q.dtype) if out is None else out

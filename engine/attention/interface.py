@@ -38,8 +38,21 @@ class AttentionBackend(Protocol):
 
     name: str
 
-    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-        """Write k, v [T, K, D] to their slots of k_cache, v_cache [num_blocks, K, block_size, D]."""
+    def store_kv(
+        self,
+        k: Tensor,  # [T, K, D]
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:
+        """Write k, v to their slots of k_cache, v_cache [num_blocks, K, block_size, D].
+
+        A quantized cache (``engine.kernels.kv_quantization``) comes with its scales, which an int8 store writes too.
+        """
         ...
 
     def forward(
@@ -53,6 +66,8 @@ class AttentionBackend(Protocol):
         sliding_window: int | None = None,
         softcap: float | None = None,
         alibi_slopes: Tensor | None = None,  # [H] float32
+        k_scale: Tensor | None = None,  # of a quantized cache, as for `store_kv`
+        v_scale: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Attention of each token over its row's keys at positions ≤ its own; returns [T, H, D] in q's dtype.

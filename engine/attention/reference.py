@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.attention.interface import AttentionMetadata, check_layout
 from engine.kernels.invariant import in_pieces
+from engine.kernels.kv_quantization import check_scales, scale_of_tokens, store_quantized_kv_ref
 
 MAX_GATHERED_VALUES = 1 << 26  # keys gathered at once, in values: 256 MiB in float32
 KV_TILE = 64  # positions of one tile in deterministic mode
@@ -49,6 +50,35 @@ class _Form:
         return distance > 0 if self.window is None else (distance > 0) | (distance <= -self.window)
 
 
+class _Cache:
+    """Keys and values of one layer [num_blocks, K, block_size, D], with their scales where they are quantized."""
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        self.num_blocks, self.num_heads, self.block_size, _ = keys.shape
+        self._parts = ((keys, k_scale), (values, v_scale))
+        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def take(self, index: Tensor | tuple[Tensor | slice, ...]) -> list[Tensor]:
+        """Keys and values at an index of the cache, all D of each, in float64 for float64 and else in float32."""
+        taken = []
+        for cache, scale in self._parts:
+            values = cache[index].to(self._dtype)
+            if scale is not None:
+                values *= scale_of_tokens(cache, scale)[index][..., None]
+            taken.append(values)
+        return taken
+
+    def of_rows(self, tables: Tensor, length: int) -> list[Tensor]:
+        """Keys and values of each row's first `length` positions, [S, K, length, D]."""
+        columns = -(-length // self.block_size)
+        # Entries past a row's last block are undefined: any block will do, the mask hides it.
+        blocks = tables[:, :columns].long().clamp(0, self.num_blocks - 1)
+        # [S, nb, K, B, D] -> [S, K, length, D]
+        return [taken.transpose(1, 2).flatten(2, 3)[:, :, :length] for taken in self.take(blocks)]
+
+
 class ReferenceAttention:
     """Implements ``AttentionBackend`` on any device."""
 
@@ -58,14 +88,28 @@ class ReferenceAttention:
     def __init__(self, *, deterministic: bool = False) -> None:
         self.deterministic = deterministic
 
-    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    def store_kv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:
         """Write k, v [T, K, D] to their slots of the caches [num_blocks, K, block_size, D]."""
         check_layout(k_cache, v_cache)
+        check_scales(k_cache, k_scale, v_scale)
+        if k_scale is not None and v_scale is not None:
+            return store_quantized_kv_ref(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
         block_size = k_cache.shape[2]
         block = torch.div(slot_mapping, block_size, rounding_mode="floor")
         offset = slot_mapping - block * block_size
         k_cache[block, :, offset] = k.to(k_cache.dtype)
         v_cache[block, :, offset] = v.to(v_cache.dtype)
+        return None
 
     def forward(
         self,
@@ -78,28 +122,32 @@ class ReferenceAttention:
         sliding_window: int | None = None,
         softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Attention of each token over its row's keys at positions ≤ its own: q [T, H, D] -> [T, H, D] in q's dtype."""
         check_layout(k_cache, v_cache)
+        check_scales(k_cache, k_scale, v_scale)
+        cache = _Cache(k_cache, v_cache, k_scale, v_scale, q.dtype)
         form = _Form(scale, sliding_window, softcap, alibi_slopes)
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         if self.deterministic:
-            _forward_tiled(q, k_cache, v_cache, meta, form, out)
+            _forward_tiled(q, cache, meta, form, out)
             return out
         rows = meta.num_decode_rows
         if rows:
             # A decode row's one query stands at its last position.
             last = meta.seq_lens[:rows].long() - 1
             for part in _row_parts(rows, meta.max_seq_len, k_cache):
-                keys, values = _gather(k_cache, v_cache, meta.block_tables[part], meta.max_seq_len)
+                keys, values = cache.of_rows(meta.block_tables[part], meta.max_seq_len)
                 out[part] = _attend(q[part, None], keys, values, last[part, None], form)[:, 0].to(out.dtype)
         if rows == meta.seq_lens.shape[0]:
             return out
         starts, lengths = meta.query_start.tolist(), meta.seq_lens.tolist()
         for row in range(rows, len(lengths)):
             first, end = starts[row], starts[row + 1]
-            keys, values = _gather(k_cache, v_cache, meta.block_tables[row : row + 1], lengths[row])
+            keys, values = cache.of_rows(meta.block_tables[row : row + 1], lengths[row])
             chunk = max(1, MAX_GATHERED_VALUES // (q.shape[1] * lengths[row]))
             for begin in range(first, end, chunk):
                 stop = min(begin + chunk, end)
@@ -129,22 +177,6 @@ def _row_parts(rows: int, max_seq_len: int, k_cache: Tensor) -> list[slice]:
     return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
-def _gather(k_cache: Tensor, v_cache: Tensor, tables: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of each row's first `length` positions, [S, K, length, D], in float32 at least."""
-    num_blocks, _, block_size, _ = k_cache.shape
-    columns = -(-length // block_size)
-    # Entries past a row's last block are undefined: any block will do, the mask hides it.
-    blocks = tables[:, :columns].long().clamp(0, num_blocks - 1)
-
-    def take(cache: Tensor) -> Tensor:
-        taken = (
-            cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length]
-        )  # [S, nb, K, B, D] -> [S, K, length, D]
-        return taken if taken.dtype == torch.float64 else taken.float()
-
-    return take(k_cache), take(v_cache)
-
-
 def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, form: _Form) -> Tensor:
     """q [S, n, H, D] at positions [S, n] over keys, values [S, K, length, D] -> [S, n, H, D]."""
     rows, n, heads, size = q.shape
@@ -168,8 +200,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, form: _F
 
 def _forward_tiled(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: _Cache,
     meta: AttentionMetadata,
     form: _Form,
     out: Tensor,
@@ -185,38 +216,34 @@ def _forward_tiled(
         index = torch.arange(first, first + TOKEN_TILE, device=q.device).clamp(max=tokens - 1)
         # Keys that no token sees change no bit: captured work takes as many as there may ever be.
         end = meta.max_seq_len if meta.is_captured else int(positions[index].max()) + 1
-        tile = _attend_tile(
-            q[index], k_cache, v_cache, meta.block_tables[row_of[index]], positions[index], end, form
-        )
+        tile = _attend_tile(q[index], cache, meta.block_tables[row_of[index]], positions[index], end, form)
         out[first : first + TOKEN_TILE] = tile[: tokens - first].to(out.dtype)
 
 
 def _attend_tile(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: _Cache,
     tables: Tensor,
     positions: Tensor,
     end: int,
     form: _Form,
 ) -> Tensor:
-    num_blocks, kv_heads, block_size, size = k_cache.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    tokens, heads = q.shape[:2]
-    query = (q.to(dtype) * form.scale).view(tokens, kv_heads, heads // kv_heads, 1, size)
-    total = torch.zeros(tokens, kv_heads, heads // kv_heads, 1, dtype=dtype, device=q.device)
+    tokens, heads, size = q.shape
+    query = (q.to(dtype) * form.scale).view(tokens, cache.num_heads, -1, 1, size)
+    total = torch.zeros(*query.shape[:4], dtype=dtype, device=q.device)
     best = torch.full_like(total, NO_SCORE)
     mixed = torch.zeros(*total.shape[:3], size, dtype=dtype, device=q.device)
     for first in range(0, end, KV_TILE):
         at = torch.arange(first, first + KV_TILE, device=q.device)
-        column = (at // block_size).clamp(max=tables.shape[1] - 1)
-        blocks = tables[:, column].long().clamp(0, num_blocks - 1)  # [t, KV_TILE]
+        column = (at // cache.block_size).clamp(max=tables.shape[1] - 1)
+        blocks = tables[:, column].long().clamp(0, cache.num_blocks - 1)  # [t, KV_TILE]
         distance = at - positions[:, None]
         hidden = form.hidden(distance)
-        keys = (
-            k_cache[blocks, :, at % block_size].to(dtype).permute(0, 2, 1, 3)[:, :, None]
-        )  # [t, K, 1, KV_TILE, D]
-        values = v_cache[blocks, :, at % block_size].to(dtype).permute(0, 2, 1, 3)[:, :, None]
+        keys, values = (
+            taken.permute(0, 2, 1, 3)[:, :, None]  # [t, K, 1, KV_TILE, D]
+            for taken in cache.take((blocks, slice(None), at % cache.block_size))
+        )
         scores = form.shaped((query * keys).sum(dim=-1), distance[:, None, None])
         scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
         new_best = torch.maximum(best, scores.amax(dim=-1, keepdim=True))

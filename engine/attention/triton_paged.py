@@ -30,8 +30,10 @@ from engine.kernels.attention_tiles import (
     max_splits,
     num_partials,
 )
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES, check_scales
 from engine.kernels.paged_attention import Partials, launch_attention, launch_combine
 from engine.kernels.store_kv import store_kv
+from engine.kernels.store_quantized_kv import store_quantized_kv
 
 # Enough for 8,000 partials of 32 heads of 128: every multiprocessor is busy many times over before a launch is cut.
 MAX_WORKSPACE_BYTES = 128 << 20
@@ -96,7 +98,7 @@ class TritonPagedAttention:
         assert not self._is_reserved, (
             "the workspace is reserved already: captured graphs may hold its address"
         )
-        self._workspace = None  # the old one first, as below
+        self._workspace = None  # let go of the old one first: the two together need not fit
         self._workspace = torch.empty(
             _numel(num_partials * num_heads, head_size), dtype=torch.float32, device=device
         )
@@ -119,9 +121,22 @@ class TritonPagedAttention:
         """Whether the reserved workspace holds a captured step over rows of these lengths [S], and as many of padding."""
         return num_partials(seq_lens) + len(seq_lens) <= self._num_partials
 
-    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    def store_kv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:
         """Write k, v [T, K, D] to their slots of k_cache, v_cache [num_blocks, K, block_size, D]."""
-        store_kv(k, v, k_cache, v_cache, slot_mapping)
+        if k_scale is None or v_scale is None:
+            store_kv(k, v, k_cache, v_cache, slot_mapping)
+        else:
+            store_quantized_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
     def forward(
         self,
@@ -134,6 +149,8 @@ class TritonPagedAttention:
         sliding_window: int | None = None,
         softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Attention of each token over its row's keys at positions ≤ its own; returns [T, H, D] in q's dtype.
@@ -142,6 +159,7 @@ class TritonPagedAttention:
         """
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         _check(q, k_cache, v_cache, meta, out)
+        check_scales(k_cache, k_scale, v_scale)
         if alibi_slopes is not None:
             assert (alibi_slopes.shape, alibi_slopes.dtype) == (q.shape[1:2], torch.float32), alibi_slopes
             assert alibi_slopes.is_contiguous()
@@ -154,8 +172,12 @@ class TritonPagedAttention:
             sliding_window or None,
             softcap or None,
             alibi_slopes is not None,
+            k_cache.dtype if k_cache.dtype in QUANTIZED_DTYPES else None,
         )
-        optional = {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}
+        given = {"alibi_slopes": alibi_slopes, "k_scale": k_scale, "v_scale": v_scale}
+        optional = {name: tensor for name, tensor in given.items() if tensor is not None}
+        if shape.cache_dtype:
+            k_cache, v_cache = k_cache.view(torch.int8), v_cache.view(torch.int8)
         if meta.num_decode_rows:
             self._decode(out, q, k_cache, v_cache, meta, shape, scale, optional)
         rows = meta.seq_lens.shape[0] - meta.num_decode_rows
@@ -232,7 +254,7 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata,
     check_layout(k_cache, v_cache)
     heads, size = q.shape[1:]
     kv_heads, block_size = k_cache.shape[1:3]
-    assert q.dtype == k_cache.dtype, f"queries in {q.dtype}, cache in {k_cache.dtype}"
+    assert k_cache.dtype in (q.dtype, *QUANTIZED_DTYPES), f"queries in {q.dtype}, cache in {k_cache.dtype}"
     assert q.dtype in DTYPES, q.dtype
     assert size == k_cache.shape[3], f"head size {size} over a cache of {k_cache.shape[3]}"
     assert size <= MAX_HEAD_SIZE, size

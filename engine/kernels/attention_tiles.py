@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES
+
 SPLIT_TOKENS = (
     512  # a multiple of every BLOCK_N; partial results cost about 1.6 % of the KV read at 4 heads a group
 )
 SUM_ROWS = 128  # rows whose splits a program counts at a time, to find where its own row's partials begin
-# Programs of a captured launch, whose grid must not know the contexts: four for each multiprocessor of a large GPU. More
-# would find their row's splits taken, fewer would leave a long context among short ones to few programs.
+# Programs of a captured launch, whose grid must not know the contexts: at least four for each multiprocessor of a large
+# GPU. More would help a long context among short rows, and would find nothing to do in all other steps.
 CAPTURED_PROGRAMS = 4 * 132
 COMBINE_STAGES = 8  # partials in flight in the combine kernel, which merges them one by one
 COMBINE_WARPS = 1
@@ -33,7 +35,7 @@ COMBINE_WARPS = 1
 class Mode(Enum):
     """What one launch computes."""
 
-    DECODE = "decode"  # one token a row, one program a split; partials go to the combine kernel
+    DECODE = "decode"  # one token a row, programs share its splits; partials go to the combine kernel
     DECODE_DIRECT = "decode_direct"  # one token a row, contexts of one split: straight to the output
     PREFILL = "prefill"  # several tokens a row, one program a query tile over all its keys
 
@@ -52,7 +54,10 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What a model fixes: K KV heads, H // K query heads each, D head size, the cache's block size and dtype, how scores are formed."""
+    """What a model fixes: K KV heads, H // K query heads each, D head size, block size, dtypes, how scores are formed.
+
+    `dtype` is the queries'; the cache has it too unless `cache_dtype` names a quantized one.
+    """
 
     num_kv_heads: int
     group: int
@@ -62,13 +67,14 @@ class AttentionShape:
     window: int | None = None
     softcap: float | None = None
     alibi: bool = False
+    cache_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One compiled form of the attention kernel. Tensors that it does without are among its constants, as None."""
 
-    constants: dict[str, int | float | bool | None]
+    constants: dict[str, int | float | bool | str | None]
     options: dict[str, int | bool]
 
     @property
@@ -115,7 +121,7 @@ def variant(shape: AttentionShape, mode: Mode, deterministic: bool) -> Variant:
     same position gets the same bits from either.
     """
     tile = tile_for(shape, mode, deterministic)
-    constants: dict[str, int | float | bool | None] = {
+    constants: dict[str, int | float | bool | str | None] = {
         "NUM_KV_HEADS": shape.num_kv_heads,
         "GROUP": shape.group,
         "HEAD_SIZE": shape.head_size,
@@ -128,6 +134,7 @@ def variant(shape: AttentionShape, mode: Mode, deterministic: bool) -> Variant:
         "SUM_ROWS": SUM_ROWS,
         "WINDOW": shape.window or 0,
         "SOFTCAP": shape.softcap or 0.0,
+        "CACHE": QUANTIZED_DTYPES[shape.cache_dtype] if shape.cache_dtype else "",
         "PREFILL": not mode.is_decode,
         "PARTIAL": mode is Mode.DECODE,
         "BY_SPLIT": deterministic and not mode.is_decode,
@@ -135,6 +142,8 @@ def variant(shape: AttentionShape, mode: Mode, deterministic: bool) -> Variant:
     }
     if not shape.alibi:
         constants["alibi_slopes"] = None
+    if not shape.cache_dtype:
+        constants |= {"k_scale": None, "v_scale": None}
     exact = mode.is_decode or deterministic
     return Variant(constants, _options(tile.num_warps, tile.num_stages, fuse=not exact))
 
@@ -142,7 +151,7 @@ def variant(shape: AttentionShape, mode: Mode, deterministic: bool) -> Variant:
 @lru_cache(maxsize=256)
 def combine_variant(shape: AttentionShape) -> Variant:
     """Constants and compile options of the kernel that merges a row's splits."""
-    constants: dict[str, int | float | bool | None] = {
+    constants: dict[str, int | float | bool | str | None] = {
         "NUM_HEADS": shape.num_kv_heads * shape.group,
         "HEAD_SIZE": shape.head_size,
         "HEAD_PAD": padded_head_size(shape.head_size),

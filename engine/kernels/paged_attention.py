@@ -6,6 +6,9 @@ Gimelshein 2018; Dao et al. 2022), in float32, left to right in steps of BLOCK_N
 decode contexts are cut at absolute multiples of SPLIT and merged by `combine_kernel` in order. Where a row's partials lie
 and which program folds them follow from the lengths on the device, so that a captured launch fits any lengths.
 
+A quantized cache (`engine.kernels.kv_quantization`) is widened as it is read, exactly; a key's scale multiplies its
+scores, a value's its weights, which are then rounded to bfloat16, whose range no scale leaves.
+
 Boundary: reads the layout of `engine.plan.KVSpec`; positions, tables and lengths come as tensors and are never copied
 to the host. Scheduling, workspace and the choice of launches: `engine.attention.triton_paged`.
 
@@ -47,29 +50,51 @@ def _soft_capped(score_log2, CAP: tl.constexpr):
 
 
 @triton.jit
+def _widened(stored, dtype: tl.constexpr, CACHE: tl.constexpr):
+    """Values of a quantized cache without their scales; of fp8, 2^-8 of them."""
+    if CACHE == "fp8":
+        # Sign, 4 bits of exponent and 3 of mantissa, each where float16 has it: no fp8 instruction is needed.
+        wide = ((stored.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True)
+    else:
+        wide = stored.to(tl.float32)
+    return wide.to(dtype)
+
+
+@triton.jit
+def _scales(place, live, MASKED: tl.constexpr):
+    """Scales of a tile's keys, [1, BLOCK_N]; masked, 0 for those that are not read."""
+    if MASKED:
+        scales = tl.load(place, mask=live, other=0.0)
+    else:
+        scales = tl.load(place)
+    return scales[None, :]
+
+
+@triton.jit
 def _fold(
-    acc, peak, total, q, k_head, v_head, table, begin, end, first_key, past_key, position, scale_log2, slope_log2,
+    acc, peak, total, q, k_head, v_head, k_scale, v_scale, table, begin, end, first_key, past_key, position,
+    scale_log2, slope_log2,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CACHE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys of tiles [begin, end) into (acc, peak, total); begin is a multiple of BLOCK_N.
 
     Unless MASKED, every query row sees every key of these tiles. Masked, only keys in [first_key, past_key) are read:
-    what lies beyond in a block may never have been written, and not-a-number times zero is not zero.
+    what lies beyond in a block may never have been written, and not-a-number times zero is not zero. An int8 cache has
+    its scales at `k_scale` and `v_scale`; an fp8 cache's `v_scale` is a number, and its keys' is part of `scale_log2`.
     """
     columns = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, HEAD_PAD)
     for start in range(begin, end, BLOCK_N):
         key = start + columns
+        live = (key >= first_key) & (key < past_key)
         if MASKED:
-            live = (key >= first_key) & (key < past_key)
             block = tl.load(table + key // BLOCK_SIZE, mask=live, other=0)
         else:
             block = tl.load(table + key // BLOCK_SIZE)
-        row_offset = (
-            block.to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_SIZE) + (key % BLOCK_SIZE) * HEAD_SIZE
-        )
-        offset = row_offset[:, None] + dims[None, :]
+        slot = block.to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE) + key % BLOCK_SIZE
+        offset = (slot * HEAD_SIZE)[:, None] + dims[None, :]
         if MASKED:
             readable = live[:, None] & (dims < HEAD_SIZE)[None, :]
             k = tl.load(k_head + offset, mask=readable, other=0.0)
@@ -80,7 +105,12 @@ def _fold(
         else:
             k = tl.load(k_head + offset)
             v = tl.load(v_head + offset)
+        if CACHE != "":
+            k = _widened(k, q.dtype, CACHE)
+            v = _widened(v, tl.float32 if q.dtype == tl.float32 else tl.bfloat16, CACHE)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        if CACHE == "int8":
+            score *= _scales(k_scale + slot, live, MASKED)
         if SOFTCAP > 0.0:
             score = _soft_capped(score, SOFTCAP)
         if slope_log2 is not None:
@@ -95,6 +125,10 @@ def _fold(
         weight = tl.exp2(score - top_finite[:, None])
         fade = tl.exp2(peak - top_finite)
         total = total * fade + tl.sum(weight, 1)
+        if CACHE == "int8":
+            weight *= _scales(v_scale + slot, live, MASKED)
+        elif CACHE == "fp8":
+            weight *= v_scale
         acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         peak = top
     return acc, peak, total
@@ -102,18 +136,19 @@ def _fold(
 
 @triton.jit
 def _fold_split(
-    split_begin, q, k_head, v_head, table, begin, first_key, past_key, position, scale_log2, slope_log2,
+    split_begin, q, k_head, v_head, k_scale, v_scale, table, begin, first_key, past_key, position,
+    scale_log2, slope_log2,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    SOFTCAP: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """The sums over one split's keys, from nothing: the same bits whichever program and kernel folds it."""
     return _fold(
         tl.zeros([BLOCK_M, HEAD_PAD], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32),
-        tl.zeros([BLOCK_M], tl.float32), q, k_head, v_head, table,
+        tl.zeros([BLOCK_M], tl.float32), q, k_head, v_head, k_scale, v_scale, table,
         tl.maximum(split_begin, begin), tl.minimum(split_begin + SPLIT, past_key),
         first_key, past_key, position, scale_log2, slope_log2,
-        NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
+        NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, CACHE, True,
     )  # fmt: skip
 
 
@@ -160,14 +195,13 @@ _CHANGING = [
 @triton.jit(do_not_specialize=_CHANGING)
 def paged_attention_kernel(
     out, q, k_cache, v_cache, block_tables, seq_lens, query_start, part_acc, part_peak, part_total,
-    scale_log2, stride_qt, stride_ot, stride_table, first_row, num_rows, alibi_slopes,
+    scale_log2, stride_qt, stride_ot, stride_table, first_row, num_rows, k_scale, v_scale, alibi_slopes,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
-    SPLIT: tl.constexpr, SUM_ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SPLIT: tl.constexpr, SUM_ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CACHE: tl.constexpr,
     PREFILL: tl.constexpr, PARTIAL: tl.constexpr, BY_SPLIT: tl.constexpr, UNMASKED_BODY: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of query rows of one KV head. Axes: decode (row, head, share of splits); prefill (query
-    tile, head).
+    """One program: one tile of query rows of one KV head. Axes: decode (row, head, splits); prefill (query tile, head).
 
     PARTIAL: fold every num_programs(2)-th split, each from nothing, and store its sum for `combine_kernel`. BY_SPLIT:
     fold all splits, each from nothing, and merge them as the combine kernel does. UNMASKED_BODY: tiles that every row
@@ -210,6 +244,13 @@ def paged_attention_kernel(
     position = computed + token
     k_head = k_cache + kv_head * (BLOCK_SIZE * HEAD_SIZE)
     v_head = v_cache + kv_head * (BLOCK_SIZE * HEAD_SIZE)
+    if CACHE == "int8":
+        k_scale += kv_head * BLOCK_SIZE
+        v_scale += kv_head * BLOCK_SIZE
+    elif CACHE == "fp8":
+        # 2^8 for what `_widened` leaves out; each factor is exact or rounded alike in every kernel.
+        scale_log2 *= tl.load(k_scale + kv_head) * 256.0
+        v_scale = tl.load(v_scale + kv_head) * 256.0
     table = block_tables + row.to(tl.int64) * stride_table
     if alibi_slopes is not None:
         slope_log2 = tl.load(alibi_slopes + head) * 1.4426950408889634
@@ -222,8 +263,9 @@ def paged_attention_kernel(
         stride = tl.num_programs(2) * SPLIT
         for split_begin in range((first_split + tl.program_id(2)) * SPLIT, past_key, stride):
             acc, peak, total = _fold_split(
-                split_begin, queries, k_head, v_head, table, begin, first_key, past_key, position, scale_log2, slope_log2,
-                NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, WINDOW, SOFTCAP,
+                split_begin, queries, k_head, v_head, k_scale, v_scale, table, begin, first_key, past_key, position,
+                scale_log2, slope_log2, NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, WINDOW,
+                SOFTCAP, CACHE,
             )  # fmt: skip
             place = (first_place + split_begin // SPLIT).to(tl.int64) * (NUM_KV_HEADS * GROUP)
             values = (head * HEAD_SIZE)[:, None] + dims[None, :]
@@ -237,21 +279,24 @@ def paged_attention_kernel(
         if BY_SPLIT:
             for split_begin in range(first_split * SPLIT, past_key, SPLIT):
                 split_acc, split_peak, split_total = _fold_split(
-                    split_begin, queries, k_head, v_head, table, begin, first_key, past_key, position, scale_log2, slope_log2,
-                    NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, WINDOW, SOFTCAP,
+                    split_begin, queries, k_head, v_head, k_scale, v_scale, table, begin, first_key, past_key, position,
+                    scale_log2, slope_log2, NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, WINDOW,
+                    SOFTCAP, CACHE,
                 )  # fmt: skip
                 acc, peak, total = _merge(acc, peak, total, split_acc, split_peak, split_total)
         else:
             if UNMASKED_BODY:
                 whole = (low + 1) // BLOCK_N * BLOCK_N
                 acc, peak, total = _fold(
-                    acc, peak, total, queries, k_head, v_head, table, begin, whole, first_key, past_key, position, scale_log2,
-                    slope_log2, NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, False,
+                    acc, peak, total, queries, k_head, v_head, k_scale, v_scale, table, begin, whole, first_key,
+                    past_key, position, scale_log2, slope_log2, NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N,
+                    WINDOW, SOFTCAP, CACHE, False,
                 )  # fmt: skip
                 begin = whole
             acc, peak, total = _fold(
-                acc, peak, total, queries, k_head, v_head, table, begin, past_key, first_key, past_key, position, scale_log2,
-                slope_log2, NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
+                acc, peak, total, queries, k_head, v_head, k_scale, v_scale, table, begin, past_key, first_key,
+                past_key, position, scale_log2, slope_log2, NUM_KV_HEADS, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, BLOCK_N,
+                WINDOW, SOFTCAP, CACHE, True,
             )  # fmt: skip
 
         # Rows of the tile that stand for no token may have seen no key.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from engine.attention.random_step import PagedStep, excess_error, paged_step
 from engine.attention.triton_paged import TritonPagedAttention
 from engine.kernels.attention_tiles import SPLIT_TOKENS
 from engine.kernels.fp8_linear import MIN_CAPABILITY, fp8_linear, fp8_linear_ref
+from engine.kernels.kv_quantization import new_scales, store_quantized_kv_ref
 from engine.kernels.logprobs import token_logprobs
 from engine.kernels.quantized_weight import (
     Fp8Weight,
@@ -29,6 +32,7 @@ from engine.kernels.rotary import rotate_and_store
 from engine.kernels.sampling import sample_tokens, sample_tokens_ref
 from engine.kernels.silu_and_mul import silu_and_mul
 from engine.kernels.store_kv import store_kv, store_kv_ref
+from engine.kernels.store_quantized_kv import store_quantized_kv
 from engine.kernels.weight_only import FEW_TOKENS, weight_only_linear, weight_only_linear_ref
 from engine.memory import decoder_bytes
 from engine.models.config import ModelConfig
@@ -41,12 +45,13 @@ DECODE = [(1, 1), (16, 1), (511, 1), (512, 1), (513, 1), (4096, 1), (6000, 1)]
 PREFILL = [(2, 2), (300, 300), (2048, 2048), (5000, 700)]
 
 
-def _run(step: PagedStep, *, deterministic: bool = False, window: int | None = None) -> Tensor:
+def _run(step: PagedStep, *, deterministic: bool = False, window: int | None = None, **form: Any) -> Tensor:
     backend = TritonPagedAttention(deterministic=deterministic)
     out = torch.full_like(step.q, float("nan"))  # an element that is not written shows
     return backend.forward(
-        step.q, step.k_cache, step.v_cache, step.meta, scale=step.scale, sliding_window=window, out=out
-    )
+        step.q, step.k_cache, step.v_cache, step.meta, scale=step.scale, sliding_window=window, out=out,
+        k_scale=step.k_scale, v_scale=step.v_scale, **form,
+    )  # fmt: skip
 
 
 # Llama 8B's heads, Qwen2 7B's, a small Llama's, and heads of 80 without groups.
@@ -228,6 +233,87 @@ def test_deterministic_chunks_and_decode_give_the_same_bits(
     for begin, end in itertools.pairwise(cuts):
         got = _run(whole.part(0, begin, end), deterministic=True, window=window)
         assert torch.equal(got, want[begin:end]), (begin, end)
+
+
+@pytest.mark.parametrize("form", ["softcap", "alibi"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_soft_cap_and_alibi(form: str, deterministic: bool, device: torch.device) -> None:
+    slopes = 2.0 ** -torch.arange(1, 33, device=device, dtype=torch.float32).div(4)
+    chosen: dict[str, Any] = {"softcap": 5.0} if form == "softcap" else {"alibi_slopes": slopes}
+    step = paged_step(
+        [*DECODE, *PREFILL[:2]], num_kv_heads=8, group=4, head_size=128, dtype=torch.bfloat16, device=device
+    )
+    excess = excess_error(_run(step, deterministic=deterministic, **chosen), step, **chosen)
+    assert excess <= 1.0, f"the error is {excess:.2f} of what rounding allows"
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.int8], ids=["fp8", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_attention_over_a_quantized_cache(
+    cache_dtype: torch.dtype, dtype: torch.dtype, deterministic: bool, device: torch.device
+) -> None:
+    step = paged_step(
+        [*DECODE, *PREFILL], num_kv_heads=4, group=4, head_size=128, dtype=dtype, device=device,
+        cache_dtype=cache_dtype, outliers=10.0,
+    )  # fmt: skip
+    excess = excess_error(_run(step, deterministic=deterministic), step)
+    assert excess <= 1.0, f"the error is {excess:.2f} of what rounding allows"
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.int8], ids=["fp8", "int8"])
+def test_store_quantized_kv(cache_dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator(device).manual_seed(0)
+    merged = (torch.randn(5000, 48, 128, generator=generator, device=device) * 100).to(torch.bfloat16)
+    k, v = merged[:, 32:40], merged[:, 40:]
+    slots = torch.randperm(400 * 16, generator=generator, device=device)[:5000]
+    slots[[7, 4999]] = -1
+    caches = [torch.zeros(400, 8, 16, 128, device=device).to(cache_dtype) for _ in range(4)]
+    scales = [new_scales(cache) for cache in caches]
+    store_quantized_kv(k, v, *caches[:2], slots, *scales[:2])
+    store_quantized_kv_ref(k, v, *caches[2:], slots, *scales[2:])
+    for ours, theirs in zip((*caches[:2], *scales[:2]), (*caches[2:], *scales[2:]), strict=True):
+        assert torch.equal(ours.view(torch.int8), theirs.view(torch.int8))
+
+
+def test_a_captured_step_gives_the_bits_of_eager_ones_whatever_its_lengths(device: torch.device) -> None:
+    rows, longest, width = 5, 6000, 400
+    backend = TritonPagedAttention()
+    backend.reserve(64, 32, 128, device)
+    first = paged_step(
+        [(1, 1)] * rows, num_kv_heads=8, group=4, head_size=128, dtype=torch.bfloat16, device=device
+    )
+    k_cache = torch.zeros(2000, 8, 16, 128, dtype=torch.bfloat16, device=device)
+    v_cache, q = torch.zeros_like(k_cache), torch.zeros_like(first.q)
+    meta = replace(
+        first.meta, seq_lens=torch.ones_like(first.meta.seq_lens),
+        block_tables=torch.zeros(rows, width, dtype=torch.int32, device=device),
+        max_seq_len=longest, is_captured=True,
+    )  # fmt: skip
+    out = torch.empty_like(q)
+
+    def launch() -> None:
+        backend.forward(q, k_cache, v_cache, meta, scale=first.scale, out=out)
+
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        launch()  # compiles
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    for lengths in ([1, 513, 6000, 40, 512], [6000, 6000, 1, 1, 3000], [1, 1, 1, 1, 1]):
+        step = paged_step(
+            [(n, 1) for n in lengths], num_kv_heads=8, group=4, head_size=128, dtype=torch.bfloat16,
+            device=device, seed=sum(lengths),
+        )  # fmt: skip
+        k_cache[: len(step.k_cache)], v_cache[: len(step.v_cache)] = step.k_cache, step.v_cache
+        q.copy_(step.q)
+        meta.seq_lens.copy_(step.meta.seq_lens)
+        meta.block_tables[:, : step.meta.block_tables.shape[1]] = step.meta.block_tables
+        graph.replay()
+        assert torch.equal(out, _run(step)), lengths
 
 
 def test_repeated_launches_give_the_same_bits(device: torch.device) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from engine.attention.cpu import CpuPagedAttention
 from engine.attention.reference import ReferenceAttention
+from engine.kernels.kv_quantization import new_scales
 
 # Of the largest deviation from float64, for values of variance 1: float32 sums of a few hundred terms; bfloat16 has 8 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -157,6 +158,27 @@ def test_queries_may_be_a_view_of_merged_q_k_v(attention, make_step):
 def test_float64_is_served_by_the_reference(attention, make_step):
     step = make_step([(20, 1), (0, 9)], heads=4, kv_heads=2, size=64, block_size=16, dtype=torch.float64)
     assert torch.equal(run(attention, step), run(ReferenceAttention(), step))
+
+
+@pytest.mark.parametrize("form", [{"softcap": 0.5}, {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.1])}])
+def test_a_soft_cap_and_alibi_are_served_by_the_reference(attention, make_step, form):
+    step = make_step([(20, 1), (0, 9)], heads=4, kv_heads=2, size=64, block_size=16)
+    given = (step.q, step.k_cache.nan_to_num(), step.v_cache.nan_to_num(), step.meta)
+    out = attention.forward(*given, scale=0.125, **form)
+    assert torch.equal(out, ReferenceAttention().forward(*given, scale=0.125, **form))
+    assert not torch.equal(out, attention.forward(*given, scale=0.125))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=["fp8", "int8"])
+def test_a_quantized_cache_is_served_by_the_reference(attention, make_step, dtype):
+    step = make_step([(0, 1), (0, 9)], heads=4, kv_heads=2, size=64, block_size=16)
+    caches = [torch.zeros(step.k_cache.shape).to(dtype) for _ in range(2)]
+    scales = dict(zip(("k_scale", "v_scale"), map(new_scales, caches), strict=True))
+    attention.store_kv(step.k, step.v, *caches, step.meta.slot_mapping, **scales)
+    out = attention.forward(step.q, *caches, step.meta, scale=0.125, **scales)
+    want = run(attention, step)
+    # Of values of variance 1: a sixteenth of each in fp8, half of a 127th of the largest in int8, averaged over keys.
+    assert 0 < (out - want).abs().max() < (0.5 if dtype == torch.float8_e4m3fn else 0.1)
 
 
 def test_a_nan_in_a_query_is_not_hidden(attention, make_step):
