@@ -1,7 +1,7 @@
 """The attention interface: what a backend gets and gives, in one layout for all of them.
 
-Boundary: paged causal attention over a block table, grouped query heads, optional sliding window, soft cap and ALiBi. Rotary embedding and
-projections belong to the model.
+Boundary: paged causal attention over a block table, grouped query heads, optional sliding window, soft cap and ALiBi,
+quantized caches. Rotary embedding and projections belong to the model.
 
 Shapes: T tokens of the step, S sequences (rows), H query heads, K KV heads, D head size.
 """

@@ -74,7 +74,12 @@ def test_partials_lie_side_by_side_whoever_folds_them(window: int | None) -> Non
         out = torch.empty_like(step.q)
         given = (out, step.q, step.k_cache, step.v_cache, step.meta, shape, Mode.DECODE, False, step.scale)
         launch_attention(
-            *given, first_row=0, num_rows=5, split_programs=programs, partials=(sums, peaks, totals)
+            *given,
+            first_row=0,
+            num_rows=5,
+            split_programs=programs,
+            partials=(sums, peaks, totals),
+            optional={},
         )
         launch_combine(out, (sums, peaks, totals), step.meta, shape, first_row=0, num_rows=5)
         for buffer in (sums, peaks, totals):
