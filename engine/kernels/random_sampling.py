@@ -115,10 +115,10 @@ def _is_right(step: SamplingStep, i: int, token: int) -> bool:
     keys = mix_keys(one["seed_low"][None], one["seed_high"][None], step.positions[i : i + 1].cpu())
     noise = gumbel_noise(keys, torch.arange(len(x), dtype=torch.int32), torch.float64)[0]
     sums = x + noise
-    best = int(sums.masked_fill(~must, float("-inf")).argmax())
-    largest = max(1.0, *(float(term[j].abs()) for term in (x, noise) for j in (token, best)))
+    top = int(sums.masked_fill(~must, float("-inf")).argmax())
+    largest = max(1.0, *(float(term[j].abs()) for term in (x, noise) for j in (token, top)))
     is_kept = bool(may[token] & allowed[token])
-    return is_kept and float(sums[token]) >= float(sums[best]) - SUM_ULPS * _ULP * largest
+    return is_kept and float(sums[token]) >= float(sums[top]) - SUM_ULPS * _ULP * largest
 
 
 def _kept(x: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
