@@ -9,10 +9,10 @@ Boundary: bytes in, bytes out. Who owns a block and which digests exist is ``eng
 
 from __future__ import annotations
 
-import sys
-from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
+from struct import Struct
 
 DIGEST_BYTES = 16
 TOKEN_BYTES = 4  # fixed width and byte order: digests may be compared between machines
@@ -52,8 +52,9 @@ def extend_chain(
 
 
 def _token_bytes(token_ids: Sequence[int]) -> bytes:
-    values = array("i", token_ids)
-    assert values.itemsize == TOKEN_BYTES, f"a C int has {values.itemsize} bytes here"
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tobytes()
+    return _packer(len(token_ids)).pack(*token_ids)
+
+
+@lru_cache(maxsize=32)  # block sizes, and the latest prompts' lengths
+def _packer(num_tokens: int) -> Struct:
+    return Struct(f"<{num_tokens}i")
