@@ -109,6 +109,6 @@ class Recorder:
             return None
         self._since_keyframe = 1
         return BlockKeyframe(
-            owners={seq.request_id: tuple(seq.block_ids) for seq in self._scheduler.running},
-            published=self._scheduler.blocks.pool.published_ids(),
+            tables={seq.request_id: (seq.block_ids, len(seq.block_ids)) for seq in self._scheduler.running},
+            matchable=self._scheduler.blocks.pool.published_bits(),
         )

@@ -6,9 +6,12 @@ named ``_ns`` are ``time.monotonic_ns()``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from engine.plan import TokenLogprobs
 from engine.request import FinishReason
@@ -71,8 +74,7 @@ class BlockEventKind(str, Enum):
     RELEASE = "release"  # the request gave up all its blocks (block_ids is empty)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockEvent:
+class BlockEvent(NamedTuple):
     kind: BlockEventKind
     request_id: str
     block_ids: tuple[int, ...] = ()
@@ -80,10 +82,22 @@ class BlockEvent:
 
 @dataclass(frozen=True, slots=True)
 class BlockKeyframe:
-    """The whole ownership at one step, from which the deltas count on."""
+    """The whole ownership at one step, from which the deltas count on. Made in O(requests), read in O(blocks)."""
 
-    owners: dict[str, tuple[int, ...]]  # request_id -> its block table
-    published: frozenset[int]  # matchable blocks, owned or not
+    # request_id -> its block table, and how many blocks it had then: a table only grows, and this one may have since.
+    tables: dict[str, tuple[Sequence[int], int]]
+    matchable: bytes  # one bit a block (`numpy.packbits`): whether it was matchable, owned or not
+
+    @property
+    def owners(self) -> dict[str, tuple[int, ...]]:
+        """request_id -> its block table."""
+        return {request_id: tuple(table[:length]) for request_id, (table, length) in self.tables.items()}
+
+    @property
+    def published(self) -> frozenset[int]:
+        """Matchable blocks, owned or not."""
+        bits = np.unpackbits(np.frombuffer(self.matchable, np.uint8))
+        return frozenset(np.flatnonzero(bits).tolist())
 
 
 @dataclass(frozen=True, slots=True)

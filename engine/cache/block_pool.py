@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 
 class KVBlock:
     """One block's accounting. Written by BlockPool alone; `prev` and `next` are set only while it is free."""
@@ -34,7 +36,7 @@ class KVBlock:
 class BlockPool:
     """`num_blocks` KV blocks, ids 0 … num_blocks - 1."""
 
-    __slots__ = ("_blocks", "_by_digest", "_ends", "num_blocks", "num_cached", "num_free")
+    __slots__ = ("_blocks", "_by_digest", "_ends", "_matchable", "num_blocks", "num_cached", "num_free")
 
     def __init__(self, num_blocks: int) -> None:
         assert num_blocks > 0, f"a pool needs at least one block, got {num_blocks}"
@@ -43,6 +45,9 @@ class BlockPool:
         self.num_cached = 0  # free blocks that can be matched
         self._blocks = [KVBlock(i) for i in range(num_blocks)]
         self._by_digest: dict[bytes, KVBlock] = {}
+        self._matchable = bytearray(
+            num_blocks
+        )  # 1 for each block in _by_digest, for a copy of them all at once
         self._ends = KVBlock(-1)  # the list's sentinel: next is its head, prev its tail
         previous = self._ends
         for block in self._blocks:
@@ -100,6 +105,7 @@ class BlockPool:
         if digest is not None:
             del self._by_digest[digest]
             block.digest = None
+            self._matchable[block.block_id] = 0
             self.num_cached -= 1
         block.ref_count = 1
         self.num_free -= 1
@@ -113,6 +119,7 @@ class BlockPool:
         if self._by_digest.setdefault(digest, block) is not block:
             return False
         block.digest = digest
+        self._matchable[block_id] = 1
         return True
 
     def release(self, block_ids: Sequence[int]) -> None:
@@ -137,6 +144,10 @@ class BlockPool:
     def published_ids(self) -> frozenset[int]:
         """Every matchable block, held or free. O(matchable blocks)."""
         return frozenset(block.block_id for block in self._by_digest.values())
+
+    def published_bits(self) -> bytes:
+        """The same as one bit a block (`numpy.packbits`): a copy of num_blocks / 8 bytes, whatever is cached."""
+        return np.packbits(np.frombuffer(self._matchable, np.uint8)).tobytes()
 
     def ref_count(self, block_id: int) -> int:
         return self._blocks[block_id].ref_count
@@ -176,6 +187,9 @@ class BlockPool:
                     f"block {i}: its digest names another block"
                 )
                 cached += is_free
+            assert bool(self._matchable[i]) == (block.digest is not None), (
+                f"block {i}: its bit and its digest differ"
+            )
         assert cached == self.num_cached, f"{cached} cached blocks, num_cached says {self.num_cached}"
         for digest, block in self._by_digest.items():
             assert block.digest == digest, (

@@ -148,7 +148,7 @@ class SequenceBlocks:
                 del self._announced[digest]
         if seq.block_ids:
             self.pool.release(seq.block_ids)
-            seq.block_ids.clear()
+            seq.block_ids = []  # keyframes may still refer to the old table
             self.events.append(BlockEvent(RELEASE, seq.request_id))
 
     def check_integrity(self, running: list[Sequence]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -95,6 +96,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.num_free == len(self.free)
         assert self.pool.num_cached == sum(block in self.names for block in self.free)
         assert self.pool.published_ids() == frozenset(self.names)
+        bits = np.unpackbits(np.frombuffer(self.pool.published_bits(), np.uint8))
+        assert set(np.flatnonzero(bits).tolist()) == set(self.names)
         assert all(self.pool.ref_count(block) == refs[block] for block in range(self.num_blocks))
 
 

@@ -241,6 +241,19 @@ def test_a_keyframe_comes_with_the_first_record_and_every_256th(make_rig) -> Non
     assert len(keyframe.published) == (3 + 256) // 16
 
 
+def test_a_keyframe_stays_what_it_was_though_tables_grow_and_are_given_back(make_rig) -> None:
+    rig = make_rig()
+    rig.add("a", PREFIX[:40], max_tokens=40)
+    while not rig.steps:
+        rig.step()
+    keyframe = rig.steps[0].keyframe
+    owners = {"a": tuple(rig.engine._scheduler.running[0].block_ids)}
+    assert (len(owners["a"]), len(keyframe.published)) == (3, 2)
+    assert keyframe.owners == owners
+    rig.run()
+    assert keyframe.owners == owners
+
+
 def test_what_leaves_the_engine_can_be_pickled(make_rig) -> None:
     rig = make_rig()
     rig.add("a", [1, 2, 3], max_tokens=3, logprobs=1)

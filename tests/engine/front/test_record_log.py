@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from engine import Engine, EngineEvent, FinishReason, RequestRecord, SamplingParams, StepRecord
@@ -22,6 +23,11 @@ def step(step_id: int, at_s: float = 0.0, **values: object) -> StepRecord:
     at = int(at_s * SECOND)
     record = StepRecord(step_id, at - 1, at, 0.1, 0.1, 1.0, 0.1, (("a", 1),), 0, 1, 0, 1, 10, 0)
     return replace(record, **values)  # type: ignore[arg-type]
+
+
+def keyframe_of(owners: dict[str, tuple[int, ...]], published: set[int] = frozenset()) -> BlockKeyframe:  # type: ignore[assignment]
+    tables = {request_id: (table, len(table)) for request_id, table in owners.items()}
+    return BlockKeyframe(tables, np.packbits([i in published for i in range(64)]).tobytes())
 
 
 def request(request_id: str, at_s: float) -> RequestRecord:
@@ -78,7 +84,7 @@ def test_a_keyframe_replaces_what_came_before_it() -> None:
     log = RecordLog(600, 10)
     log.on_step(step(0, block_events=(BlockEvent(BlockEventKind.ACQUIRE, "a", (1, 2)),)))
     log.on_step(step(1, block_events=(BlockEvent(BlockEventKind.PUBLISH, "a", (1,)),)))
-    log.on_step(step(2, keyframe=BlockKeyframe({"a": (1, 2), "b": (5,)}, frozenset({1}))))
+    log.on_step(step(2, keyframe=keyframe_of({"a": (1, 2), "b": (5,)}, {1})))
     log.on_step(step(3, block_events=(BlockEvent(BlockEventKind.RELEASE, "a"),)))
     tables = [log.block_map(i).owners for i in range(4)]  # type: ignore[union-attr]
     assert tables == [{"a": (1, 2)}, {"a": (1, 2)}, {"a": (1, 2), "b": (5,)}, {"b": (5,)}]
@@ -92,7 +98,7 @@ def test_a_keyframe_replaces_what_came_before_it() -> None:
 def test_old_steps_leave_and_the_rest_can_still_be_replayed() -> None:
     log = RecordLog(10, 4)
     for i in range(4 * SEGMENT_LENGTH):
-        keyframe = BlockKeyframe({"a": (i % 4,)}, frozenset()) if i and i % SEGMENT_LENGTH == 0 else None
+        keyframe = keyframe_of({"a": (i % 4,)}) if i and i % SEGMENT_LENGTH == 0 else None
         log.on_step(step(i, i / 32, keyframe=keyframe))  # 32 steps a second: a segment lasts 8 s
     kept = log.steps()
     assert kept[-1].step_id == 4 * SEGMENT_LENGTH - 1
@@ -109,7 +115,7 @@ def test_memory_is_bounded_however_fast_the_engine_is(monkeypatch: pytest.Monkey
     log = RecordLog(600, 4)
     rows = tuple((f"r{i}", 1) for i in range(100))
     for i in range(5000):
-        keyframe = BlockKeyframe({}, frozenset()) if i % 50 == 0 else None
+        keyframe = keyframe_of({}) if i % 50 == 0 else None
         log.on_step(step(i, i / 1e5, rows=rows, keyframe=keyframe))
     assert 300 < len(log.steps()) < 600
     for i in range(3 * MAX_EVENTS):
@@ -171,7 +177,7 @@ def test_readers_need_no_lock_while_the_engine_writes() -> None:
                 BlockEvent(BlockEventKind.RELEASE, "a"),
                 BlockEvent(BlockEventKind.ACQUIRE, "a", (i % 64,)),
             )
-            keyframe = BlockKeyframe({"a": (i % 64,)}, frozenset()) if i % 100 == 0 else None
+            keyframe = keyframe_of({"a": (i % 64,)}) if i % 100 == 0 else None
             log.on_step(step(i, i / 1000, block_events=events, keyframe=keyframe))
     finally:
         stop.set()
