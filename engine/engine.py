@@ -25,7 +25,7 @@ from engine.outbox import Outbox
 from engine.plan import KVSpec, Runner, StepResult
 from engine.planned_step import PlannedStep
 from engine.recording import Recorder, StepTiming
-from engine.records import EngineStats, MemoryLedger, RequestRecord, StepRecord, StreamDelta
+from engine.records import EngineStats, MemoryLedger, RequestRecord, StepRecord, StreamDelta, TokenBatch
 from engine.request import FinishReason, Request
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
@@ -36,9 +36,16 @@ from engine.tokenizer import TokenizerLike
 class StepOutput:
     """What one call of ``Engine.step`` gave to the outside."""
 
-    deltas: tuple[StreamDelta, ...] = ()
+    tokens: TokenBatch | None = None  # what the step brought to requests that got a token and nothing else
+    others: tuple[StreamDelta, ...] = ()  # what came to the others; no request is in both
     record: StepRecord | None = None  # of the step taken in by this call, if there was one
     requests: tuple[RequestRecord, ...] = ()  # those that ended
+
+    @property
+    def deltas(self) -> tuple[StreamDelta, ...]:
+        """All that came, a delta for each request that got something. Made anew by each call."""
+        tokens = self.tokens
+        return self.others if tokens is None else (*map(tokens.delta, range(len(tokens))), *self.others)
 
 
 class Engine:
@@ -172,8 +179,8 @@ class Engine:
             record = self._take_oldest()
         elif not inflight and self._scheduler.blocks.events:
             record = self._record_idle()
-        deltas, requests = self._outbox.take()
-        return StepOutput(deltas, record, requests)
+        tokens, others, requests = self._outbox.take()
+        return StepOutput(tokens, others, record, requests)
 
     def _submit_next(self) -> bool:
         """Plan and submit. False if nothing could be planned or the runner refused the step."""

@@ -6,10 +6,11 @@ sequence itself: a stop text that it finds is reported back, and the engine ends
 
 from __future__ import annotations
 
+from engine.decode_rows import NO_ROWS, DecodeRows, without
 from engine.plan import TokenLogprobs
 from engine.planned_step import Commit
 from engine.recording import Recorder
-from engine.records import RequestRecord, StreamDelta
+from engine.records import RequestRecord, StreamDelta, TokenBatch
 from engine.request import FinishReason, Request, Sequence
 from engine.stop_text import StopTextMatcher
 from engine.tokenizer import IncrementalDetokenizer
@@ -69,12 +70,22 @@ class Outbox:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._tracks: dict[str, RequestTrack] = {}
+        self._tokens: TokenBatch | None = None
         self._deltas: list[StreamDelta] = []
         self._requests: list[RequestRecord] = []
+        self._num_watched = 0  # live requests with stop texts
+        self._forget_plain()
+
+    def _forget_plain(self) -> None:
+        """Of the last commit: what its rows without anything special were derived from, these rows, and their times."""
+        self._plain_of: tuple[DecodeRows, list[int]] = NO_ROWS, []
+        self._plain_rows = NO_ROWS
+        self._plain_token_ns: list[list[int]] = []
 
     def open(self, request: Request, detokenizer: IncrementalDetokenizer | None) -> None:
         """Begin to follow a request."""
         self._tracks[request.request_id] = RequestTrack(request, detokenizer)
+        self._num_watched += bool(request.params.stop)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._tracks
@@ -88,9 +99,10 @@ class Outbox:
     def is_empty(self) -> bool:
         return not self._deltas
 
-    def take(self) -> tuple[tuple[StreamDelta, ...], tuple[RequestRecord, ...]]:
-        """Everything collected since the last call, oldest first."""
-        taken = tuple(self._deltas), tuple(self._requests)
+    def take(self) -> tuple[TokenBatch | None, tuple[StreamDelta, ...], tuple[RequestRecord, ...]]:
+        """Everything collected since the last call: a commit's plain tokens, other deltas, ended requests, oldest first."""
+        taken = self._tokens, tuple(self._deltas), tuple(self._requests)
+        self._tokens = None
         self._deltas.clear()
         self._requests.clear()
         return taken
@@ -104,37 +116,48 @@ class Outbox:
             self._recorder.count_prompt(seq.num_prompt_tokens, seq.num_cached_tokens)
 
     def put_commit(self, commit: Commit, now_ns: int) -> list[Sequence]:
-        """Deltas of a committed step; returns sequences whose stop text was found and that still run."""
+        """What a committed step brought; returns sequences whose stop text was found and that still run."""
         for part in commit.prompt_logprobs:
             self._tracks[part.seq.request_id].prompt_logprobs.update(enumerate(part.entries, part.first))
-        # Most rows of most steps bring one token and nothing else: they take the short way.
-        special = {finish.seq.request_id for finish in commit.finished}
-        special.update(commit.logprobs)
-        tracks, put = self._tracks, self._deltas.append
-        remaining: list[tuple[Sequence, int]] = []
-        for seq, token in zip(commit.sequences, commit.token_ids, strict=True):
-            request_id = seq.request.request_id
-            track = tracks[request_id]
-            track.token_ns.append(now_ns)
-            if track.matcher is not None or request_id in special:
-                remaining.append((seq, token))
-            else:
-                put(
-                    StreamDelta(
-                        request_id, (token,), None, (), None, None, None, track.num_cached_tokens, now_ns
-                    )
-                )
-        return self._put_special(commit, remaining, now_ns) if remaining else []
+        decoding = commit.decoding
+        special = self._special(commit)
+        plain = self._plain(decoding, special)
+        if len(plain):
+            tokens = commit.token_ids[: len(decoding)]
+            self._tokens = TokenBatch(plain.cohort, without(tokens, special), now_ns)
+            for token_ns in self._plain_token_ns:
+                token_ns.append(now_ns)
+        rest = range(len(decoding), len(commit.sequences))
+        return self._put_special(commit, [*special, *rest], now_ns)
 
-    def _put_special(
-        self, commit: Commit, sampled: list[tuple[Sequence, int]], now_ns: int
-    ) -> list[Sequence]:
-        """Deltas that carry more than a token: an end, log-probabilities, or text watched for stop texts."""
+    def _special(self, commit: Commit) -> list[int]:
+        """Rows that decoded and bring more than a token: an end, log-probabilities, or text watched for stop texts."""
+        sequences = commit.decoding.sequences
+        found = {sequences.index(finish.seq) for finish in commit.finished if finish.seq in sequences}
+        if commit.logprobs:
+            found.update(i for i, seq in enumerate(sequences) if seq.request_id in commit.logprobs)
+        if self._num_watched:
+            found.update(i for i, seq in enumerate(sequences) if seq.request.params.stop)
+        return sorted(found)
+
+    def _plain(self, decoding: DecodeRows, special: list[int]) -> DecodeRows:
+        """The other rows that decoded; the same object as long as they are the same."""
+        if self._plain_of != (decoding, special):
+            self._plain_of = decoding, special
+            self._plain_rows = decoding.without(special)
+            tracks, sequences = self._tracks, self._plain_rows.sequences
+            self._plain_token_ns = [tracks[seq.request.request_id].token_ns for seq in sequences]
+        return self._plain_rows
+
+    def _put_special(self, commit: Commit, rows: list[int], now_ns: int) -> list[Sequence]:
+        """Deltas of their own for these rows of the commit: a row's first token, or one with more than a token."""
         ends = {finish.seq.request_id: finish for finish in commit.finished}
         stopped = []
-        for seq, token in sampled:
+        for i in rows:
+            seq, token = commit.sequences[i], commit.token_ids[i]
             request_id = seq.request_id
             track, end = self._tracks[request_id], ends.get(request_id)
+            track.token_ns.append(now_ns)
             reason = end.reason if end else None
             stop_reason: str | int | None = end.stop_reason if end else None
             text = None
@@ -180,6 +203,8 @@ class Outbox:
 
     def _close(self, seq: Sequence, reason: FinishReason, now_ns: int, error: str | None) -> None:
         track = self._tracks.pop(seq.request_id)
+        self._forget_plain()
+        self._num_watched -= bool(track.request.params.stop)
         self._recorder.count_finished(reason)
         token_ns = tuple(track.token_ns)
         self._requests.append(

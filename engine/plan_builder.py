@@ -17,7 +17,7 @@ class PlanBuilder:
     """Builds plans of at most `max_num_seqs` rows in O(rows)."""
 
     def __init__(self, max_num_seqs: int) -> None:
-        # Constant columns, shared by all plans: runners read them and never write to them.
+        # Constant columns, shared by all plans, as row numbers are by steps alike: runners read and never write to them.
         self._zeros = np.zeros(max_num_seqs + 1, np.int32)
         self._ones = np.ones(max_num_seqs, np.int32)
         self._indices = np.arange(max_num_seqs, dtype=np.int32)
@@ -28,14 +28,12 @@ class PlanBuilder:
         """The plan of `step`, whose chunks are put in plan order: those of one token first."""
         num_decoding = len(step.decoding)
         num_rows = num_decoding + len(step.chunks)
-        rows = [seq.row for seq in step.decoding]
-        start = np.array(step.ends, np.int32)
-        start -= 1
+        rows, start = step.decoding.rows, step.ends - 1
         num_tokens, logit_rows = self._ones[:num_rows], self._indices[:num_rows]
         if step.chunks:
             step.chunks.sort(key=_computes_several)  # stable
             chunks = step.chunks
-            rows += [chunk.seq.row for chunk in chunks]
+            rows = np.concatenate((rows, np.array([chunk.seq.row for chunk in chunks], np.int32)))
             start = np.concatenate((start, np.array([chunk.start for chunk in chunks], np.int32)))
             num_tokens = num_tokens.copy()
             num_tokens[num_decoding:] = [chunk.num_tokens for chunk in chunks]
@@ -44,7 +42,7 @@ class PlanBuilder:
         offsets, block_ids = self._block_arrays(step, num_rows)
         return StepPlan(
             step_id=step.step_id,
-            rows=np.array(rows, np.int32),
+            rows=rows,
             start=start,
             num_tokens=num_tokens,
             num_draft=self._zeros[:num_rows],
@@ -64,7 +62,7 @@ class PlanBuilder:
         offsets = np.zeros(num_rows + 1, np.int32)
         for i, fresh in growth:
             offsets[i + 1] = len(fresh)
-        np.cumsum(offsets, out=offsets)
+        np.cumsum(offsets, dtype=np.int32, out=offsets)
         return offsets, np.array([block for _, fresh in growth for block in fresh], np.int32)
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from engine.plan import TokenLogprobs
+import numpy as np
+
+from engine.decode_rows import NO_ROWS, DecodeRows
+from engine.plan import Int32, TokenLogprobs
 from engine.request import FinishReason, Sequence
 
 
@@ -29,8 +32,10 @@ class PlannedStep:
 
     step_id: int
     # Rows [0, len(decoding)) compute one token and sample; `ends[i]` is the position that row i's token will take.
-    decoding: list[Sequence] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
+    decoding: DecodeRows = NO_ROWS
+    ends: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    # Rows of `decoding` that choose their sequence's last token.
+    last: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)  # the other rows, in order
     # (row index, blocks appended to its table), ascending.
     growth: list[tuple[int, list[int]]] = field(default_factory=list)
@@ -48,12 +53,13 @@ class PlannedStep:
 
     def rows(self) -> tuple[tuple[str, int], ...]:
         """(request_id, num_tokens) of each row, in plan order."""
-        rows = [(seq.request.request_id, 1) for seq in self.decoding]
-        rows += [(chunk.seq.request_id, chunk.num_tokens) for chunk in self.chunks]
-        return tuple(rows)
+        rows = self.decoding.cohort.rows
+        if self.chunks:
+            rows += tuple([(chunk.seq.request_id, chunk.num_tokens) for chunk in self.chunks])
+        return rows
 
     def sequences(self) -> Iterator[Sequence]:
-        yield from self.decoding
+        yield from self.decoding.sequences
         for chunk in self.chunks:
             yield chunk.seq
 
@@ -78,9 +84,10 @@ class PromptLogprobs:
 
 @dataclass(slots=True)
 class Commit:
-    """What a committed step added. `token_ids[i]` is the new token of `sequences[i]`."""
+    """What a committed step added. `token_ids[i]` is the new token of `sequences[i]`; those that decoded come first."""
 
     step: PlannedStep
+    decoding: DecodeRows = NO_ROWS
     sequences: list[Sequence] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finished: list[Finish] = field(default_factory=list)

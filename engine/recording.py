@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from engine.plan import StepResult
 from engine.planned_step import PlannedStep
 from engine.records import BlockKeyframe, StepRecord
-from engine.request import FinishReason, Sequence
+from engine.request import FinishReason
 from engine.scheduler import Scheduler
 
 KEYFRAME_STEPS = 256  # a block map is rebuilt from at most this many steps of events
 NO_RESULT = StepResult(step_id=-1, token_ids=[])
-
-Rows = tuple[tuple[str, int], ...]
 
 
 @dataclass(slots=True)
@@ -35,8 +33,6 @@ class Recorder:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._since_keyframe = KEYFRAME_STEPS  # the first record carries one
-        self._last_decoding: list[Sequence] = []
-        self._last_rows: Rows = ()
         self.num_steps = 0
         self.num_step_errors = 0
         self.num_prompt_tokens = 0
@@ -77,7 +73,7 @@ class Recorder:
             prepare_ms=result.prepare_ms,
             forward_ms=result.forward_ms,
             sample_ms=result.sample_ms,
-            rows=self._rows(step),
+            rows=step.rows(),
             num_prefill_tokens=step.num_tokens - step.num_decode_tokens,
             num_decode_tokens=step.num_decode_tokens,
             num_waiting=len(scheduler.waiting),
@@ -94,14 +90,6 @@ class Recorder:
             flops_needed=result.flops_needed,
             error=error,
         )
-
-    def _rows(self, step: PlannedStep) -> Rows:
-        """The rows of a step; steps in a row that decode the same sequences share one tuple, in memory too."""
-        if step.chunks:
-            return step.rows()
-        if step.decoding != self._last_decoding:
-            self._last_decoding, self._last_rows = step.decoding, step.rows()
-        return self._last_rows
 
     def _keyframe(self) -> BlockKeyframe | None:
         self._since_keyframe += 1

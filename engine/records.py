@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from engine.request import FinishReason
 
 
 class StreamDelta(NamedTuple):
-    """What one step added to one request. A tuple, because one is made for every row of every step: a frozen dataclass takes
+    """What one step added to one request. A tuple, because one is made for every token that is read: a frozen dataclass takes
     six times as long to make.
 
     The engine fills `text` only for requests with stop texts (it must know them); for others the stream's reader
@@ -65,6 +66,53 @@ class Completion:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Requests that decode side by side. Steps with the same ones share one object, and what is derived from it."""
+
+    request_ids: tuple[str, ...]
+    num_cached_tokens: tuple[int, ...]
+
+    @cached_property
+    def rows(self) -> tuple[tuple[str, int], ...]:
+        """(request_id, 1) of each, as StepRecord has them."""
+        return tuple([(request_id, 1) for request_id in self.request_ids])
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Each request's place. Asked for where streams are read, not on the engine thread."""
+        return {request_id: i for i, request_id in enumerate(self.request_ids)}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """One token for each request of a cohort and nothing else: what most rows of most steps bring.
+
+    One object a step: whoever wants a StreamDelta of it makes it where the stream is read.
+    """
+
+    cohort: Cohort
+    token_ids: list[int]
+    created_ns: int
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def delta(self, i: int) -> StreamDelta:
+        """The delta of the cohort's i-th request."""
+        cohort = self.cohort
+        return StreamDelta(
+            cohort.request_ids[i],
+            (self.token_ids[i],),
+            num_cached_tokens=cohort.num_cached_tokens[i],
+            created_ns=self.created_ns,
+        )
+
+    def delta_of(self, request_id: str) -> StreamDelta:
+        """The delta of one request of the cohort."""
+        return self.delta(self.cohort.index[request_id])
 
 
 class BlockEventKind(str, Enum):

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 from engine.sampling_params import SamplingParams
 
-PENDING = -1  # a token that a step in flight is choosing: known on the device, not yet on the host
-
 
 class FinishReason(str, enum.Enum):
     """Why a request ended; the first two are OpenAI's names."""
@@ -44,23 +42,25 @@ class Request:
 class Sequence:
     """A request's progress. Written by the scheduler alone.
 
-    Tokens known, pending and computed are three counts: `num_tokens` = ``len(token_ids)`` includes PENDING entries;
-    `num_scheduled` of them have their KV computed or are being computed by a step in flight; `num_computed` of them
-    by steps that have been committed.
+    `token_ids` are the tokens that the host knows; those that steps in flight are choosing are counted by the scheduler alone
+    (``Scheduler.num_scheduled``). `num_computed` of them have their KV by steps that have been committed; while the sequence
+    decodes, this is brought up to date with each full block.
     """
 
     request: Request
-    token_ids: list[int]  # prompt, then output; may end in PENDING
+    token_ids: list[int]  # prompt, then output
     num_prompt_tokens: int
     max_total_tokens: int  # prompt + max_tokens, clipped to max_model_len
     status: SequenceStatus = SequenceStatus.WAITING
     row: int = -1  # the runner's row while RUNNING
+    is_decoding: bool = False  # runs, and computes one token in each step to come
     epoch: int = 0  # raised by preemption: how often it has to be admitted again
-    num_scheduled: int = 0
     num_computed: int = 0
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache at first admission
     num_preemptions: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(
+        default_factory=list
+    )  # its block table; only grows, and is replaced when given back
     block_hashes: list[bytes] = field(default_factory=list)  # digest chain of the full blocks known so far
     finish_reason: FinishReason | None = None
 
@@ -75,4 +75,4 @@ class Sequence:
     @property
     def output_token_ids(self) -> list[int]:
         """Tokens chosen so far and known on the host."""
-        return [t for t in self.token_ids[self.num_prompt_tokens :] if t != PENDING]
+        return self.token_ids[self.num_prompt_tokens :]

@@ -2,9 +2,14 @@
 
 ``plan()`` makes the next StepPlan while earlier steps may still be in flight; ``commit(result)`` takes in the oldest step's
 result. One token budget a step, for running sequences first, then for waiting ones; prefill is chunked and mixed with
-decode. A sequence computes its tokens in order: `num_scheduled` chases ``len(token_ids)``, which includes the token that a
-step in flight is choosing (PENDING). Out of blocks, the tail of the running list is preempted and recomputed later; the
-head always gets its blocks, so that every sequence finishes.
+decode. A sequence computes its tokens in order: first chunks of what is known of it, then one token a step, each planned
+while the step before it may still be choosing it. Out of blocks, the tail of the running list is preempted and recomputed
+later; the head always gets its blocks, so that every sequence finishes.
+
+At most one running sequence has a prefill that is not over: the tail, which took what was left of a step's budget. All others
+decode, never more of them than the budget, as each got a token of it when it was admitted. What each of their steps changes
+stands in columns by row, so that a step changes all rows at once; Python visits a row only where something happens: a
+block begins or is full, a token may end it.
 
 Boundary: pure Python over counts and ids. No model, no clock, no text (stop texts are the engine's). What can never fit is
 refused before it comes here (``engine.admission``). Costs O(scheduled rows), whatever the contexts' lengths.
@@ -15,11 +20,14 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from itertools import islice
 
+import numpy as np
+
 from engine.cache.sequence_blocks import SequenceBlocks
+from engine.decode_rows import DecodeRows, without
 from engine.plan import RowAdmission, StepPlan, StepResult
 from engine.plan_builder import PlanBuilder
 from engine.planned_step import Chunk, Commit, Finish, PlannedStep, PromptLogprobs
-from engine.request import PENDING, FinishReason, Sequence, SequenceStatus
+from engine.request import FinishReason, Sequence, SequenceStatus
 
 MAX_DEFERRED = 16  # waiting sequences passed by in one plan: bounds what a plan may cost
 
@@ -48,11 +56,16 @@ class Scheduler:
         self._stop_ids = set(eos_token_ids)  # every id that may stop some sequence
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._finished_rows: list[int] = []  # rows given back since the last plan
+        # By row: tokens that have their KV or get it by a step in flight; tokens that the sequence may reach.
+        self._num_scheduled = np.zeros(max_num_seqs, np.int32)
+        self._max_total_tokens = np.zeros(max_num_seqs, np.int32)
+        self._decode_rows: DecodeRows | None = None  # None: somebody came or went
         self._preempted: list[Sequence] = []  # since the last plan: one that computes nothing tells of nobody
         self._next_step_id = 0
         # (request_id, free blocks) when the queue's head did not fit.
         self._blocked: tuple[str, int] | None = None
         self._builder = PlanBuilder(max_num_seqs)
+        self._block_mask = blocks.block_size - 1  # block sizes are powers of two
 
     # ── in and out ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -92,6 +105,10 @@ class Scheduler:
         """All live sequences: running ones, then waiting ones."""
         return [*self.running, *self.waiting.values()]
 
+    def num_scheduled(self, seq: Sequence) -> int:
+        """Tokens of `seq` that have their KV, or get it by a step in flight."""
+        return int(self._num_scheduled[seq.row]) if seq.row >= 0 else 0
+
     def take_step_id(self) -> int:
         """The next step's number."""
         step_id = self._next_step_id
@@ -104,11 +121,11 @@ class Scheduler:
         """The next step, or None if nothing can be computed before a step in flight is committed."""
         step = PlannedStep(self._next_step_id, preempted=self._preempted)
         num_preempted = len(step.preempted)
-        budget = self._plan_running(step)
+        budget = self._plan_prefill(step, self._plan_decoding(step))
         admitted: list[RowAdmission] = []
         if budget > 0 and self.waiting and len(step.preempted) == num_preempted:
             admitted = self._plan_waiting(step, budget)
-        if not step.decoding and not step.chunks:
+        if not len(step.decoding) and not step.chunks:
             assert self.inflight or not self._live, (
                 "live sequences, nothing in flight, and nothing can be planned"
             )
@@ -119,47 +136,59 @@ class Scheduler:
         finished_rows, self._finished_rows = self._finished_rows, []
         return self._builder.build(step, admitted, finished_rows)
 
-    def _plan_running(self, step: PlannedStep) -> int:
-        """Give running sequences their tokens, in order of admission; returns the budget left."""
-        budget = self.max_batched_tokens
-        blocks, pool, mask = self.blocks, self.blocks.pool, self.blocks.block_size - 1
-        decoding, ends = step.decoding, step.ends
-        for seq in self.running:  # preemption shortens this list from its tail
-            start = seq.num_scheduled
-            tokens = seq.token_ids
-            end = len(tokens)
-            if end - start == 1:
-                if end == seq.max_total_tokens:
-                    continue  # its last token is chosen or being chosen: nothing is left to compute
-                if not start & mask:
-                    if not pool.num_free and not self._free_up(1, seq, step):
-                        break
-                    step.growth.append((len(decoding), [blocks.append_block(seq)]))
-                if start < seq.num_prompt_tokens:
-                    step.num_decode_tokens -= 1
-                tokens.append(PENDING)
-                seq.num_scheduled = end
-                decoding.append(seq)
-                ends.append(end)
-                budget -= 1
-            else:
-                num_tokens = min(end - start, budget)
-                if not self._free_up(blocks.num_missing(seq, start + num_tokens), seq, step):
-                    break
-                fresh = blocks.grow(seq, start + num_tokens)
-                step.chunks.append(self._schedule_chunk(seq, start, num_tokens, fresh))
-                budget -= num_tokens
-            if not budget:
+    def _plan_decoding(self, step: PlannedStep) -> int:
+        """Give each sequence that decodes one token, in order of admission; returns the budget left."""
+        decoding = self._decoding()
+        start = self._num_scheduled[decoding.index]
+        for i in np.flatnonzero((start & self._block_mask) == 0).tolist():
+            seq = decoding.sequences[i]
+            if not seq.is_decoding:
+                break  # preempted for one before it, and so are all behind it
+            if not self.blocks.pool.num_free and not self._free_up(1, seq, step):
                 break
-        step.num_decode_tokens += len(decoding)
-        return budget
+            step.growth.append((i, [self.blocks.append_block(seq)]))
+        if self._decode_rows is None:  # preemption took the tail
+            decoding = self._decoding()
+            start = start[: len(decoding)]
+        step.decoding, step.ends = decoding, start + 1
+        step.num_decode_tokens = len(decoding)
+        if len(decoding) and start[-1] < decoding.sequences[-1].num_prompt_tokens:
+            step.num_decode_tokens -= 1  # the last token of a prompt whose prefill left just this one
+        self._num_scheduled[decoding.index] = step.ends
+        step.last = np.flatnonzero(step.ends + 1 == self._max_total_tokens[decoding.index]).tolist()
+        for i in step.last:
+            decoding.sequences[i].is_decoding = False
+            self._decode_rows = None
+        return self.max_batched_tokens - len(decoding)
+
+    def _decoding(self) -> DecodeRows:
+        """The sequences that decode."""
+        if self._decode_rows is None:
+            self._decode_rows = DecodeRows([seq for seq in self.running if seq.is_decoding])
+        return self._decode_rows
+
+    def _plan_prefill(self, step: PlannedStep, budget: int) -> int:
+        """Go on with the prefill of the tail, if it has not ended; returns the budget left."""
+        if not budget or not self.running or self.running[-1].is_decoding:
+            return budget
+        seq = self.running[-1]
+        start = self.num_scheduled(seq)
+        num_tokens = min(len(seq.token_ids) - start, budget)
+        if num_tokens <= 0:
+            return budget  # its last token is being chosen
+        if not self._free_up(self.blocks.num_missing(seq, start + num_tokens), seq, step):
+            return budget
+        fresh = self.blocks.grow(seq, start + num_tokens)
+        step.chunks.append(self._schedule_chunk(seq, start, num_tokens, fresh))
+        return budget - num_tokens
 
     def _schedule_chunk(self, seq: Sequence, start: int, num_tokens: int, fresh: list[int]) -> Chunk:
         end = start + num_tokens
         samples = end == len(seq.token_ids)
-        if samples:
-            seq.token_ids.append(PENDING)
-        seq.num_scheduled = end
+        self._num_scheduled[seq.row] = end
+        if end + 1 >= len(seq.token_ids):
+            seq.is_decoding = end + 1 < seq.max_total_tokens
+            self._decode_rows = None
         return Chunk(seq, start, num_tokens, samples, fresh)
 
     def _free_up(self, num_blocks: int, seq: Sequence, step: PlannedStep) -> bool:
@@ -224,7 +253,8 @@ class Scheduler:
         self.running.append(seq)
         seq.status = SequenceStatus.RUNNING
         seq.row = self._free_rows.pop()
-        seq.num_scheduled = seq.num_computed = num_cached
+        seq.num_computed = num_cached
+        self._max_total_tokens[seq.row] = seq.max_total_tokens
         if not seq.epoch:
             seq.num_cached_tokens = num_cached
         step.admitted.append(seq)
@@ -253,17 +283,16 @@ class Scheduler:
         """
         step = self.inflight.popleft()
         assert result.step_id == step.step_id, f"result of step {result.step_id}, expected {step.step_id}"
-        sampling = [chunk for chunk in step.chunks if chunk.samples]
-        expected = len(step.decoding) + len(sampling)
-        assert len(result.token_ids) == expected, (
-            f"{len(result.token_ids)} tokens for {expected} rows that sample"
-        )
+        num_decoding, token_ids = len(step.decoding), result.token_ids
+        sampling = [chunk.seq for chunk in step.chunks if chunk.samples]
+        expected = num_decoding + len(sampling)
+        assert len(token_ids) == expected, f"{len(token_ids)} tokens for {expected} rows that sample"
         commit = Commit(step)
-        self._commit_decoding(commit, result.token_ids)
+        self._commit_decoding(commit, token_ids[:num_decoding] if sampling else token_ids)
         if step.chunks:
-            self._commit_chunks(commit, result.token_ids[len(step.decoding) :])
+            self._commit_chunks(commit, token_ids[num_decoding:])
         if result.logprobs:
-            sampled = [*step.decoding, *(chunk.seq for chunk in sampling)]
+            sampled = [*step.decoding.sequences, *sampling]
             commit.logprobs = {sampled[j].request_id: entry for j, entry in result.logprobs.items()}
         if result.prompt_logprobs:
             self._commit_prompt_logprobs(commit, result)
@@ -271,22 +300,28 @@ class Scheduler:
 
     def _commit_decoding(self, commit: Commit, token_ids: list[int]) -> None:
         step = commit.step
-        sequences, ends = step.decoding, step.ends
+        decoding, ends = step.decoding, step.ends
+        # Rows that may end here are few; whether there are any, a set tells without a loop.
+        may_end = set(step.last)
+        if not self._stop_ids.isdisjoint(token_ids):
+            may_end.update(i for i, token in enumerate(token_ids) if token in self._stop_ids)
+        ending = [(decoding.sequences[i], token_ids[i]) for i in sorted(may_end)]
         if step.dropped:
-            kept = [i for i, seq in enumerate(sequences) if seq not in step.dropped]
-            sequences, ends = [sequences[i] for i in kept], [ends[i] for i in kept]
-            token_ids = [token_ids[i] for i in kept]
-        elif len(token_ids) != len(sequences):
-            token_ids = token_ids[: len(sequences)]
-        commit.sequences, commit.token_ids = sequences, token_ids
-        size, stop_ids = self.blocks.block_size, self._stop_ids
-        mask = size - 1
-        for seq, end, token in zip(sequences, ends, token_ids, strict=True):
-            seq.token_ids[end] = token
+            dropped = [i for i, seq in enumerate(decoding.sequences) if seq in step.dropped]
+            decoding, ends = decoding.without(dropped), np.delete(ends, dropped)
+            token_ids = without(token_ids, dropped)
+        commit.decoding, commit.sequences, commit.token_ids = decoding, decoding.sequences, token_ids
+        for known, token in zip(decoding.token_ids, token_ids, strict=True):
+            known.append(token)
+        rows = np.flatnonzero((ends & self._block_mask) == 0)
+        full = [
+            (decoding.sequences[i], end) for i, end in zip(rows.tolist(), ends[rows].tolist(), strict=True)
+        ]
+        for seq, end in full:
             seq.num_computed = end
-            if not end & mask:
-                self.blocks.publish_block(seq, end // size - 1)
-            if token in stop_ids or end + 1 == seq.max_total_tokens:
+        self.blocks.publish_blocks(full)
+        for seq, token in ending:
+            if seq not in step.dropped:
                 self._finish_if_over(commit, seq, token)
 
     def _commit_chunks(self, commit: Commit, token_ids: list[int]) -> None:
@@ -295,20 +330,20 @@ class Scheduler:
         tokens = iter(token_ids)
         for chunk in step.chunks:
             seq, end = chunk.seq, chunk.start + chunk.num_tokens
-            token = next(tokens) if chunk.samples else PENDING
+            sampled = [next(tokens)] if chunk.samples else []
             if seq in step.dropped:
                 continue
             seq.num_computed = end
             self.blocks.publish(seq, chunk.start, end)
-            if chunk.samples:
-                seq.token_ids[end] = token
+            for token in sampled:
+                seq.token_ids.append(token)
                 commit.sequences.append(seq)
                 commit.token_ids.append(token)
                 self._finish_if_over(commit, seq, token)
 
     def _commit_prompt_logprobs(self, commit: Commit, result: StepResult) -> None:
         step = commit.step
-        rows = [(seq, end - 1) for seq, end in zip(step.decoding, step.ends, strict=True)]
+        rows = list(zip(step.decoding.sequences, (step.ends - 1).tolist(), strict=True))
         rows += [(chunk.seq, chunk.start) for chunk in step.chunks]
         for i, entries in result.prompt_logprobs.items():
             seq, start = rows[i]
@@ -317,7 +352,7 @@ class Scheduler:
 
     def _finish_if_over(self, commit: Commit, seq: Sequence, token: int) -> None:
         """End `seq` if its newest token stops it or is its last."""
-        num_tokens = seq.num_computed + 1
+        num_tokens = len(seq.token_ids)
         params = seq.request.params
         reason: FinishReason | None = None
         stop_reason: int | None = None
@@ -359,10 +394,7 @@ class Scheduler:
         self.running.pop()
         self._leave_row(seq)
         self.blocks.release(seq)
-        tokens = seq.token_ids
-        while tokens[-1] == PENDING:
-            tokens.pop()
-        seq.num_scheduled = seq.num_computed = 0
+        seq.num_computed = 0
         seq.epoch += 1
         seq.status = SequenceStatus.WAITING
         self.waiting[seq.request_id] = seq
@@ -372,6 +404,8 @@ class Scheduler:
         self._free_rows.append(seq.row)
         self._finished_rows.append(seq.row)
         seq.row = -1
+        seq.is_decoding = False
+        self._decode_rows = None
         for step in self.inflight:
             step.dropped.add(seq)
 
@@ -397,7 +431,9 @@ class Scheduler:
             assert seq.status is SequenceStatus.WAITING, f"{request_id} waits as {seq.status}"
             assert seq.row == -1, f"{request_id} waits with row {seq.row}"
             assert not seq.block_ids, f"{request_id} waits with blocks"
-            assert PENDING not in seq.token_ids, f"{request_id} waits with a pending token"
+            assert not seq.is_decoding, f"{request_id} waits and decodes"
+        num_decoding = sum(seq.is_decoding for seq in self.running)
+        assert num_decoding <= self.max_batched_tokens, f"{num_decoding} decode, more than a step may compute"
         self.blocks.pool.check_integrity(refs)
         self.blocks.check_integrity(self.running)
         rows = sorted([*self._free_rows, *(seq.row for seq in self.running)])
@@ -408,18 +444,19 @@ class Scheduler:
     def _check_running(self, seq: Sequence) -> None:
         name, size = seq.request_id, self.blocks.block_size
         assert seq.status is SequenceStatus.RUNNING, f"{name} runs as {seq.status}"
-        num_tokens = len(seq.token_ids)
-        assert 0 <= seq.num_computed <= seq.num_scheduled < num_tokens <= seq.max_total_tokens, (
-            f"{name}: counts"
+        num_tokens, num_scheduled = len(seq.token_ids), self.num_scheduled(seq)
+        assert 0 <= seq.num_computed <= num_scheduled < seq.max_total_tokens, f"{name}: counts"
+        assert seq.num_computed < num_tokens <= seq.max_total_tokens, f"{name}: {num_tokens} tokens"
+        assert len(seq.block_ids) == -(-num_scheduled // size), f"{name}: {len(seq.block_ids)} blocks"
+        num_choosing = (
+            num_scheduled + 1 - num_tokens
+        )  # steps in flight that choose a token; negative in a prefill
+        assert num_choosing <= len(self.inflight), (
+            f"{name}: {num_choosing} tokens in {len(self.inflight)} steps"
         )
-        assert len(seq.block_ids) == -(-seq.num_scheduled // size), f"{name}: {len(seq.block_ids)} blocks"
-        pending = [i for i, token in enumerate(seq.token_ids) if token == PENDING]
-        assert pending == list(range(num_tokens - len(pending), num_tokens)), (
-            f"{name}: PENDING amid known tokens"
-        )
-        assert len(pending) <= len(self.inflight), (
-            f"{name}: {len(pending)} pending, {len(self.inflight)} in flight"
-        )
+        is_decoding = num_choosing >= 0 and num_scheduled + 1 < seq.max_total_tokens
+        assert seq.is_decoding == is_decoding, f"{name}: decodes is {seq.is_decoding} at {num_scheduled}"
+        assert num_choosing >= 0 or seq is self.running[-1], f"{name}: a prefill amid the running list"
         for i, block in enumerate(seq.block_ids):
             if (i + 1) * size > seq.num_computed:
                 assert self.blocks.pool.ref_count(block) == 1, f"{name}: unfinished block {block} is shared"

@@ -1,6 +1,6 @@
 """RequestStream: one request's output, read by one reader; StreamHub: hands each step's deltas to their streams.
 
-The engine thread only appends deltas and wakes whoever waits: a reader in a thread by its lock, all readers of one event
+The engine thread only appends what came and wakes whoever waits: a reader in a thread by its lock, all readers of one event
 loop by a single ``call_soon_threadsafe``. Detokenization and the building of the Completion happen in the reader, and a
 reader that lags costs memory, never the engine's time.
 
@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from engine.completion_builder import CompletionBuilder
 from engine.detokenizer import IncrementalDetokenizer
-from engine.records import Completion, StreamDelta
+from engine.records import Cohort, Completion, StreamDelta, TokenBatch
 from engine.request import FinishReason, Request
 from engine.sampling_params import SamplingParams
 from engine.wakeups import LoopMailbox, LoopWaiter, ThreadQueue, ThreadWaiter
@@ -46,7 +46,8 @@ class RequestStream:
         self._hub = hub
         self._abort = abort
         self._builder = CompletionBuilder(request, detokenizer)
-        self._deltas: deque[StreamDelta] = deque()  # appended by the engine thread, taken by the reader
+        # Appended by the engine thread, taken by the reader; a step's tokens are one object for all streams.
+        self._deltas: deque[StreamDelta | TokenBatch] = deque()
         self._ended = False  # the last delta is in _deltas, or was
         self._waiter: ThreadWaiter | LoopWaiter | None = None  # set by the reader, woken by the engine thread
 
@@ -117,7 +118,7 @@ class RequestStream:
         """Take in what has arrived, without waiting; the number of output tokens so far."""
         deltas = self._deltas
         if deltas:
-            arrived = [deltas.popleft() for _ in range(len(deltas))]
+            arrived = [self._take() for _ in range(len(deltas))]
             self._builder.add_all(arrived)
             if arrived[-1].finish_reason is not None:
                 self.completion = self._builder.finish(arrived[-1])
@@ -125,8 +126,12 @@ class RequestStream:
 
     # ── the reader's side ───────────────────────────────────────────────────────────────────────────────────────────
 
+    def _take(self) -> StreamDelta:
+        came = self._deltas.popleft()
+        return came.delta_of(self.request_id) if isinstance(came, TokenBatch) else came
+
     def _next(self) -> StreamDelta:
-        delta = self._builder.add(self._deltas.popleft())
+        delta = self._builder.add(self._take())
         if delta.finish_reason is not None:
             self.completion = self._builder.finish(delta)
         return delta
@@ -162,6 +167,9 @@ class StreamHub:
         self._mailboxes: dict[asyncio.AbstractEventLoop, LoopMailbox] = {}
         self._mailbox_lock = threading.Lock()
         self.threads = ThreadQueue()
+        # The last batch's requests and their streams, forgotten when one of them may have ended.
+        self._cohort: Cohort | None = None
+        self._cohort_streams: list[RequestStream] = []
         # Contended only when a worker that hangs is closed by someone else.
         self._publishing = threading.Lock()
 
@@ -188,42 +196,63 @@ class StreamHub:
                 found = self._mailboxes[loop] = LoopMailbox(loop)
             return found
 
-    def publish(self, deltas: Iterable[StreamDelta]) -> list[str]:
-        """Append each delta to its stream and wake the readers that wait.
+    def publish(self, deltas: Iterable[StreamDelta], tokens: TokenBatch | None = None) -> list[str]:
+        """Append a step's tokens and deltas to their streams and wake the readers that wait.
 
         Returns:
             The requests whose reader's event loop is closed: nobody will ever read them.
         """
+        awaited: list[RequestStream] = []
+        with self._publishing:
+            if tokens is not None:
+                for stream in self._streams_of(tokens.cohort):
+                    stream._deltas.append(tokens)
+                    if stream._waiter is not None:
+                        awaited.append(stream)
+            for delta in deltas:
+                found = self._streams.get(delta.request_id)
+                if found is None:
+                    continue
+                found._deltas.append(delta)
+                if delta.finish_reason is not None:
+                    found._ended = True
+                    del self._streams[delta.request_id]
+                    self._cohort, self._cohort_streams = None, []
+                if found._waiter is not None:
+                    awaited.append(found)
+            return self._wake(awaited) if awaited else []
+
+    def _streams_of(self, cohort: Cohort) -> list[RequestStream]:
+        if cohort is not self._cohort:
+            self._cohort = cohort
+            found = map(self._streams.get, cohort.request_ids)
+            self._cohort_streams = [stream for stream in found if stream is not None]
+        return self._cohort_streams
+
+    def _wake(self, streams: list[RequestStream]) -> list[str]:
+        """Wake the readers of streams to which something came; as `publish` returns."""
         threads: list[ThreadWaiter] = []
         mailboxes: set[LoopMailbox] = set()
-        with self._publishing:
-            for delta in deltas:
-                stream = self._streams.get(delta.request_id)
-                if stream is None:
-                    continue
-                stream._deltas.append(delta)
-                if delta.finish_reason is not None:
-                    stream._ended = True
-                    del self._streams[delta.request_id]
-                # Waiters serve once and only the reader replaces them: clearing one here could lose its successor.
-                waiter = stream._waiter
-                if waiter is None or (waiter.end_only and not stream._ended):
-                    continue
-                if waiter.woken:
-                    # A loop may be closed before its reader could take what woke it.
-                    if isinstance(waiter, LoopWaiter) and waiter.mailbox.loop.is_closed():
-                        mailboxes.add(waiter.mailbox)
-                    continue
-                waiter.woken = True
-                if isinstance(waiter, ThreadWaiter):
-                    threads.append(waiter)
-                else:
-                    waiter.mailbox.waiting.append(waiter.future)
+        for stream in streams:
+            # Waiters serve once and only the reader replaces them: clearing one here could lose its successor.
+            waiter = stream._waiter
+            if waiter is None or (waiter.end_only and not stream._ended):
+                continue
+            if waiter.woken:
+                # A loop may be closed before its reader could take what woke it.
+                if isinstance(waiter, LoopWaiter) and waiter.mailbox.loop.is_closed():
                     mailboxes.add(waiter.mailbox)
-            if threads:
-                self.threads.wake(threads)
-            closed = [mailbox for mailbox in mailboxes if not mailbox.ring()]
-            return [request_id for mailbox in closed for request_id in self._read_on(mailbox)]
+                continue
+            waiter.woken = True
+            if isinstance(waiter, ThreadWaiter):
+                threads.append(waiter)
+            else:
+                waiter.mailbox.waiting.append(waiter.future)
+                mailboxes.add(waiter.mailbox)
+        if threads:
+            self.threads.wake(threads)
+        closed = [mailbox for mailbox in mailboxes if not mailbox.ring()]
+        return [request_id for mailbox in closed for request_id in self._read_on(mailbox)]
 
     def _read_on(self, mailbox: LoopMailbox) -> list[str]:
         waiters = ((request_id, stream._waiter) for request_id, stream in list(self._streams.items()))

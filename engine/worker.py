@@ -313,7 +313,7 @@ class EngineWorker:
         """Hand a step's results out: first to the readers, who wait for them."""
         if output.requests:  # whoever has its result finds it counted
             self._stats = engine.stats()
-        for request_id in self._hub.publish(output.deltas):
+        for request_id in self._hub.publish(output.others, output.tokens):
             engine.abort(request_id)
         record = output.record
         if record is not None:

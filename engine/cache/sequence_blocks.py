@@ -9,6 +9,8 @@ decision.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from engine.cache.block_hash import block_digest, extend_chain, root_digest
 from engine.cache.block_pool import BlockPool
 from engine.records import BlockEvent, BlockEventKind
@@ -112,20 +114,22 @@ class SequenceBlocks:
         self.events.append(BlockEvent(ACQUIRE, seq.request.request_id, (block_id,)))
         return block_id
 
-    def publish_block(self, seq: Sequence, index: int) -> None:
-        """Make block `index` of `seq` matchable: `publish` for a row that decodes."""
+    def publish_blocks(self, full: Iterable[tuple[Sequence, int]]) -> None:
+        """Make matchable the block of each sequence that ends with so many computed tokens: `publish` for rows that decode."""
         if not self._enabled:
             return
-        chain = seq.block_hashes
-        if len(chain) == index:
-            parent = chain[-1] if chain else self._root(seq.request.cache_salt)
-            first = index * self.block_size
-            chain.append(block_digest(parent, seq.token_ids[first : first + self.block_size]))
-        digest, block_id = chain[index], seq.block_ids[index]
-        if self._announced:
-            self._announced.pop(digest, None)
-        if self.pool.publish(block_id, digest):
-            self.events.append(BlockEvent(PUBLISH, seq.request.request_id, (block_id,)))
+        size, publish, put = self.block_size, self.pool.publish, self.events.append
+        for seq, end in full:
+            index = end // size - 1
+            chain = seq.block_hashes
+            if len(chain) == index:
+                parent = chain[-1] if chain else self._root(seq.request.cache_salt)
+                chain.append(block_digest(parent, seq.token_ids[end - size : end]))
+            digest, block_id = chain[index], seq.block_ids[index]
+            if self._announced:
+                self._announced.pop(digest, None)
+            if publish(block_id, digest):
+                put(BlockEvent(PUBLISH, seq.request.request_id, (block_id,)))
 
     def publish(self, seq: Sequence, first_token: int, end_token: int) -> None:
         """Make matchable the blocks of `seq` that became full between these counts of committed tokens."""

@@ -254,6 +254,28 @@ def test_a_keyframe_stays_what_it_was_though_tables_grow_and_are_given_back(make
     assert keyframe.owners == owners
 
 
+def test_plain_tokens_come_as_one_batch_that_shares_what_steps_have_in_common(make_rig) -> None:
+    rig = make_rig()
+    for name in ("a", "b", "c", "d"):
+        special = {"b": {"logprobs": 1}, "d": {"stop": ("never",)}}.get(name, {})
+        rig.add(name, [1, 2, ord(name)], max_tokens=9, ignore_eos=True, **special)
+    outputs = []
+    while rig.engine.has_work:
+        outputs.append(rig.step())
+    batches = [output.tokens for output in outputs if output.tokens is not None]
+    assert [batch.cohort.request_ids for batch in batches] == [("a", "c")] * 7, (
+        "neither a first nor a last token"
+    )
+    assert len({id(batch.cohort) for batch in batches}) == 1
+    for output in outputs:
+        assert len({delta.request_id for delta in output.deltas}) == len(output.deltas)
+        if output.tokens is not None:
+            assert [delta.request_id for delta in output.others] == ["b", "d"]
+    assert len({id(step.rows) for step in rig.steps if step.num_decode_tokens == 4}) == 1
+    for name in ("a", "b", "c", "d"):
+        assert rig.tokens(name) == expected_tokens([1, 2, ord(name)], 9, 256)
+
+
 def test_what_leaves_the_engine_can_be_pickled(make_rig) -> None:
     rig = make_rig()
     rig.add("a", [1, 2, 3], max_tokens=3, logprobs=1)

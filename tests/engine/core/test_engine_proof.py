@@ -170,8 +170,9 @@ class Harness:
         self.check()
 
     def _progress(self, request_id: str | None) -> int:
-        seq = self.engine._scheduler.get(request_id) if request_id else None
-        return seq.num_scheduled + seq.num_computed if seq else -1
+        scheduler = self.engine._scheduler
+        seq = scheduler.get(request_id) if request_id else None
+        return scheduler.num_scheduled(seq) + seq.num_computed + seq.num_tokens if seq else -1
 
     def _check_progress(self, head: str | None, before: int, output: StepOutput) -> None:
         """The oldest running sequence advances, or its last token is in flight: nothing can starve or livelock."""

@@ -14,6 +14,9 @@ import pytest
 
 from engine import Completion, EngineWorker, FinishReason, RequestStream, SamplingParams
 from engine.fake_runner import expected_tokens, scripted
+from engine.records import Cohort, TokenBatch
+from engine.request import Request
+from engine.stream import StreamHub
 from engine.wakeups import LoopMailbox
 
 ANSWER = "naïve 🙂 and 👩‍👩‍👧: done"
@@ -114,6 +117,17 @@ def test_the_text_of_what_stopped_a_request_shows_only_when_asked_for(
     assert text_of(stop="tw") == ("one tw" if include else "one ", "tw")
     assert text_of(stop_token_ids=(ord("w"),)) == ("one tw" if include else "one t", ord("w"))
     assert text_of(skip_special_tokens=False) == ("one two three" + "<|end|>" * include, None)
+
+
+def test_nothing_reaches_a_stream_behind_its_end() -> None:
+    hub = StreamHub()
+    stream = RequestStream(Request("a", (1,), LONG), hub, None, lambda _request_id: None)
+    hub.add(stream)
+    cohort = Cohort(("a",), (0,))
+    hub.publish([], TokenBatch(cohort, [5], 1))
+    hub.end_all(FinishReason.ERROR, "closed while a step hung")
+    hub.publish([], TokenBatch(cohort, [6], 2))
+    assert stream.result(timeout_s=0).token_ids == (5,)
 
 
 def test_waiting_has_a_limit_and_goes_on_afterwards(make_worker: MakeWorker) -> None:

@@ -7,7 +7,7 @@ import pytest
 from engine.cache.block_pool import BlockPool
 from engine.cache.sequence_blocks import SequenceBlocks
 from engine.plan import StepPlan, StepResult
-from engine.request import PENDING, FinishReason, Request, Sequence, SequenceStatus
+from engine.request import FinishReason, Request, Sequence, SequenceStatus
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Commit, Scheduler
 
@@ -101,6 +101,18 @@ def test_decode_and_prefill_share_one_step_decode_rows_first() -> None:
     assert (step.num_decode_tokens, step.num_tokens) == (1, 8)
 
 
+def test_the_last_token_of_a_prompt_counts_as_prefill_though_it_is_computed_alone() -> None:
+    bench = Bench(budget=4)
+    bench.add("a", [1, 2, 3, 4, 5])
+    plans = [bench.plan(), bench.plan(), bench.plan()]
+    assert [(p.start.tolist(), counts(p), p.logit_rows.tolist()) for p in plans if p] == [
+        ([0], [4], []),
+        ([4], [1], [0]),
+        ([5], [1], [0]),
+    ]
+    assert [step.num_decode_tokens for step in bench.scheduler.inflight] == [0, 0, 1]
+
+
 def test_running_sequences_are_served_before_waiting_ones() -> None:
     bench = Bench(budget=2)
     bench.add("a", [1])
@@ -119,11 +131,11 @@ def test_a_step_is_planned_on_a_token_that_is_not_known_yet() -> None:
     plan = bench.plan()
     assert plan is not None
     assert plan.start.tolist() == [3]
-    assert seq.token_ids == [1, 2, 3, PENDING, PENDING]
+    assert (seq.token_ids, bench.scheduler.num_scheduled(seq)) == ([1, 2, 3], 4)
     bench.commit(7)
-    assert seq.token_ids == [1, 2, 3, 7, PENDING]
+    assert seq.token_ids == [1, 2, 3, 7]
     bench.commit(8)
-    assert seq.token_ids == [1, 2, 3, 7, 8]
+    assert (seq.token_ids, bench.scheduler.num_scheduled(seq)) == ([1, 2, 3, 7, 8], 4)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -473,7 +485,7 @@ def test_a_failed_step_makes_nothing_matchable() -> None:
 # ── integrity ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("damage", ["row", "block", "pending", "count", "queue", "announced"])
+@pytest.mark.parametrize("damage", ["row", "block", "token", "count", "decoding", "queue", "announced"])
 def test_check_integrity_notices_damage(damage: str) -> None:
     bench = Bench()
     seq = bench.add("a", list(range(9)))
@@ -484,10 +496,12 @@ def test_check_integrity_notices_damage(damage: str) -> None:
             scheduler._free_rows.append(seq.row)
         case "block":
             seq.block_ids.append(40)
-        case "pending":
-            seq.token_ids[3] = PENDING
+        case "token":
+            seq.token_ids.pop()
         case "count":
-            seq.num_scheduled = 1
+            scheduler._num_scheduled[seq.row] = 1
+        case "decoding":
+            seq.is_decoding = False
         case "queue":
             scheduler.running.clear()
         case "announced":
