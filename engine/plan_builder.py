@@ -28,7 +28,7 @@ class PlanBuilder:
         """The plan of `step`, whose chunks are put in plan order: those of one token first."""
         num_decoding = len(step.decoding)
         num_rows = num_decoding + len(step.chunks)
-        rows, start = step.decoding.rows, step.ends - 1
+        rows, start = step.decoding.rows, step.start
         num_tokens, logit_rows = self._ones[:num_rows], self._indices[:num_rows]
         if step.chunks:
             step.chunks.sort(key=_computes_several)  # stable

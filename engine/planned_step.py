@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from engine.decode_rows import NO_ROWS, DecodeRows
 from engine.plan import Int32, TokenLogprobs
 from engine.request import FinishReason, Sequence
@@ -31,11 +29,11 @@ class PlannedStep:
     """What the host remembers of a step in flight: whose rows it computes, in plan order."""
 
     step_id: int
-    # Rows [0, len(decoding)) compute one token and sample; `ends[i]` is the position that row i's token will take.
+    # Rows [0, len(decoding)) compute one token and sample; `start[i]` is the position that row i computes.
     decoding: DecodeRows = NO_ROWS
-    ends: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
-    # Rows of `decoding` that choose their sequence's last token.
-    last: list[int] = field(default_factory=list)
+    start: Int32 = field(default_factory=lambda: NO_ROWS.rows)
+    full: list[int] = field(default_factory=list)  # those of them that fill a block
+    last: list[int] = field(default_factory=list)  # those that choose their sequence's last token
     chunks: list[Chunk] = field(default_factory=list)  # the other rows, in order
     # (row index, blocks appended to its table), ascending.
     growth: list[tuple[int, list[int]]] = field(default_factory=list)

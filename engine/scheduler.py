@@ -60,6 +60,8 @@ class Scheduler:
         self._num_scheduled = np.zeros(max_num_seqs, np.int32)
         self._max_total_tokens = np.zeros(max_num_seqs, np.int32)
         self._decode_rows: DecodeRows | None = None  # None: somebody came or went
+        self._beginning: list[int] = []  # those of them that need a block in the next step
+        self._until_last = 0  # steps until the first of them chooses its last token
         self._preempted: list[Sequence] = []  # since the last plan: one that computes nothing tells of nobody
         self._next_step_id = 0
         # (request_id, free blocks) when the queue's head did not fit.
@@ -139,32 +141,39 @@ class Scheduler:
     def _plan_decoding(self, step: PlannedStep) -> int:
         """Give each sequence that decodes one token, in order of admission; returns the budget left."""
         decoding = self._decoding()
-        start = self._num_scheduled[decoding.index]
-        for i in np.flatnonzero((start & self._block_mask) == 0).tolist():
+        for i in self._beginning:
             seq = decoding.sequences[i]
             if not seq.is_decoding:
                 break  # preempted for one before it, and so are all behind it
             if not self.blocks.pool.num_free and not self._free_up(1, seq, step):
                 break
             step.growth.append((i, [self.blocks.append_block(seq)]))
-        if self._decode_rows is None:  # preemption took the tail
-            decoding = self._decoding()
-            start = start[: len(decoding)]
-        step.decoding, step.ends = decoding, start + 1
+        decoding = self._decoding()  # without those preempted, which were the tail
+        start = self._num_scheduled[decoding.index]
+        end = start + 1
+        self._num_scheduled[decoding.index] = end
+        # Who fills a block in this step begins one in the next.
+        step.full = self._beginning = ((end & self._block_mask) == 0).nonzero()[0].tolist()
+        step.decoding, step.start = decoding, start
         step.num_decode_tokens = len(decoding)
         if len(decoding) and start[-1] < decoding.sequences[-1].num_prompt_tokens:
             step.num_decode_tokens -= 1  # the last token of a prompt whose prefill left just this one
-        self._num_scheduled[decoding.index] = step.ends
-        step.last = np.flatnonzero(step.ends + 1 == self._max_total_tokens[decoding.index]).tolist()
-        for i in step.last:
-            decoding.sequences[i].is_decoding = False
+        self._until_last -= 1
+        if not self._until_last:
+            step.last = np.flatnonzero(end + 1 == self._max_total_tokens[decoding.index]).tolist()
+            for i in step.last:
+                decoding.sequences[i].is_decoding = False
             self._decode_rows = None
         return self.max_batched_tokens - len(decoding)
 
     def _decoding(self) -> DecodeRows:
         """The sequences that decode."""
         if self._decode_rows is None:
-            self._decode_rows = DecodeRows([seq for seq in self.running if seq.is_decoding])
+            self._decode_rows = rows = DecodeRows([seq for seq in self.running if seq.is_decoding])
+            num_scheduled = self._num_scheduled[rows.index]
+            left = self._max_total_tokens[rows.index] - num_scheduled
+            self._beginning = np.flatnonzero((num_scheduled & self._block_mask) == 0).tolist()
+            self._until_last = int(left.min()) - 1 if len(rows) else 0
         return self._decode_rows
 
     def _plan_prefill(self, step: PlannedStep, budget: int) -> int:
@@ -300,29 +309,25 @@ class Scheduler:
 
     def _commit_decoding(self, commit: Commit, token_ids: list[int]) -> None:
         step = commit.step
-        decoding, ends = step.decoding, step.ends
+        decoding, dropped = step.decoding, step.dropped
+        commit.decoding, commit.token_ids = decoding, token_ids
+        if dropped:
+            gone = [i for i, seq in enumerate(decoding.sequences) if seq in dropped]
+            commit.decoding, commit.token_ids = decoding.without(gone), without(token_ids, gone)
+        commit.sequences = commit.decoding.sequences
+        for known, token in zip(commit.decoding.token_ids, commit.token_ids, strict=True):
+            known.append(token)
+        full = [decoding.sequences[i] for i in step.full if decoding.sequences[i] not in dropped]
+        for seq in full:
+            seq.num_computed = len(seq.token_ids) - 1
+        self.blocks.publish_last(full)
         # Rows that may end here are few; whether there are any, a set tells without a loop.
         may_end = set(step.last)
         if not self._stop_ids.isdisjoint(token_ids):
             may_end.update(i for i, token in enumerate(token_ids) if token in self._stop_ids)
-        ending = [(decoding.sequences[i], token_ids[i]) for i in sorted(may_end)]
-        if step.dropped:
-            dropped = [i for i, seq in enumerate(decoding.sequences) if seq in step.dropped]
-            decoding, ends = decoding.without(dropped), np.delete(ends, dropped)
-            token_ids = without(token_ids, dropped)
-        commit.decoding, commit.sequences, commit.token_ids = decoding, decoding.sequences, token_ids
-        for known, token in zip(decoding.token_ids, token_ids, strict=True):
-            known.append(token)
-        rows = np.flatnonzero((ends & self._block_mask) == 0)
-        full = [
-            (decoding.sequences[i], end) for i, end in zip(rows.tolist(), ends[rows].tolist(), strict=True)
-        ]
-        for seq, end in full:
-            seq.num_computed = end
-        self.blocks.publish_blocks(full)
-        for seq, token in ending:
-            if seq not in step.dropped:
-                self._finish_if_over(commit, seq, token)
+        for i in sorted(may_end):
+            if decoding.sequences[i] not in dropped:
+                self._finish_if_over(commit, decoding.sequences[i], token_ids[i])
 
     def _commit_chunks(self, commit: Commit, token_ids: list[int]) -> None:
         step = commit.step
@@ -343,7 +348,7 @@ class Scheduler:
 
     def _commit_prompt_logprobs(self, commit: Commit, result: StepResult) -> None:
         step = commit.step
-        rows = list(zip(step.decoding.sequences, (step.ends - 1).tolist(), strict=True))
+        rows = list(zip(step.decoding.sequences, step.start.tolist(), strict=True))
         rows += [(chunk.seq, chunk.start) for chunk in step.chunks]
         for i, entries in result.prompt_logprobs.items():
             seq, start = rows[i]

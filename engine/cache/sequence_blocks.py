@@ -114,12 +114,13 @@ class SequenceBlocks:
         self.events.append(BlockEvent(ACQUIRE, seq.request.request_id, (block_id,)))
         return block_id
 
-    def publish_blocks(self, full: Iterable[tuple[Sequence, int]]) -> None:
-        """Make matchable the block of each sequence that ends with so many computed tokens: `publish` for rows that decode."""
+    def publish_last(self, sequences: Iterable[Sequence]) -> None:
+        """Make matchable the block that the last computed token of each sequence fills: `publish` for rows that decode."""
         if not self._enabled:
             return
         size, publish, put = self.block_size, self.pool.publish, self.events.append
-        for seq, end in full:
+        for seq in sequences:
+            end = seq.num_computed
             index = end // size - 1
             chain = seq.block_hashes
             if len(chain) == index:
