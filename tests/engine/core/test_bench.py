@@ -11,20 +11,9 @@ from engine.bench import __main__ as bench
 from engine.bench.record import make_record, save
 
 SMALL = [
-    "overhead",
-    "--rows",
-    "1",
-    "5",
-    "--contexts",
-    "64",
-    "128",
-    "--cached",
-    "600",
-    "--rounds",
-    "2",
-    "--steps",
-    "16",
-]
+    "overhead", "--rows", "1", "5", "--contexts", "64", "128", "256", "--max-tokens", "1000", "--cached", "600",
+    "--rounds", "2", "--steps", "16",
+]  # fmt: skip
 
 
 def test_the_overhead_benchmark_runs_the_cases_that_it_names_and_ends_with_its_record(
@@ -38,12 +27,15 @@ def test_the_overhead_benchmark_runs_the_cases_that_it_names_and_ends_with_its_r
     assert {"python", "numpy"} <= set(record["versions"])
     figures = record["figures"]
     cases = {(case["rows"], case["context"], case["cached_blocks"]): case for case in figures["cases"]}
-    assert set(cases) == {(rows, *size) for rows in (1, 5) for size in ((64, 0), (128, 0), (64, 600))}
+    assert set(cases) == {(rows, *size) for rows in (1, 5) for size in ((64, 0), (128, 0), (64, 600))} | {
+        (1, 256, 0)
+    }
     for (rows, _, _), case in cases.items():
         assert case["tokens"] == 2 * 16 * rows, "each row brought one token in each step of each round"
         assert 0 < case["lowest"] <= case["us_per_row_step"] <= case["highest"]
     assert figures["worst_us"] == max(case["us_per_row_step"] for size, case in cases.items() if size[0] == 5)
     assert figures["context_ratio"] > 0 < figures["cached_ratio"]
+    assert figures["left_out"] == [[5, 256]]
 
 
 def test_a_record_is_saved_whole(tmp_path: Path) -> None:
