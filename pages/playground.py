@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from engine.errors import EngineError
-from workbench.ui import markup, pace, resources
+from workbench.ui import markup, resources
 from workbench.ui.components import (
     chat_message,
     copy_code,
     escape_key,
     feedback_box,
-    page_errors,
     sampling_controls,
     top_bar,
     waiting,
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from workbench.ui.components.sampling_controls import Controls
 
 MAX_CHIPS = 8
-CHIP_REFRESH_S = 10.0
 FOLLOW_S = 0.1
 _AVATARS = {"user": ":material/person:", "assistant": ":material/smart_toy:", "system": ":material/settings:",
             "tool": ":material/build:"}  # fmt: skip
@@ -51,7 +49,7 @@ def show() -> None:
     if not conversation.turns:
         _empty(bar, worker, conversation, controls)
     _ask_box(worker, conversation, controls)
-    _keep_chip(bar)
+    bar.keep_live()
     if unfinished is not None:
         _follow(bar, *unfinished)
 
@@ -164,13 +162,6 @@ def _send(
     resources.conversations().keep(conversation)
     st.session_state.chat = conversation.id
     st.rerun()
-
-
-@st.fragment(run_every=pace.every(CHIP_REFRESH_S))  # type: ignore[untyped-decorator]
-@page_errors.shown()
-def _keep_chip(bar: top_bar.Bar) -> None:
-    if bar.refresh().worker is None:
-        st.rerun()
 
 
 show()

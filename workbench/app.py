@@ -125,6 +125,7 @@ def build_app(wiring: Wiring) -> ASGIApp:
     import streamlit as st
 
     from workbench.ui import resources
+    from workbench.ui.live_route import LiveRoute
 
     proxy = MlflowProxy(wiring.settings.mlflow_url)
 
@@ -141,9 +142,8 @@ def build_app(wiring: Wiring) -> ASGIApp:
             yield {"host": wiring.host}
 
     script = Path(__file__).resolve().parent / "ui" / "main.py"
-    app: ASGIApp = st.App(
-        script, routes=_routes(wiring, proxy), middleware=[Middleware(LoopbackOnly)], lifespan=lifespan
-    )
+    routes = [*_routes(wiring, proxy), *LiveRoute().routes()]
+    app: ASGIApp = st.App(script, routes=routes, middleware=[Middleware(LoopbackOnly)], lifespan=lifespan)
     return app
 
 

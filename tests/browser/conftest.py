@@ -161,11 +161,11 @@ def start_site(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def start_fake_app(tmp_path_factory: pytest.TempPathFactory):
-    """Starts the app over a FakeRunner; the second value is the file that breaks its device."""
+    """Starts the app over a FakeRunner, on a free port unless one is given; the second value is the file that breaks its device."""
 
     @contextmanager
-    def start(delay_s: float = 0.02) -> Iterator[tuple[str, Path]]:
-        home, port = tmp_path_factory.mktemp("home"), free_port()
+    def start(delay_s: float = 0.02, port: int | None = None) -> Iterator[tuple[str, Path]]:
+        home, port = tmp_path_factory.mktemp("home"), port or free_port()
         break_file = home / "break"
         command = [
             sys.executable, str(Path(__file__).with_name("fake_app.py")), str(port), str(home), str(delay_s), str(break_file),

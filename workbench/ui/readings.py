@@ -85,6 +85,19 @@ class Readings:
             age = None if entry.read_at is None else time.monotonic() - entry.read_at
             return Reading(cast("T | None", entry.value), age, entry.error, entry.fetching)
 
+    def read(self, name: str, read: Callable[[], T], max_age_s: float) -> T:
+        """The value as read within `max_age_s`, by whomever; else read here and now. For what costs little, often."""
+        with self._changed:
+            entry = self._entries.setdefault((name,), _Entry())
+            self._entries.move_to_end((name,))
+            self._drop_oldest()
+            if entry.read_at is not None and time.monotonic() - entry.read_at < max_age_s:
+                return cast("T", entry.value)
+        value = read()
+        with self._changed:
+            entry.value, entry.read_at = value, time.monotonic()
+        return value
+
     def forget(self, *subjects: Hashable) -> None:
         """What was read about these subjects is out of date; the last values stay until the new ones are there."""
         with self._changed:

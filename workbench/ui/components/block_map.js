@@ -7,23 +7,30 @@ export default function (component) {
   const tip = root.querySelector(".tip");
   const legend = root.querySelector(".legend");
   const state = (root.state = root.state || { signature: "" });
-  const codes = new Uint16Array(bytes(data.codes));
-  const signature = [data.codes, data.hatched, data.theme].join("|");
-  state.data = data;
-  state.codes = codes;
-  canvas.setAttribute("aria-label", data.summary);
-  if (signature !== state.signature) {
-    state.signature = signature;
-    paint();
-    writeLegend();
-  }
+  show(data);
   if (!state.observer) {
+    document.addEventListener("quire-live", state.live = ({ detail }) => detail.fresh.block_map && show(detail.fresh.block_map));
     state.observer = new ResizeObserver(() => paint());
     state.observer.observe(root);
     canvas.addEventListener("mousemove", hover);
     canvas.addEventListener("mouseleave", () => (tip.hidden = true));
   }
-  return () => { state.observer && state.observer.disconnect(); state.observer = null; };
+  return () => {
+    state.observer && state.observer.disconnect();
+    state.observer = null;
+    document.removeEventListener("quire-live", state.live);
+  };
+
+  function show(shown) {
+    const signature = JSON.stringify(shown);
+    state.data = shown;
+    state.codes = new Uint16Array(bytes(shown.codes));
+    canvas.setAttribute("aria-label", shown.summary);
+    if (signature === state.signature) return;
+    state.signature = signature;
+    paint();
+    writeLegend();
+  }
 
   function bytes(text) {
     const raw = atob(text), out = new Uint8Array(raw.length);

@@ -1,6 +1,6 @@
 """The map of KV blocks: one cell a block, coloured by the sequence that holds it, as one canvas.
 
-Encodes a `BlockMap` into two small byte strings; the browser paints. At most `MAX_CELLS` cells go there: larger pools
+Encodes a `BlockMap` into two small byte strings; the browser paints. Live, ``live.js`` hands it new data. At most `MAX_CELLS` cells go there: larger pools
 show runs of blocks, each run as its most telling block (shared, else held, else cached).
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workbench.ui import theme
+from workbench.ui import markup, theme
 from workbench.ui.theme import ThemeName
 
 if TYPE_CHECKING:
@@ -79,7 +79,17 @@ def _by_runs(
 
 def show(blocks: BlockMap, *, key: str = "block_map") -> None:
     """Render the map with its legend."""
-    _component()(key=key, data=payload(blocks, theme.current()))
+    show_payload(payload(blocks, theme.current()), key=key)
+
+
+def show_payload(data: dict[str, Any], *, key: str = "block_map") -> None:
+    _component()(key=key, data=data)
+
+
+def heading(blocks: BlockMap) -> str:
+    """HTML that says which step the map is of."""
+    note = f"after step {blocks.step_id:,}" if blocks.step_id >= 0 else "before the first step"
+    return markup.section("KV blocks", note)
 
 
 def payload(blocks: BlockMap, name: ThemeName) -> dict[str, Any]:

@@ -10,21 +10,27 @@ from workbench.ui.markup import Cell
 
 if TYPE_CHECKING:
     from workbench.observe.feedback import Feedback
+    from workbench.store import Store
 
 MAX_ROWS = 8
 MAX_CHARS = 120
 
 
-def as_html() -> str:
-    """The newest of it; a sentence when there is none; empty in an app without a store."""
-    from workbench.observe import feedback
-
+def as_html(max_age_s: float = 0.0) -> str:
+    """The newest of it, read within `max_age_s`; a sentence when there is none; empty in an app without a store."""
     services = resources.services()
     if services is None:
         return ""
+    store = services.store
+    return resources.readings().read("feedback table", lambda: _as_html(store), max_age_s)
+
+
+def _as_html(store: Store) -> str:
+    from workbench.observe import feedback
+
     try:
-        found = feedback.list_feedback(services.store, limit=MAX_ROWS)
-        counts = feedback.summary(services.store)
+        found = feedback.list_feedback(store, limit=MAX_ROWS)
+        counts = feedback.summary(store)
     except WorkbenchError as error:
         return markup.section("Feedback") + markup.error_panel("Feedback could not be read", error)
     said = counts.num_up + counts.num_down

@@ -1,7 +1,6 @@
 """Running jobs in the top bar: how many, how far, and a cancel button for each.
 
-The line is part of the bar's slot, so a page's live fragment keeps it fresh; the popover with the buttons comes with a run
-of the page.
+The line is a live part of the bar; the popover with the buttons comes with a run of the page.
 """
 
 from __future__ import annotations
@@ -20,18 +19,23 @@ if TYPE_CHECKING:
 MAX_SHOWN = 10
 
 
-def active() -> list[Job]:
-    """Queued and running jobs, oldest first; none where there is no store or it cannot be read."""
+def active(max_age_s: float = 0.0) -> list[Job]:
+    """Queued and running jobs, oldest first, as read within `max_age_s`; none where there is no store or it cannot be read."""
     from workbench.jobs import JobState
 
     services = resources.services()
     if services is None:
         return []
-    try:
-        found = services.jobs.list(states=[JobState.QUEUED, JobState.RUNNING], limit=MAX_SHOWN)
-    except WorkbenchError:
-        return []
-    return sorted(found, key=lambda job: job.created_at)
+    jobs, states = services.jobs, (JobState.QUEUED, JobState.RUNNING)
+
+    def read() -> list[Job]:
+        try:
+            found = jobs.list(states=states, limit=MAX_SHOWN)
+        except WorkbenchError:
+            return []
+        return sorted(found, key=lambda job: job.created_at)
+
+    return resources.readings().read("active jobs", read, max_age_s)
 
 
 def line(jobs: list[Job]) -> str:
@@ -44,7 +48,7 @@ def line(jobs: list[Job]) -> str:
     more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
     left = job_state.time_left(first)
     return (
-        f'<span class="q-jobline" role="status">{markup.text(told + more)}'
+        f'<span class="q-jobline">{markup.text(told + more)}'
         f'<small>{markup.text(left)}</small><span class="q-meter"><i style="width:{100 * first.fraction:.0f}%"></i></span></span>'
     )
 

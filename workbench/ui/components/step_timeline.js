@@ -7,13 +7,15 @@ export default function (component) {
   const tip = root.querySelector(".tip");
   const state = (root.state = root.state || {});
   const LEFT = 60, RIGHT = 8, TOP = 22, GAP = 34, HEIGHT = 74;
-  state.data = data;
+  const { at_s, ...first } = data;
+  state.at_s = at_s;
   state.pick = setTriggerValue;
-  state.panels = data.panels.map((p) => ({ ...p, series: p.series.map((s) => ({ ...s, v: floats(s.values) })) }));
-  canvas.setAttribute("aria-label", data.summary);
-  const signature = JSON.stringify(data);
-  if (signature !== state.signature) { state.signature = signature; paint(); }
+  show(first);
   if (!state.observer) {
+    document.addEventListener("quire-live", state.live = ({ detail }) => {
+      state.at_s = detail.at_s;
+      if (detail.fresh.timeline) show(detail.fresh.timeline);
+    });
     state.observer = new ResizeObserver(() => paint());
     state.observer.observe(root);
     canvas.addEventListener("mousemove", (e) => { state.cursor = bin(e); paint(); hover(e.clientX, e.clientY); });
@@ -21,8 +23,19 @@ export default function (component) {
     canvas.addEventListener("click", (e) => choose(bin(e)));
     canvas.addEventListener("keydown", onKey);
   }
-  return () => { state.observer && state.observer.disconnect(); state.observer = null; };
+  return () => {
+    state.observer && state.observer.disconnect();
+    state.observer = null;
+    document.removeEventListener("quire-live", state.live);
+  };
 
+  function show(shown) {
+    state.data = shown;
+    state.panels = shown.panels.map((p) => ({ ...p, series: p.series.map((s) => ({ ...s, v: floats(s.values) })) }));
+    canvas.setAttribute("aria-label", shown.summary);
+    const signature = JSON.stringify(shown);
+    if (signature !== state.signature) { state.signature = signature; paint(); }
+  }
   function floats(text) {
     const raw = atob(text), out = new Uint8Array(raw.length);
     for (let i = 0; i < raw.length; i++) out[i] = raw.charCodeAt(i);
@@ -34,7 +47,9 @@ export default function (component) {
     const i = Math.floor((x / plotWidth()) * state.data.bins);
     return i >= 0 && i < state.data.bins ? i : null;
   }
-  function choose(i) { if (i !== null && state.data.pickable) state.pick("pick", i); }
+  function choose(i) { // the time at which the bin ends
+    if (i !== null && state.data.pickable) state.pick("pick", state.at_s - state.data.window_s * (1 - (i + 1) / state.data.bins));
+  }
   function onKey(event) {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (event.key === "Enter") { choose(state.cursor ?? null); return; }

@@ -1,6 +1,6 @@
 """The step timeline: tokens, CPU time, queue and blocks over one time axis, as one canvas.
 
-Live, a refresh must cost little on both sides, so this is a canvas of binned values rather than a Plotly chart (measured on
+Live, ``live.js`` hands it new data (the event ``quire-live``). A refresh must cost little on both sides, so this is a canvas of binned values rather than a Plotly chart (measured on
 2 cores with software rendering: 39 ms of browser CPU a refresh against 506 ms). Single steps are a Plotly chart in
 ``workbench.ui.charts``.
 """
@@ -43,18 +43,18 @@ def show(
     bins: Bins, now_ns: int, num_blocks: int, *, marker_ns: int | None = None, key: str = "timeline"
 ) -> int | None:
     """Render; the time (monotonic ns) that was picked by a click in this run, or None."""
-    picked = _component()(
-        key=key,
-        data=payload(bins, now_ns, num_blocks, theme.current(), marker_ns),
-        on_pick_change=lambda: None,
-    ).pick
-    if not isinstance(picked, int | float):
-        return None
-    return bins.since_ns + int((picked + 1) * bins.bin_ns)
+    data = payload(bins, now_ns, num_blocks, theme.current(), marker_ns)
+    return show_payload(data, bins.until_ns / 1e9, key=key)
+
+
+def show_payload(data: dict[str, Any], at_s: float, *, key: str = "timeline") -> int | None:
+    """Like `show`, of a window that ends at `at_s` (monotonic seconds)."""
+    picked = _component()(key=key, data={**data, "at_s": at_s}, on_pick_change=lambda: None).pick
+    return int(picked * 1e9) if isinstance(picked, int | float) else None
 
 
 def payload(
-    bins: Bins, now_ns: int, num_blocks: int, name: ThemeName, marker_ns: int | None
+    bins: Bins, now_ns: int, num_blocks: int, name: ThemeName, marker_ns: int | None = None
 ) -> dict[str, Any]:
     """What the browser gets: at most `step_columns.MAX_BINS` bins of nine series."""
     t, first, last = theme.tokens(name), (bins.since_ns - now_ns) / 1e9, (bins.until_ns - now_ns) / 1e9
@@ -75,6 +75,7 @@ def payload(
         "panels": [*panels, _blocks_panel(bins, num_blocks, name)],
         "step_ids": bins.last_step_id.tolist(),
         "times": [round(first, 2), round(last, 2)],
+        "window_s": (bins.until_ns - bins.since_ns) / 1e9,
         "ticks": [_tick(first + (last - first) * k / 4) for k in range(5)],
         "marker": None
         if marker_ns is None

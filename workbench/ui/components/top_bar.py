@@ -1,25 +1,29 @@
 """The bar on top of every page: version picker, what the version was trained for, engine chip, running jobs.
 
-Chip and job line are a slot that a page's live fragment fills again (`Bar.refresh`), so that no page runs a second fragment
-for it.
+Chip and job line are live: either the browser keeps them fresh (`keep_live`, or a page's own live view, which has them too),
+or a page's fragment fills them again (`Bar.refresh`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import streamlit as st
 
 from workbench.resident import HostPhase
-from workbench.ui import glossary, markup, resources
-from workbench.ui.components import engine_state, job_bar
+from workbench.ui import glossary, markup, resources, theme
+from workbench.ui.components import engine_state, job_bar, live
 from workbench.ui.components.engine_state import EngineView
+from workbench.ui.components.live import Query, Shown
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
 
+    from workbench.jobs import Job
     from workbench.resident import Resident
+
+CHIP_EVERY_S = 4.0
 
 
 @dataclass(slots=True)
@@ -29,7 +33,8 @@ class Bar:
     model_id: str | None
     view: EngineView
     chip: DeltaGenerator
-    job_ids: tuple[str, ...] = ()  # those that the popover shows
+    place: DeltaGenerator  # of what keeps the page live
+    jobs: list[Job] = field(default_factory=list)  # those that the popover shows
 
     def refresh(self) -> EngineView:
         """Read the engine's state and the jobs again and show them; reruns the page when other jobs run than before.
@@ -38,10 +43,15 @@ class Bar:
         """
         self.view = engine_state.read(self.model_id)
         jobs = job_bar.active()
-        self.chip.html(f'<div class="q-barline">{engine_state.chip(self.view)}{job_bar.line(jobs)}</div>')
-        if tuple(job.id for job in jobs) != self.job_ids:
+        self.chip.html(_line(self.view, jobs))
+        if [job.id for job in jobs] != [job.id for job in self.jobs]:
             st.rerun()
         return self.view
+
+    def keep_live(self) -> None:
+        """Let the browser keep chip and job line fresh; the page runs again when the engine's state or the jobs change."""
+        state = shown(self.view, self.jobs).state
+        live.show(self.place, Query("chip", self.model_id, theme.current()), state, CHIP_EVERY_S)
 
 
 def show() -> Bar:
@@ -56,10 +66,22 @@ def show() -> Bar:
     jobs = job_bar.active()
     with status:
         slot = st.empty()
+        place = st.container()
         job_bar.popover(jobs)
-    bar = Bar(model_id, engine_state.read(model_id), slot, tuple(job.id for job in jobs))
-    slot.html(f'<div class="q-barline">{engine_state.chip(bar.view)}{job_bar.line(jobs)}</div>')
+    bar = Bar(model_id, engine_state.read(model_id), slot, place, jobs)
+    slot.html(_line(bar.view, jobs))
     return bar
+
+
+def shown(view: EngineView, jobs: list[Job], *more: object) -> Shown:
+    """The bar's live parts. The page runs again when another model or none serves, other jobs run, or `more` changes."""
+    serving = view.card.id if view.card else None
+    depends = serving, view.state.phase.value, view.dead, view.worker is None, [job.id for job in jobs], more
+    return Shown(live.digest(repr(depends)), {"chip": engine_state.chip(view), "jobs": job_bar.line(jobs)})
+
+
+def _line(view: EngineView, jobs: list[Job]) -> str:
+    return f'<div class="q-barline">{live.slots(shown(view, jobs), "chip", "jobs")}</div>'
 
 
 def is_choice(resident: Resident) -> bool:
