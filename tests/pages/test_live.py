@@ -101,7 +101,7 @@ def test_foreign_text_is_escaped(client, ready_host):
         ("/live/engine?window=", 400, "window"),
         ("/live/engine?theme=blue", 400, "theme"),
         ("/live/engine?have=zz", 400, "have"),
-        ("/live/engine?have=" + ".".join(["0" * 16] * 17), 400, "have"),
+        ("/live/engine?have=" + ".".join(["0" * 16] * 33), 400, "have"),
         ("/live/engine?model=" + "m" * 513, 400, "model"),
         ("/live/engine?other=1", 400, None),
         ("/live/engine?theme=dark&theme=light", 400, None),

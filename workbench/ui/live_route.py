@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 JOBS_AGE_S = 2.0  # a query costs more than all the rest of an answer: all pages share one
 MAX_MODEL_CHARS = 512
-MAX_DIGESTS = 16  # more than any view has parts
+MAX_DIGESTS = 32  # more than two pages have parts: while one replaces the other, both are in the document
 _VIEWS: Mapping[str, Callable[[EngineView, list[Job], Query], Shown]] = {
     "chip": lambda view, jobs, query: top_bar.shown(view, jobs),
     engine_live.NAME: engine_live.shown,
