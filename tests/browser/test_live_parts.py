@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 
@@ -52,6 +53,7 @@ def test_live_parts_change_without_a_run_of_the_page(name, fake, visit):
     chip = page.locator(".q-chip[role=status]")
     chip.evaluate("element => { element.isTheSame = true; }")
     before = messages.copy(), tiles(page)
+    assert before[0]
     playground = here.open("/playground?max_tokens=1500")  # 30 s at this speed
     chip_says(playground, "idle")
     ask(playground, "hello")
@@ -130,7 +132,7 @@ def test_missing_answers_are_told_and_asked_for_less_often_until_they_come(fake,
     for part in ("[data-live=engine-tiles]", ".st-key-timeline", ".st-key-block_map"):
         assert page.locator(part).evaluate("element => getComputedStyle(element).opacity") == "0.55"
     page.wait_for_timeout(4000)
-    waits = [b - a for a, b in zip(failed, failed[1:], strict=False)]
+    waits = [b - a for a, b in itertools.pairwise(failed)]
     assert waits[-1] > waits[0]
     here.context.unroute("**/live/**")
     expect(note).to_be_hidden()
