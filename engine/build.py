@@ -7,6 +7,7 @@ and hands both to the Engine. The only module that knows all parts; nothing belo
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,11 +39,13 @@ from engine.models.fused_cpu import FusedCpuDecoder
 from engine.models.layers import Linear
 from engine.models.quantized import check_quantization, quantize_decoder
 from engine.models.weights import load_weights
+from engine.needle import find_needle
 from engine.pool_size import Measured, PoolSizer
 from engine.runner.model_runner import ModelRunner
 from engine.runner.profile_run import measure_workspace
 from engine.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
 Loader = Callable[[Decoder, Path, Progress], None]
 CPU_BATCHED_TOKENS = 512  # a step of this many tokens keeps running streams fluent on a few cores
@@ -152,8 +155,8 @@ def prepare_decoder(decoder: Decoder, config: EngineConfig) -> StepDecoder:
         assert library is not None, "the config was resolved where the compiled kernels work"
         return FusedCpuDecoder(decoder, library)
     if config.attention_backend == "triton":
-        decoder.use_kernels()
-    if config.deterministic:
+        decoder.use_kernels(deterministic=config.deterministic)
+    elif config.deterministic:
         linears = [module.weight for module in decoder.modules() if isinstance(module, Linear)]
         decoder.set_row_tile(find_row_tile(linears))
     return decoder
@@ -198,10 +201,21 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
         graphs_bytes=0 if allocator is None else allocator.graph_bytes(),
         other_bytes=before.total_bytes - before.free_bytes,
     )  # fmt: skip
-    return Engine(
-        config, runner, kv_spec=kv_spec, eos_token_ids=eos_token_ids, vocab_size=model.vocab_size,
-        tokenizer=loaded.tokenizer, memory=ledger,
-    )  # fmt: skip
+
+    def make_engine(is_proven_deterministic: bool | None = None) -> Engine:
+        return Engine(
+            config, runner, kv_spec=kv_spec, eos_token_ids=eos_token_ids, vocab_size=model.vocab_size,
+            tokenizer=loaded.tokenizer, memory=ledger, is_proven_deterministic=is_proven_deterministic,
+        )  # fmt: skip
+
+    if not config.deterministic:
+        return make_engine()
+    tell("proving deterministic mode", 0.99)
+    proof = find_needle(make_engine(), model.vocab_size)
+    runner.reset_rows()
+    if not proof.holds:
+        log.warning("deterministic mode does not hold on %s: %s", device, proof.difference)
+    return make_engine(proof.holds)
 
 
 def _size_again(loaded: _Loaded, demand: Demand, now: DeviceMemory) -> EngineConfig:

@@ -55,6 +55,7 @@ class Engine:
         config: resolved: no value of it is None that a step needs.
         kv_spec: the KV cache that the runner holds.
         memory: bytes by purpose, passed on to `stats`.
+        is_proven_deterministic: what the needle test said of this runner, passed on likewise.
 
     Raises:
         ConfigError: a setting is unresolved or contradicts the runner's cache.
@@ -70,6 +71,7 @@ class Engine:
         vocab_size: int,
         tokenizer: TokenizerLike | None = None,
         memory: MemoryLedger | None = None,
+        is_proven_deterministic: bool | None = None,
     ) -> None:
         if kv_spec.block_size != config.block_size:
             raise ConfigError(
@@ -85,6 +87,7 @@ class Engine:
         self.tokenizer = tokenizer
         self._runner = runner
         self._memory = memory
+        self._is_proven_deterministic = is_proven_deterministic
         self._limits = Limits(
             max_model_len, num_blocks * config.block_size, vocab_size, tokenizer is not None
         )
@@ -292,6 +295,7 @@ class Engine:
             device=config.device,
             attention_backend=config.attention_backend,
             deterministic=config.deterministic,
+            is_proven_deterministic=self._is_proven_deterministic,
         )
 
     def check_integrity(self) -> None:

@@ -255,6 +255,7 @@ class EngineStats:
     device: str = ""
     attention_backend: str = ""
     deterministic: bool = False
+    is_proven_deterministic: bool | None = None  # by the needle test on this device; None: not in that mode
 
 
 class HealthState(str, Enum):

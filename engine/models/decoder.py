@@ -161,11 +161,14 @@ class Decoder(nn.Module):
         table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.rotary = rotary_table(config.rope, config.head_size, max_positions, table_dtype).to(device)
 
-    def use_kernels(self) -> None:
-        """Take the Triton kernels for all but the products: on a GPU, in the dtypes that attention has there too."""
+    def use_kernels(self, *, deterministic: bool = False) -> None:
+        """Take the Triton kernels: on a GPU, in the dtypes that attention has there too. Products stay the library's, but for
+        `deterministic`, which no library promises to be."""
         for module in self.modules():
             if isinstance(module, RMSNorm | DecoderLayer):
                 module.use_kernel = True
+            elif isinstance(module, Linear):
+                module.use_invariant_kernel = deterministic
 
     def set_row_tile(self, row_tile: int) -> None:
         """Make every row's result independent of the rows beside it, by products of exactly `row_tile` rows."""

@@ -19,7 +19,8 @@ class Linear(nn.Module):
     """``x @ weight.T + bias`` for x [T, in]; the weight is allocated here and filled by the loader.
 
     `row_tile` 0: one product of whatever shape. `row_tile` M: products of exactly M rows, the last one padded with
-    zeros, so that every row meets the same kernel and the same order of summation over `in`.
+    zeros, so that every row meets the same kernel and the same order of summation over `in`. `use_invariant_kernel`: the same
+    by one Triton kernel, whatever the number of rows.
     """
 
     def __init__(
@@ -34,8 +35,13 @@ class Linear(nn.Module):
                 torch.empty(out_features, dtype=dtype, device=device), requires_grad=False
             )
         self.row_tile = 0
+        self.use_invariant_kernel = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.use_invariant_kernel:
+            from engine.kernels.invariant_linear import invariant_linear
+
+            return invariant_linear(x, self.weight, self.bias)
         if self.row_tile:
             return tiled_linear(x, self.weight, self.bias, self.row_tile)
         return F.linear(x, self.weight, self.bias)

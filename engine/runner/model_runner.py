@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,10 +28,11 @@ from engine.errors import EngineDeadError, OutOfMemoryError
 from engine.models.decoder import LayerCache, StepDecoder
 from engine.plan import KVSpec, StepPlan, StepResult, TokenLogprobs
 from engine.runner.batch import BatchShape, HostRowBatch, RowBatch
-from engine.runner.decode_graphs import CudaGraphs, DecodeGraphs, Replay
-from engine.runner.device_batch import DeviceRowBatch
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
 from engine.runner.step_cost import StepCost
+
+if TYPE_CHECKING:
+    from engine.runner.decode_graphs import DecodeGraphs, Replay
 
 PROMPT_LOGPROB_ROWS = (
     256  # rows of logits at once; a whole prompt's would be gigabytes with a large vocabulary
@@ -117,6 +119,10 @@ class ModelRunner:
         self._batch: RowBatch | None
         self._graphs: DecodeGraphs | None = None
         if on_device:
+            # Not at the top: Triton, which they need, is there on Linux alone.
+            from engine.runner.decode_graphs import CudaGraphs, DecodeGraphs
+            from engine.runner.device_batch import DeviceRowBatch
+
             self._caches = allocate_caches(
                 kv_spec, config.num_blocks + 1, dtype, device
             )  # one block for padding

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from engine.kernels.attention_tiles import AttentionShape, Mode, Variant, combine_variant, tile_for, variant
+from engine.kernels.invariant_linear import invariant_linear_kernel, linear_constants, linear_options
 from engine.kernels.paged_attention import combine_kernel, paged_attention_kernel
 from engine.kernels.rms_norm import rms_norm_constants, rms_norm_kernel, rms_norm_warps
 from engine.kernels.rotary import (
@@ -225,3 +226,18 @@ def test_rotate_and_store(
     options = {"num_warps": rotate_and_store_warps(constants), "enable_fp_fusion": False}
     built = compile_kernel(capability, rotate_and_store_kernel, types, constants, options)
     _assert_moves_16_bytes_a_thread(built)
+
+
+@both_targets
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("size_in", "size_out"), [(4096, 6144), (14336, 4096), (300, 500)])
+def test_invariant_linear(
+    capability: int, dtype: torch.dtype, size_in: int, size_out: int, compile_kernel: CompileKernel
+) -> None:
+    constants = linear_constants(size_in, size_out, True, dtype)
+    types = dict.fromkeys(("out", "x", "weight", "bias"), f"*{NAMES[dtype]}")
+    types |= dict.fromkeys(("num_rows", "stride_x", "stride_out"), "i32")
+    built = compile_kernel(capability, invariant_linear_kernel, types, constants, linear_options(dtype))
+    built.assert_fits()
+    if dtype != torch.float32:
+        assert ("wgmma" if capability == 90 else "mma.sync") in built.ptx

@@ -20,6 +20,7 @@ from workbench.ui.components.live import Query, Shown
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
 
+    from engine.records import EngineStats
     from workbench.jobs import Job
     from workbench.resident import Resident
 
@@ -61,14 +62,15 @@ def show() -> Bar:
     with picker:
         model_id = _pick(choices)
     chosen = choices.get(model_id or "")
+    view = engine_state.read(model_id)
     with middle:
-        st.html(about(chosen))
+        st.html(about(chosen) + determinism(view.stats))
     jobs = job_bar.active()
     with status:
         slot = st.empty()
         place = st.container()
         job_bar.popover(jobs)
-    bar = Bar(model_id, engine_state.read(model_id), slot, place, jobs)
+    bar = Bar(model_id, view, slot, place, jobs)
     slot.html(_line(bar.view, jobs))
     return bar
 
@@ -136,3 +138,12 @@ def about(chosen: Resident | None) -> str:
     is_loading = chosen.state.phase is HostPhase.LOADING  # the engine chip tells the other states
     state = markup.chip("warn", f"loading {chosen.state.fraction:.0%}") if is_loading else ""
     return f'<div class="q-trained">{named} {state} {badge}{markup.text(told)}</div>'
+
+
+def determinism(stats: EngineStats | None) -> str:
+    """What the needle test found on this device, for an engine in deterministic mode; else nothing."""
+    if stats is None or stats.is_proven_deterministic is None:
+        return ""
+    if stats.is_proven_deterministic:
+        return markup.chip("ok", f"deterministic, proven on {stats.device}")
+    return markup.chip("bad", f"deterministic mode does NOT hold on {stats.device}")
