@@ -77,6 +77,7 @@ def test_a_row_draws_the_same_whatever_shares_the_batch() -> None:
 
 FOUR = [0.5] * 4
 STAIRS = [0.1 * i for i in range(10)]
+NEAR = [1.0 + i * 2.0**-23 for i in range(4)]  # neighbours among the floats
 # The likeliest token in the second part; of the three behind it, equal and in both parts, top_p needs two.
 EDGE = [-9.0] * 2 * TILE
 EDGE[TILE + 3] = 1.0 + math.log(2.0)
@@ -96,6 +97,8 @@ for place in (4, TILE, TILE + 9):
         (STAIRS, {"min_p": 0.75}, [7], [6]),  # exp(-0.2) and exp(-0.3) on either side
         (STAIRS, {"top_p": 0.5}, [6], [5]),
         (STAIRS, {"top_p": 0.5, "top_k": 5}, [7], [6]),  # of what top_k keeps
+        (NEAR, {"top_k": 2}, [2], [1]),
+        (NEAR, {"top_p": 0.5}, [2], [1]),
         (EDGE, {"top_p": 0.7}, [4, TILE, TILE + 3], [TILE + 9]),
         ([-0.0, 0.0, -0.0, -1.0], {"top_k": 1}, [0, 1, 2], [3]),  # both zeros are equal
     ],
