@@ -13,8 +13,9 @@ BLOCK_SIZE = 16
 
 def slots_now(engine) -> KVWaste:
     """The truth of this moment, from the block tables."""
-    running = engine._scheduler.running
-    empty = sum(len(seq.block_ids) * BLOCK_SIZE - seq.num_scheduled for seq in running)
+    scheduler = engine._scheduler
+    running = scheduler.running
+    empty = sum(len(seq.block_ids) * BLOCK_SIZE - scheduler.num_scheduled(seq) for seq in running)
     return KVWaste(len({i for seq in running for i in seq.block_ids}) * BLOCK_SIZE, empty)
 
 

