@@ -72,6 +72,7 @@ def test_live_parts_change_without_a_run_of_the_page(name, fake, visit):
     assert messages == before[0]
 
 
+@pytest.mark.full
 def test_click_on_the_live_timeline_pauses_at_that_time(fake, visit):
     stream(fake, 300)  # 6 s at this speed
     engine = visit(fake).open("/engine")
@@ -93,6 +94,7 @@ def test_click_on_the_live_timeline_pauses_at_that_time(fake, visit):
     )  # the window may move on by a second and more between reading and pressing
 
 
+@pytest.mark.full
 def test_hidden_page_asks_nothing(fake, visit):
     here = visit(fake)
     page = here.open("/engine")
@@ -116,6 +118,7 @@ def test_hidden_page_asks_nothing(fake, visit):
     expect(page.locator(".old")).to_be_hidden()
 
 
+@pytest.mark.full
 def test_missing_answers_are_told_and_asked_for_less_often_until_they_come(fake, visit):
     here = visit(fake)
     page = here.open("/engine")

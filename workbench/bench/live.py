@@ -38,6 +38,7 @@ import numpy as np
 BAR = 1.3
 MAX_STOLEN = 0.02
 RETRIES = 3
+SETTLE_S = 5.0  # after which pages that were opened are as they will stay
 PATHS = ("/", "/playground", "/engine")
 PROMPT = "Tell me a story about a fox and a lamp."
 WARM_UP_TOKENS = 64
@@ -265,7 +266,7 @@ class Browser:
             for page in self._pages:
                 page.wait_for_selector(".q-chip.ok[role=status], .q-chip.busy[role=status]", timeout=240_000)
             self._pages[2].wait_for_selector(".timeline canvas", timeout=240_000)
-        time.sleep(2.5)
+        time.sleep(SETTLE_S)
 
     def cpu_s(self) -> float:
         return _cpu_s(_descendants(self._root_pid) - {os.getpid()})

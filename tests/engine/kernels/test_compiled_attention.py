@@ -44,6 +44,7 @@ def _types(shape: AttentionShape) -> dict[str, str]:
     return {**types, "scale_log2": "fp32"}
 
 
+@pytest.mark.full
 @both_targets
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize(

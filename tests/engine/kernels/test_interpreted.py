@@ -18,6 +18,12 @@ import triton
 HERE = Path(__file__).parent
 VERSIONS = [tuple(map(int, package.__version__.split(".")[:2])) for package in (triton, numpy)]
 CASES = sorted(path.name for path in (HERE / "interpreted").glob("cases_*.py"))
+LONG = {
+    "cases_attention_captured.py",
+    "cases_attention_scores.py",
+    "cases_quantized_kv.py",
+    "cases_sampling.py",
+}
 
 
 @pytest.mark.skipif(
@@ -25,7 +31,9 @@ CASES = sorted(path.name for path in (HERE / "interpreted").glob("cases_*.py"))
     reason="the interpreter of Triton before 3.7 does not run with NumPy 2.4 or later",
 )
 @pytest.mark.timeout(900)  # the interpreter is slow, and slower on a machine that is busy
-@pytest.mark.parametrize("cases", CASES)
+@pytest.mark.parametrize(
+    "cases", [pytest.param(name, marks=pytest.mark.full) if name in LONG else name for name in CASES]
+)
 def test_kernels_agree_with_their_references_in_the_interpreter(
     cases: str, pytestconfig: pytest.Config
 ) -> None:
