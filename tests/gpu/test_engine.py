@@ -22,6 +22,7 @@ from transformers import (
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.needle import find_needle
 from engine.records import StepRecord
 from engine.sampling_params import SamplingParams
 
@@ -245,6 +246,20 @@ def test_deterministic_mode_gives_the_same_bits_alone_batched_and_in_other_chunk
         )
         assert alone.tokens[name] == together.tokens[name], name
         assert alone.logprobs[name] == together.logprobs[name], f"{name}: same tokens, other bits"
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_needle_is_found_in_deterministic_mode_alone(
+    deterministic: bool, checkpoint: Callable[[str], Path]
+) -> None:
+    """With the mode off libraries choose their kernels by the batch: a needle test that held there would prove nothing."""
+    engine = make_engine(checkpoint("llama3"), dtype="bfloat16", deterministic=deterministic)
+    try:
+        assert engine.stats().is_proven_deterministic is (True if deterministic else None)
+        proof = find_needle(engine, VOCAB)
+        assert proof.holds == deterministic, proof.difference
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fast"])
