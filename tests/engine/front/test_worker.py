@@ -92,11 +92,34 @@ def worker_on(runner: FakeRunner, **more: Any) -> EngineWorker:
     return worker
 
 
-def kill(worker: EngineWorker) -> None:
-    """Raise SystemExit inside the engine thread, as the interpreter lets a debugger do."""
+class Killed(FakeRunner):
+    """A runner whose thread is told to exit in the middle of a step, once `killed` is set."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.killed = threading.Event()
+
+    def collect(self) -> StepResult:
+        if self.killed.is_set():
+            raise SystemExit
+        return super().collect()
+
+
+def kill_idle(worker: EngineWorker) -> None:
+    """Raise SystemExit inside the engine thread, as the interpreter lets a debugger do.
+
+    The thread has to stand where it waits for a message: anywhere else, a destructor or the callback of a weak
+    reference could be what the exception meets, and those swallow it.
+    """
     thread = worker._thread
     assert thread is not None
     assert thread.ident is not None
+
+    def waits() -> bool:
+        frame = sys._current_frames().get(thread.ident or 0)
+        return frame is not None and frame.f_code is EngineWorker._serve.__code__
+
+    assert eventually(lambda: worker._working_since_ns is None and waits())
     assert (
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
         == 1
@@ -340,7 +363,8 @@ def test_a_bug_that_escapes_a_step_ends_all_requests_and_the_worker() -> None:
 @pytest.mark.parametrize("how", ["iterating", "waiting", "async"])
 def test_readers_of_a_killed_worker_get_an_error(how: str) -> None:
     fatal: list[BaseException] = []
-    worker = worker_on(FakeRunner(64, delay_s=0.002), on_fatal=fatal.append)
+    runner = Killed(64, delay_s=0.002)
+    worker = worker_on(runner, on_fatal=fatal.append)
     stream = worker.submit([1], ENDLESS)
     last: list[Any] = []
 
@@ -359,7 +383,7 @@ def test_readers_of_a_killed_worker_get_an_error(how: str) -> None:
     reader = threading.Thread(target=wait, daemon=True)
     reader.start()
     assert eventually(lambda: len(worker.records.steps()) > 3)
-    kill(worker)
+    runner.killed.set()
     reader.join(20)
     assert not reader.is_alive(), "the reader hangs"
     assert last[-1] is FinishReason.ERROR
@@ -369,8 +393,7 @@ def test_readers_of_a_killed_worker_get_an_error(how: str) -> None:
 def test_a_worker_killed_while_idle_fails_the_next_request() -> None:
     fatal: list[BaseException] = []
     worker = worker_on(FakeRunner(64), on_fatal=fatal.append)
-    assert eventually(lambda: worker._working_since_ns is None)
-    kill(worker)
+    kill_idle(worker)
     check_death(worker, [worker.submit([1], SHORT)], fatal, "SystemExit")
 
 
