@@ -157,25 +157,19 @@ class HostRowBatch(RowBatch):
 
     def step_inputs(self, plan: StepPlan) -> StepInputs:
         """The flat tensors of the plan that was applied last."""
-        rows, start, count = (a.astype(np.int64) for a in (plan.rows, plan.start, plan.num_tokens))
-        query_start = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(count, out=query_start[1:])
-        row_of = np.repeat(rows, count)
-        positions = np.arange(len(row_of)) + np.repeat(start - query_start[:-1], count)
-        size = self.shape.block_size
-        blocks = self._tables[row_of, positions // size].astype(np.int64)
-        end = start + count
-        max_seq_len = int(end.max())
+        layout, size = flat_layout(plan), self.shape.block_size
+        positions, max_seq_len = layout.positions, int(layout.seq_lens.max())
+        blocks = self._tables[layout.row_of, positions // size].astype(np.int64)
         token_ids, at, slots, tables, starts, seq_lens, logit_index = map(
             torch.from_numpy,
             (
-                self._tokens[row_of, positions],
+                self._tokens[layout.row_of, positions],
                 positions,
                 blocks * size + positions % size,
-                self._tables[rows, : -(-max_seq_len // size)],
-                query_start.astype(np.int32),
-                end.astype(np.int32),
-                query_start[1:][plan.logit_rows] - 1,
+                self._tables[plan.rows, : -(-max_seq_len // size)],
+                layout.query_start.astype(np.int32),
+                layout.seq_lens.astype(np.int32),
+                layout.logit_index,
             ),
         )
         meta = AttentionMetadata(
@@ -183,7 +177,7 @@ class HostRowBatch(RowBatch):
             seq_lens=seq_lens,
             block_tables=tables,
             slot_mapping=slots,
-            max_query_len=int(count.max()),
+            max_query_len=int(plan.num_tokens.max()),
             max_seq_len=max_seq_len,
             num_decode_rows=num_decode_rows(plan),
         )
@@ -217,6 +211,27 @@ class HostRowBatch(RowBatch):
 
     def _append_blocks(self, rows: Int64, columns: Int64, ids: Int64) -> None:
         self._tables[rows, columns] = ids
+
+
+@dataclass(frozen=True, slots=True)
+class FlatLayout:
+    """Where a plan's tokens stand side by side. T tokens, S rows, L rows that sample; all int64."""
+
+    row_of: Int64  # [T]
+    positions: Int64  # [T]
+    query_start: Int64  # [S + 1]
+    seq_lens: Int64  # [S], with this step's tokens
+    logit_index: Int64  # [L], the token whose hidden state is sampled from
+
+
+def flat_layout(plan: StepPlan) -> FlatLayout:
+    """The layout of a step, rows in the plan's order."""
+    rows, start, count = (a.astype(np.int64) for a in (plan.rows, plan.start, plan.num_tokens))
+    query_start = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(count, out=query_start[1:])
+    row_of = np.repeat(rows, count)
+    positions = np.arange(len(row_of)) + np.repeat(start - query_start[:-1], count)
+    return FlatLayout(row_of, positions, query_start, start + count, query_start[1:][plan.logit_rows] - 1)
 
 
 def num_decode_rows(plan: StepPlan) -> int:

@@ -21,7 +21,7 @@ from engine.attention.interface import AttentionMetadata
 from engine.kernels import logprobs, sampling
 from engine.kernels.sampling import RowSettings
 from engine.plan import RowAdmission, StepPlan
-from engine.runner.batch import BatchShape, Int64, RowBatch, StepInputs, num_decode_rows
+from engine.runner.batch import BatchShape, Int64, RowBatch, StepInputs, flat_layout, num_decode_rows
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
 
 ALIGNMENT = 4  # int32 values in 16 bytes: a kernel is compiled anew for an address that is less aligned
@@ -67,24 +67,19 @@ class DeviceRowBatch(RowBatch):
 
     def step_inputs(self, plan: StepPlan) -> StepInputs:
         """The flat tensors of the plan that was applied last, by one copy to the device."""
-        start, count = plan.start.astype(np.int64), plan.num_tokens.astype(np.int64)
-        query_start = np.zeros(plan.num_rows + 1, dtype=np.int64)
-        np.cumsum(count, out=query_start[1:])
-        row_of = np.repeat(plan.rows, count)
-        positions = np.arange(len(row_of)) + np.repeat(start - query_start[:-1], count)
-        end, picked = start + count, plan.logit_rows
+        layout, picked = flat_layout(plan), plan.logit_rows
         banned = [(index, token) for index, ids in self.banned(plan) for token in ids]
         row_at, at, rows, starts, seq_lens, logit_index, *rest = self._upload(
-            row_of, positions, plan.rows, query_start, end, query_start[1:][picked] - 1,
-            plan.rows[picked], end[picked], [row for row, _ in banned], [token for _, token in banned], self.wanted(plan),
+            layout.row_of, layout.positions, plan.rows, layout.query_start, layout.seq_lens, layout.logit_index,
+            plan.rows[picked], layout.seq_lens[picked], [row for row, _ in banned], [token for _, token in banned], self.wanted(plan),
         )  # fmt: skip
-        size, max_seq_len, wide = self.shape.block_size, int(end.max()), at.long()
+        size, max_seq_len, wide = self.shape.block_size, int(layout.seq_lens.max()), at.long()
         meta = AttentionMetadata(
             query_start=starts,
             seq_lens=seq_lens,
             block_tables=self.tables[:, : -(-max_seq_len // size)].index_select(0, rows),
             slot_mapping=self.tables[row_at, at // size].long() * size + wide % size,
-            max_query_len=int(count.max()),
+            max_query_len=int(plan.num_tokens.max()),
             max_seq_len=max_seq_len,
             num_decode_rows=num_decode_rows(plan),
         )
