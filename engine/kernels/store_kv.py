@@ -67,15 +67,8 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
     k and v may be views into a wider projection: heads must lie side by side, tokens may have any stride.
     """
-    check_layout(k_cache, v_cache)
+    check_store(k, v, k_cache, v_cache, slot_mapping)
     tokens, heads, size = k.shape
-    assert v.shape == k.shape, (k.shape, v.shape)
-    assert (k_cache.shape[1], k_cache.shape[3]) == (heads, size), (k.shape, k_cache.shape)
-    for tensor in (k, v):
-        assert tensor.stride()[1:] == (size, 1), f"heads of a token are not side by side: {tensor.stride()}"
-    assert slot_mapping.dtype == torch.int64
-    assert slot_mapping.is_contiguous()
-    assert slot_mapping.shape == (tokens,)
     if tokens == 0:
         return
     store_kv_kernel[(tokens,)](
@@ -89,6 +82,19 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         **store_constants(heads, size, k_cache.shape[2]),
         num_warps=STORE_WARPS,
     )
+
+
+def check_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Assert the layouts that a store of k, v [T, K, D] counts on."""
+    check_layout(k_cache, v_cache)
+    tokens, heads, size = k.shape
+    assert v.shape == k.shape, (k.shape, v.shape)
+    assert (k_cache.shape[1], k_cache.shape[3]) == (heads, size), (k.shape, k_cache.shape)
+    for tensor in (k, v):
+        assert tensor.stride()[1:] == (size, 1), f"heads of a token are not side by side: {tensor.stride()}"
+    assert slot_mapping.dtype == torch.int64
+    assert slot_mapping.is_contiguous()
+    assert slot_mapping.shape == (tokens,)
 
 
 def store_kv_ref(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:

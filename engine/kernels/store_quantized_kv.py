@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.attention.interface import check_layout
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES, check_scales
+from engine.kernels.store_kv import check_store
 
 # A product that was contracted into the addition behind it would round other than the definition does.
 STORE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -96,16 +96,9 @@ def store_quantized_kv(
 
     k and v may be views into a wider projection: heads must lie side by side, tokens may have any stride.
     """
-    check_layout(k_cache, v_cache)
+    check_store(k, v, k_cache, v_cache, slot_mapping)
     check_scales(k_cache, k_scale, v_scale)
     tokens, heads, size = k.shape
-    assert v.shape == k.shape, (k.shape, v.shape)
-    assert (k_cache.shape[1], k_cache.shape[3]) == (heads, size), (k.shape, k_cache.shape)
-    for tensor in (k, v):
-        assert tensor.stride()[1:] == (size, 1), f"heads of a token are not side by side: {tensor.stride()}"
-    assert slot_mapping.dtype == torch.int64
-    assert slot_mapping.is_contiguous()
-    assert slot_mapping.shape == (tokens,)
     if tokens == 0:
         return
     store_quantized_kv_kernel[(tokens,)](
