@@ -7,12 +7,14 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 # Compute capability -> the most shared memory that one program may take. Source: CUDA C++ Programming Guide, technical
 # specifications per compute capability.
@@ -88,3 +90,41 @@ def _build(
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
+
+
+class NoDevice:
+    """What Triton asks of a driver before a launch."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class Launch(NamedTuple):
+    """One launch that did not run: the kernel's name, the hash of what was compiled for it, and its grid."""
+
+    kernel: str
+    digest: str
+    grid: tuple[int, ...]
+
+
+@pytest.fixture
+def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Every launch of the test, none of which runs."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compile_and_launch = JITFunction.run
+    seen: list[Launch] = []
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        built = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
+        seen.append(Launch(self.__name__, built.hash, grid))
+        return built
+
+    monkeypatch.setattr(JITFunction, "run", only_compile)
+    monkeypatch.setattr(driver, "_active", NoDevice())
+    return seen
