@@ -29,7 +29,6 @@ class Proof:
     """What the needle test found. `difference` is None when every bit was the same."""
 
     difference: str | None
-    num_runs: int
 
     @property
     def holds(self) -> bool:
@@ -60,8 +59,8 @@ def find_needle(engine: Engine, vocab_size: int) -> Proof:
     ):
         difference = _difference(alone, _run(engine, prompt, beside, salt=salt))
         if difference is not None:
-            return Proof(f"{name}: {difference}", 3)
-    return Proof(None, 3)
+            return Proof(f"{name}: {difference}")
+    return Proof(None)
 
 
 def _run(engine: Engine, prompt: list[int], others: list[list[int]], *, salt: str) -> list[TokenLogprobs]:

@@ -15,9 +15,11 @@ Source: mix is "lowbias32" (Wellons, hash-prospector, 2018); argmax of logits pl
 (Gumbel 1954; Maddison et al. 2014).
 
 Filters act in this order, as in vLLM: temperature, min_p, top_k, top_p. Work that no row asks for is not done: a greedy
-batch is one argmax, rows are sorted only for top_p, and on a CPU only their most likely tokens. Log-probabilities are those of the raw logits.
+batch is one argmax, rows are sorted only for top_p, and where few are kept only their most likely tokens. Log-probabilities are those of the raw
+logits.
 
-Boundary: logits and settings in, tokens and log-probabilities out; no rows, no plan, no stop rules.
+Boundary: logits and settings in, tokens and log-probabilities out, on the host (`engine.kernels.sampling` is for devices);
+no rows, no plan, no stop rules.
 """
 
 from __future__ import annotations
@@ -147,11 +149,11 @@ def sample(logits: Tensor, settings: SampleSettings, *, invariant: bool = False)
     else:
         chosen = allowed.argmax(dim=-1)
         if len(drawn):
-            index = _upload(drawn, logits)
+            index = torch.from_numpy(drawn)
             chosen[index] = _draw(allowed[index], settings, drawn, invariant)
     logprobs = None
     if len(wanted):
-        index = _upload(wanted, logits)
+        index = torch.from_numpy(wanted)
         logprobs = token_logprobs(logits[index], chosen[index], int(settings.num_logprobs.max()))
     return Sampled(chosen, logprobs, tuple(wanted.tolist()))
 
@@ -168,23 +170,21 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> LogprobTe
 def _draw(logits: Tensor, settings: SampleSettings, rows: NDArray[np.int64], invariant: bool) -> Tensor:
     """Draw from logits [n, V], row i under the settings of ``rows[i]``."""
     temperature = np.maximum(settings.temperature[rows], MIN_TEMPERATURE)
-    scaled = logits / _upload(temperature, logits)[:, None].to(logits.dtype)
+    scaled = logits / torch.from_numpy(temperature)[:, None].to(logits.dtype)
     filters = Filters(settings.top_k[rows], settings.top_p[rows], settings.min_p[rows])
-    keys = _to_device(noise_keys(settings.seed[rows], settings.position[rows]), logits)
+    keys = noise_keys(settings.seed[rows], settings.position[rows])
     chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     left = np.arange(len(rows))
     few = filters.rows_that_keep_few(logits.shape[1])
-    if (
-        len(few) and logits.device.type == "cpu"
-    ):  # elsewhere the question which rows are settled would be a wait
-        index = _upload(few, logits)
+    if len(few):
+        index = torch.from_numpy(few)
         found, settled = _draw_among_few(scaled[index], filters.of(few), keys[:, index], invariant)
         chosen[index] = found
         left = np.setdiff1d(left, few[settled.numpy()])
     if len(left) == len(rows):
         return _draw_among_all(scaled, filters, keys, invariant)
     if len(left):
-        index = _upload(left, logits)
+        index = torch.from_numpy(left)
         chosen[index] = _draw_among_all(scaled[index], filters.of(left), keys[:, index], invariant)
     return chosen
 
@@ -202,10 +202,10 @@ def _draw_among_few(scaled: Tensor, filters: Filters, keys: Tensor, invariant: b
     """
     best, ids = scaled.topk(FEW, dim=-1)
     with np.errstate(divide="ignore"):
-        floor = best[:, :1] + _upload(np.log(filters.min_p), scaled)[:, None].to(scaled.dtype)
+        floor = best[:, :1] + torch.from_numpy(np.log(filters.min_p))[:, None].to(scaled.dtype)
     k = np.where(filters.top_k > 0, filters.top_k, FEW)
-    kth = best.gather(1, _upload(k - 1, scaled)[:, None])
-    floor = torch.where(_upload(filters.top_k > 0, scaled)[:, None], torch.maximum(floor, kth), floor)
+    kth = best.gather(1, torch.from_numpy(k - 1)[:, None])
+    floor = torch.where(torch.from_numpy(filters.top_k > 0)[:, None], torch.maximum(floor, kth), floor)
     ids, by_id = ids.sort(dim=-1)
     values = best.gather(1, by_id)
     kept = values >= floor
@@ -224,20 +224,20 @@ def keep_likely(scaled: Tensor, filters: Filters) -> Tensor:
     vocab, top_k, top_p, min_p = scaled.shape[1], filters.top_k, filters.top_p, filters.min_p
     if (min_p > 0.0).any():
         with np.errstate(divide="ignore"):
-            floor = _upload(np.log(min_p), scaled)[:, None].to(scaled.dtype)
+            floor = torch.from_numpy(np.log(min_p))[:, None].to(scaled.dtype)
         scaled = scaled.masked_fill(scaled < scaled.amax(dim=-1, keepdim=True) + floor, float("-inf"))
     limited = (top_k > 0) & (top_k < vocab)
     if limited.any():
         k = np.where(limited, top_k, 1)
         best = scaled.topk(int(k.max()), dim=-1).values
-        kth = best.gather(1, _upload(k - 1, scaled)[:, None])
-        unlimited = _upload(~limited, scaled)[:, None]
+        kth = best.gather(1, torch.from_numpy(k - 1)[:, None])
+        unlimited = torch.from_numpy(~limited)[:, None]
         scaled = scaled.masked_fill((scaled < kth) & ~unlimited, float("-inf"))
     nucleus = np.nonzero(top_p < 1.0)[0]
     if len(nucleus) == len(scaled):
         return _keep_nucleus(scaled, top_p)
     if len(nucleus):
-        index = _upload(nucleus, scaled)
+        index = torch.from_numpy(nucleus)
         scaled = scaled.index_copy(0, index, _keep_nucleus(scaled[index], top_p[nucleus]))
     return scaled
 
@@ -251,7 +251,7 @@ def _beyond_nucleus(values: Tensor, probabilities: Tensor, top_p: NDArray[np.flo
     """Which tokens [n, m], given in the order of their ids, lie behind a set of more likely ones that reaches top_p."""
     _, order = values.sort(dim=-1, descending=True, stable=True)
     ordered = probabilities.gather(1, order)
-    drop = ordered.cumsum(dim=-1) - ordered >= _upload(top_p, values)[:, None].to(values.dtype)
+    drop = ordered.cumsum(dim=-1) - ordered >= torch.from_numpy(top_p)[:, None].to(values.dtype)
     drop[:, 0] = False
     return torch.empty_like(drop).scatter_(1, order, drop)
 
@@ -262,15 +262,4 @@ def _without_banned(logits: Tensor, settings: SampleSettings) -> Tensor:
     rows = np.array([row for row, ids in settings.banned for _ in ids], dtype=np.int64)
     ids = np.array([token for _, ids in settings.banned for token in ids], dtype=np.int64)
     minus = torch.full((len(rows),), float("-inf"), dtype=logits.dtype, device=logits.device)
-    return logits.index_put((_upload(rows, logits), _upload(ids, logits)), minus)
-
-
-def _upload(array: NDArray[np.generic], like: Tensor) -> Tensor:
-    """A host array on the tensor's device, without waiting for work in flight."""
-    return _to_device(torch.from_numpy(np.ascontiguousarray(array)), like)
-
-
-def _to_device(tensor: Tensor, like: Tensor) -> Tensor:
-    if like.device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(like.device, non_blocking=True)
+    return logits.index_put((torch.from_numpy(rows), torch.from_numpy(ids)), minus)
