@@ -10,6 +10,8 @@ import os
 import sys
 import threading
 
+from engine.build import available_cores
+
 FEW_CORES = 4  # below it the engine's own threads leave none free
 STRETCH_ON_FEW_CORES = 2.5
 NICE = 10
@@ -17,8 +19,7 @@ NICE = 10
 
 def every(seconds: float) -> float:
     """Seconds between two refreshes of a live part that would like `seconds`: longer where no core is free for them."""
-    num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return seconds * STRETCH_ON_FEW_CORES if num_cores < FEW_CORES else seconds
+    return seconds * STRETCH_ON_FEW_CORES if available_cores() < FEW_CORES else seconds
 
 
 def yield_to_the_engine() -> None:
