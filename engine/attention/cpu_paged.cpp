@@ -15,6 +15,7 @@ namespace quire {
 
 constexpr int TILE = 32;         // keys of a tile: K and V of D = 64 in float32 are 16 KiB, half of an L1 cache
 constexpr int QUERY_ROWS = 16;   // queries times heads of a task, about
+constexpr int MAX_QUERIES = 4;    // that share a read of K and V; their sums fill half of the registers
 constexpr float LOWEST = -1e30f;  // below any score; finite, so that a difference of two is never NaN
 
 struct Paging {
@@ -59,82 +60,141 @@ inline void store_token(const T* k, const T* v, C* k_cache, C* v_cache, int64_t 
     }
 }
 
-// Scores of one query with VL keys of N vectors.
-template <int N, class C>
-inline vf score_vectors(const float* q, const C* const* keys) {
-    vf sums[VL];
-#pragma GCC unroll 8
-    for (int i = 0; i < N; i++) {
-        const vf a = load(q + i * VL);
-#pragma GCC unroll 16
-        for (int j = 0; j < VL; j++) sums[j] = (i ? sums[j] : vf{}) + a * load(keys[j] + i * VL);
-    }
-    return sum_each(sums);
+// 2 VL values of a key or a value row in two vectors. Of bfloat16 these are the even and the odd ones, which widen with
+// one operation each; queries and sums that meet them are split alike.
+constexpr int CHUNK = 2 * VL;
+
+inline void load_chunk(const float* p, vf& a, vf& b) { a = load(p), b = load(p + VL); }
+inline void load_chunk(const bf16* p, vf& a, vf& b) {
+    const vu pairs = *reinterpret_cast<const vu_any*>(p);
+    a = (vf)(pairs << 16), b = (vf)(pairs & 0xFFFF0000u);
 }
 
-// The same for any head size; q is padded with zeros to whole vectors.
-template <class C>
-inline vf score(const float* q, const C* const* keys, int64_t size) {
-    if (size == 4 * VL) return score_vectors<4>(q, keys);
-    if (size == 8 * VL) return score_vectors<8>(q, keys);
-    vf sums[VL] = {};
-    in_vectors(size, [&](int64_t i, int64_t n) {
-        const vf a = load(q + i);
-        for (int j = 0; j < VL; j++) sums[j] += a * load_some(keys[j] + i, n);
-    });
-    return sum_each(sums);
+// Whether queries in the scores' type S and sums meet split chunks of a cache of C.
+template <class S, class C>
+constexpr bool SPLITS = sizeof(S) == 4 && sizeof(C) == 2;
+
+inline void split_chunks(float* p, int64_t size) {
+    for (int64_t i = 0; i + CHUNK <= size; i += CHUNK) {
+        const vf a = load(p + i), b = load(p + i + VL);
+        store(p + i, __builtin_shuffle(a, b, 2 * LANE));
+        store(p + i + VL, __builtin_shuffle(a, b, 2 * LANE + 1));
+    }
 }
+
+inline void join_chunks(float* p, int64_t size) {
+    for (int64_t i = 0; i + CHUNK <= size; i += CHUNK) {
+        const vf even = load(p + i), odd = load(p + i + VL);
+        store(p + i, __builtin_shuffle(even, odd, INTERLEAVE_LOW));
+        store(p + i + VL, __builtin_shuffle(even, odd, INTERLEAVE_HIGH));
+    }
+}
+
+template <class C>
+inline void prefetch_chunk(const C* p) {
+    for (int64_t i = 0; i < CHUNK; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(p + i);
+}
+
+template <class S, class C>
+struct KeyChunk {
+    vf a, b;
+    explicit KeyChunk(const C* key) { load_chunk(key, a, b); }
+    void add_product(const S* q, vf& sum) const { sum = (sum + load(q) * a) + load(q + VL) * b; }
+};
 
 #if defined(__AVX512BF16__)
 constexpr bool MULTIPLIES_BF16 = true;
-inline vf score(const bf16* q, const bf16* const* keys, int64_t size) {  // size is a multiple of 32
-    vf sums[VL] = {};
-    for (int64_t i = 0; i < size; i += 32) {
-        const __m512bh a = (__m512bh)_mm512_loadu_si512(q + i);
-#pragma GCC unroll 16
-        for (int j = 0; j < VL; j++)
-            sums[j] = (vf)_mm512_dpbf16_ps((__m512)sums[j], a, (__m512bh)_mm512_loadu_si512(keys[j] + i));
+template <>
+struct KeyChunk<bf16, bf16> {
+    __m512bh key;
+    explicit KeyChunk(const bf16* from) : key((__m512bh)_mm512_loadu_si512(from)) {}
+    void add_product(const bf16* q, vf& sum) const {
+        sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(q), key);
     }
-    return sum_each(sums);
-}
+};
 #else
 constexpr bool MULTIPLIES_BF16 = false;
 #endif
 
-// out[0 … N vectors) = out * decay + Σ_j weight[j] * value[j]; even and odd positions in sums of their own, which
-// halves the chain of dependent additions.
-template <int N, class C>
-inline void weighted(const float* weight, const C* const* values, int64_t begin, int64_t end, int64_t at, float decay,
-                     float* out) {
-    vf even[N], odd[N] = {};
-#pragma GCC unroll 4
-    for (int c = 0; c < N; c++) even[c] = load(out + at + c * VL) * splat(decay);
-    int64_t j = begin;
-    for (; j + 2 <= end; j += 2) {
-        const vf a = splat(weight[j]), b = splat(weight[j + 1]);
-#pragma GCC unroll 4
-        for (int c = 0; c < N; c++) {
-            even[c] += a * load(values[j] + at + c * VL);
-            odd[c] += b * load(values[j + 1] + at + c * VL);
-        }
-    }
-    if (j < end)
-        for (int c = 0; c < N; c++) even[c] += splat(weight[j]) * load(values[j] + at + c * VL);
-#pragma GCC unroll 4
-    for (int c = 0; c < N; c++) store(out + at + c * VL, even[c] + odd[c]);
+// Of the values that fill no chunk.
+template <class S, class C>
+inline float rest_product(const S* q, const C* key, int64_t size) {
+    vf products{};
+    in_vectors(size, [&](int64_t i, int64_t n) { products += load(q + i) * load_some(key + i, n); });
+    return sum(products);
 }
 
-template <class C>
-inline void accumulate(const float* weight, const C* const* values, int64_t begin, int64_t end, int64_t size, float decay,
-                       float* out) {
-    int64_t at = 0;
-    for (; at + 4 * VL <= size; at += 4 * VL) weighted<4>(weight, values, begin, end, at, decay, out);
-    for (; at + VL <= size; at += VL) weighted<1>(weight, values, begin, end, at, decay, out);
-    for (; at < size; at++) {  // a head size that is no multiple of the vector
-        float sum = out[at] * decay;
-        for (int64_t j = begin; j < end; j++) sum += weight[j] * widen(values[j][at]);
-        out[at] = sum;
+// Scores of Q queries with VL / Q keys each: every key is read once for all of them. Queries are padded with zeros to
+// whole vectors; query r's scores go to scores[r * TILE]. `next`: keys to ask the memory for meanwhile, or null.
+template <int Q, class S, class C>
+inline void score_some(const S* q, int64_t width, const C* const* keys, const C* const* next, int64_t size, float scale,
+                       float* scores) {
+    constexpr int KEYS = VL / Q;
+    vf sums[VL];
+    each<VL>([&](auto i) __attribute__((always_inline)) { sums[i] = vf{}; });
+    int64_t i = 0;
+    for (; i + CHUNK <= size; i += CHUNK)
+        each<KEYS>([&](auto j) __attribute__((always_inline)) {
+            const KeyChunk<S, C> key(keys[j] + i);
+            if (next) prefetch_chunk(next[j] + i);
+            each<Q>([&](auto r) __attribute__((always_inline)) { key.add_product(q + r * width + i, sums[r * KEYS + j]); });
+        });
+    float lanes[VL];
+    store(lanes, sum_each(sums));
+    if (i < size)
+        for (int r = 0; r < Q; r++)
+            for (int j = 0; j < KEYS; j++) lanes[r * KEYS + j] += rest_product(q + r * width + i, keys[j] + i, size - i);
+    store(lanes, load(lanes) * splat(scale));
+#pragma GCC unroll 4
+    for (int r = 0; r < Q; r++) std::memcpy(scores + r * TILE, lanes + r * KEYS, KEYS * sizeof(float));
+}
+
+// out[r] = out[r] * decay[r] + Σ_j weights[r][j] * value[j] for Q queries and N vectors of their D values. `next` as above.
+template <int Q, int N, class C>
+inline void weigh_some(const float* weights, const C* const* values, const C* const* next, int64_t begin, int64_t end,
+                       int64_t at, const float* decay, float* out, int64_t width) {
+    vf sums[Q][N];
+#pragma GCC unroll 4
+    for (int r = 0; r < Q; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < N; c++) sums[r][c] = load(out + r * width + at + c * VL) * splat(decay[r]);
+    for (int64_t j = begin; j < end; j++) {
+        vf value[N];
+        if constexpr (N == 1)
+            value[0] = load(values[j] + at);
+        else
+#pragma GCC unroll 2
+            for (int c = 0; c < N; c += 2) {
+                load_chunk(values[j] + at + c * VL, value[c], value[c + 1]);
+                if (next) prefetch_chunk(next[j] + at + c * VL);
+            }
+#pragma GCC unroll 4
+        for (int r = 0; r < Q; r++) {
+            const vf weight = splat(weights[r * TILE + j]);
+#pragma GCC unroll 4
+            for (int c = 0; c < N; c++) sums[r][c] += weight * value[c];
+        }
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < Q; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < N; c++) store(out + r * width + at + c * VL, sums[r][c]);
+}
+
+template <int Q, class C>
+inline void weigh(const float* weights, const C* const* values, const C* const* next, int64_t begin, int64_t end,
+                  int64_t size, const float* decay, float* out, int64_t width) {
+    int64_t at = 0;
+    for (; at + 2 * CHUNK <= size; at += 2 * CHUNK)
+        weigh_some<Q, 4>(weights, values, next, begin, end, at, decay, out, width);
+    for (; at + CHUNK <= size; at += CHUNK) weigh_some<Q, 2>(weights, values, next, begin, end, at, decay, out, width);
+    for (; at + VL <= size; at += VL) weigh_some<Q, 1>(weights, values, next, begin, end, at, decay, out, width);
+    for (; at < size; at++)  // a head size that is no multiple of the vector
+        for (int r = 0; r < Q; r++) {
+            float sum = out[r * width + at] * decay[r];
+            for (int64_t j = begin; j < end; j++) sum += weights[r * TILE + j] * widen(values[j][at]);
+            out[r * width + at] = sum;
+        }
 }
 
 // One query head's running softmax over the keys seen so far.
@@ -143,42 +203,76 @@ struct State {
     vf total;    // Σ exp(score - peak), by lane
 };
 
-template <class Q, class C>
-inline void see_tile(const Q* q, const C* const* keys, const C* const* values, int64_t begin, int64_t end, const Heads& h,
-                     State& state, float* out) {
-    float scores[TILE];
+struct Range {
+    int64_t begin, end;  // keys of a tile that a query sees; none where begin >= end
+};
+
+// Scores into weights, those out of sight into 0; what the sums so far are to be multiplied with.
+inline float soften(float* scores, Range all, Range seen, State& state) {
     vf best = splat(LOWEST);
-    const int64_t first = begin / VL * VL;
-    for (int64_t g = first; g < end; g += VL) {
-        vf s = score(q, keys + g, h.size) * splat(h.scale);
-        if (g < begin || g + VL > end) {
-            float lanes[VL];
-            store(lanes, s);
-            for (int64_t j = 0; j < VL; j++)
-                if (g + j < begin || g + j >= end) lanes[j] = -__builtin_inff();
-            s = load(lanes);
+    for (int64_t g = all.begin; g < all.end; g += VL) {
+        vf s = load(scores + g);
+        if (g < seen.begin || g + VL > seen.end) {
+            const vi at = LANE + int32_t(g);
+            s = (at >= int32_t(seen.begin)) & (at < int32_t(seen.end)) ? s : splat(-__builtin_inff());
+            store(scores + g, s);
         }
         best = s > best ? s : best;
-        store(scores + g, s);
     }
     const float peak = std::max(state.peak, largest(best));
     const float decay = exp(splat(state.peak - peak))[0];
     vf total = state.total * splat(decay);
-    for (int64_t g = first; g < end; g += VL) {
+    for (int64_t g = all.begin; g < all.end; g += VL) {
         const vf e = exp(load(scores + g) - splat(peak));
         store(scores + g, e);
         total += e;
     }
     state = {peak, total};
-    accumulate(scores, values, begin, end, h.size, decay, out);
+    return decay;
+}
+
+// Where the keys and values of a tile lie.
+template <class C>
+struct KeyTile {
+    const C *keys[TILE], *values[TILE];
+};
+
+// Q queries see a tile. A query's bits do not depend on Q, nor on what the others see: keys out of its sight weigh 0.
+template <int Q, class S, class C>
+inline void see_tile(const S* q, int64_t width, const KeyTile<C>& tile, const KeyTile<C>* next, const Range* seen,
+                     const Heads& h, State* states, float* out) {
+    Range some{TILE, 0};
+    for (int r = 0; r < Q; r++)
+        if (seen[r].begin < seen[r].end)
+            some = {std::min(some.begin, seen[r].begin), std::max(some.end, seen[r].end)};
+    if (some.begin >= some.end) return;
+    const Range whole{some.begin / VL * VL, (some.end + VL - 1) / VL * VL};  // in vectors
+    float scores[Q * TILE], decay[Q];
+    for (int64_t g = whole.begin; g < whole.end; g += VL / Q)
+        score_some<Q>(q, width, tile.keys + g, next ? next->keys + g : nullptr, h.size, h.scale, scores + g);
+    for (int r = 0; r < Q; r++) decay[r] = soften(scores + r * TILE, whole, seen[r], states[r]);
+    weigh<Q>(scores, tile.values, next ? next->values : nullptr, some.begin, some.end, h.size, decay, out, width);
+}
+
+// All queries of a task see a tile, as many at a time as the registers hold; the first ask the memory for the next tile.
+template <int Q, class S, class C>
+inline void see_all(int64_t rows, const S* q, int64_t width, const KeyTile<C>& tile, const KeyTile<C>* next,
+                    const Range* seen, const Heads& h, State* states, float* out) {
+    int64_t r = 0;
+    for (; r + Q <= rows; r += Q, next = nullptr)
+        see_tile<Q>(q + r * width, width, tile, next, seen + r, h, states + r, out + r * width);
+    if constexpr (Q > 1)
+        if (r < rows)
+            see_all<Q / 2>(rows - r, q + r * width, width, tile, next, seen + r, h, states + r, out + r * width);
 }
 
 // A thread's working memory, kept between tasks.
-template <class Q>
+template <class S>
 struct Work {
-    std::vector<Q> queries;   // [rows, width]
-    std::vector<float> sums;  // [rows, width]
+    std::vector<S> queries;    // [rows, width]
+    std::vector<float> sums;   // [rows, width]
     std::vector<State> states;
+    std::vector<Range> seen;
 };
 
 // Attention of one tile of queries over one KV head, with queries of type S in the scores. q and out are [T, …] with the
@@ -192,12 +286,16 @@ void attend_as(const QueryTile& tile, int64_t kv_head, const Paging& p, const He
     work.queries.assign(rows * width, S{});
     work.sums.assign(rows * width, 0.0f);
     work.states.assign(rows, State{LOWEST, vf{}});
+    work.seen.resize(rows);
 
     const int64_t first_token = p.query_start[tile.row] + tile.begin;
-    for (int64_t r = 0; r < rows; r++) {
-        const Q* from = q + (first_token + r / group) * q_stride + (kv_head * group + r % group) * h.size;
-        for (int64_t i = 0; i < h.size; i++) narrow(widen(from[i]), &work.queries[r * width + i]);
-    }
+    for (int64_t r = 0, t = first_token; r < rows; r += group, t++)
+        for (int64_t head = 0; head < group; head++) {
+            const Q* from = q + t * q_stride + (kv_head * group + head) * h.size;
+            S* to = &work.queries[(r + head) * width];
+            in_vectors(h.size, [&](int64_t i, int64_t n) { store_some(to + i, load_some(from + i, n), n); });
+            if constexpr (SPLITS<S, C>) split_chunks(to, h.size);
+        }
 
     const int64_t row_tokens = p.query_start[tile.row + 1] - p.query_start[tile.row];
     const int64_t first_position = p.seq_lens[tile.row] - row_tokens + tile.begin;
@@ -205,32 +303,39 @@ void attend_as(const QueryTile& tile, int64_t kv_head, const Paging& p, const He
     const int64_t oldest = h.window ? std::max<int64_t>(0, first_position - h.window + 1) : 0;
     const int32_t* table = p.block_tables + tile.row * p.max_blocks;
     const int block_bits = __builtin_ctzll(p.block_size);
-    for (int64_t start = oldest / TILE * TILE; start < num_keys; start += TILE) {
-        const C *keys[TILE], *values[TILE];
+    const auto point_to = [&](int64_t start, KeyTile<C>& found) {
         // Outside the visible range: any valid key, its score is masked.
         for (int64_t j = 0; j < TILE;) {
             const int64_t at = std::min(std::max(start + j, oldest), num_keys - 1), offset = at & (p.block_size - 1);
             const int64_t run = start + j == at ? std::min({p.block_size - offset, num_keys - at, TILE - j}) : 1;
             const int64_t head = int64_t(table[at >> block_bits]) * h.kv + kv_head;
             const C *key = k_cache + (head * p.block_size + offset) * h.size, *value = v_cache + (key - k_cache);
-            for (const int64_t end = j + run; j < end; j++, key += h.size, value += h.size) keys[j] = key, values[j] = value;
+            for (const int64_t end = j + run; j < end; j++, key += h.size, value += h.size)
+                found.keys[j] = key, found.values[j] = value;
         }
-        for (int64_t r = 0; r < rows; r++) {
-            const int64_t position = first_position + r / group;
+    };
+    KeyTile<C> key_tiles[2];
+    const int64_t first = oldest / TILE * TILE;
+    point_to(first, key_tiles[0]);
+    for (int64_t start = first, turn = 0; start < num_keys; start += TILE, turn = 1 - turn) {
+        const bool is_last = start + TILE >= num_keys;
+        if (!is_last) point_to(start + TILE, key_tiles[1 - turn]);
+        for (int64_t r = 0, position = first_position; r < rows; r += group, position++) {
             const int64_t begin = h.window ? std::max<int64_t>(0, position - h.window + 1 - start) : 0;
-            const int64_t end = std::min<int64_t>(TILE, position + 1 - start);
-            if (begin < end)
-                see_tile(&work.queries[r * width], keys, values, begin, end, h, work.states[r], &work.sums[r * width]);
+            std::fill_n(&work.seen[r], group, Range{begin, std::min<int64_t>(TILE, position + 1 - start)});
         }
+        see_all<MAX_QUERIES>(rows, work.queries.data(), width, key_tiles[turn], is_last ? nullptr : &key_tiles[1 - turn],
+                             work.seen.data(), h, work.states.data(), work.sums.data());
     }
 
-    for (int64_t r = 0; r < rows; r++) {
-        const float share = 1.0f / sum(work.states[r].total);
-        O* to = out + (first_token + r / group) * out_stride + (kv_head * group + r % group) * h.size;
-        in_vectors(h.size, [&](int64_t i, int64_t n) {
-            store_some(to + i, load(&work.sums[r * width + i]) * splat(share), n);
-        });
-    }
+    for (int64_t r = 0, t = first_token; r < rows; r += group, t++)
+        for (int64_t head = 0; head < group; head++) {
+            const float share = 1.0f / sum(work.states[r + head].total);
+            O* to = out + t * out_stride + (kv_head * group + head) * h.size;
+            float* sums = &work.sums[(r + head) * width];
+            if constexpr (SPLITS<float, C>) join_chunks(sums, h.size);
+            in_vectors(h.size, [&](int64_t i, int64_t n) { store_some(to + i, load(sums + i) * splat(share), n); });
+        }
 }
 
 template <class Q, class C, class O>

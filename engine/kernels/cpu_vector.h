@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #define QUIRE_LANES 16
@@ -101,15 +102,26 @@ constexpr vi INTERLEAVE_LOW = {0, 4, 1, 5};
 #endif
 constexpr vi INTERLEAVE_HIGH = INTERLEAVE_LOW + VL / 2;
 
+// Calls f(0) … f(N - 1) with numbers that are constants, so that arrays they index stay in registers.
+template <class F, int... I>
+inline __attribute__((always_inline)) void each_of(F f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+inline __attribute__((always_inline)) void each(F f) {
+    each_of(f, std::make_integer_sequence<int, N>{});
+}
+
 // Lane j of the result is the sum over the lanes of x[j], for VL vectors at once; x is overwritten.
-inline vf sum_each(vf (&x)[VL]) {
-#pragma GCC unroll 4
-    for (int half = VL / 2; half >= 1; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; i++)
-            x[i] = __builtin_shuffle(x[i], x[i + half], INTERLEAVE_LOW) +
-                   __builtin_shuffle(x[i], x[i + half], INTERLEAVE_HIGH);
-    return x[0];
+template <int HALF = VL / 2>
+inline __attribute__((always_inline)) vf sum_each(vf (&x)[VL]) {
+    each<HALF>([&](auto i) __attribute__((always_inline)) {
+        x[i] = __builtin_shuffle(x[i], x[i + HALF], INTERLEAVE_LOW) + __builtin_shuffle(x[i], x[i + HALF], INTERLEAVE_HIGH);
+    });
+    if constexpr (HALF > 1)
+        return sum_each<HALF / 2>(x);
+    else
+        return x[0];
 }
 
 inline float sum(vf x) {
