@@ -33,6 +33,30 @@ def _e4m3(x):
 
 
 @triton.jit
+def fp8_code(x, scale):
+    """Float32 x over its head's scale, as the bits of e4m3."""
+    return _e4m3(tl.div_rn(x, scale))
+
+
+@triton.jit
+def int8_inverse(largest):
+    """What a head's float32 values are multiplied by, given the largest of them."""
+    stored = largest > 1e-30
+    return tl.where(stored, tl.div_rn(127.0, tl.where(stored, largest, 1.0)), 0.0)
+
+
+@triton.jit
+def int8_code(x, inverse):
+    """Added to 1.5 * 2^23 a number is rounded to a whole one, which the low bits of the sum hold."""
+    return ((x * inverse + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+
+
+@triton.jit
+def int8_scale(largest):
+    return tl.div_rn(largest, 127.0)
+
+
+@triton.jit
 def _store(
     x, cache, scale, slot, stride_token,
     NUM_KV_HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr,
@@ -46,14 +70,11 @@ def _store(
     values = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
     place = (slot // BLOCK_SIZE * NUM_KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
     if CACHE == "fp8":
-        code = _e4m3(tl.div_rn(values, tl.load(scale + head, mask=real, other=1.0)[:, None]))
+        code = fp8_code(values, tl.load(scale + head, mask=real, other=1.0)[:, None])
     else:
         largest = tl.max(tl.abs(values), 1)
-        stored = largest > 1e-30
-        inverse = tl.where(stored, tl.div_rn(127.0, tl.where(stored, largest, 1.0)), 0.0)
-        # Added to 1.5 * 2^23 a number is rounded to a whole one, which the low bits of the sum hold.
-        code = ((values * inverse[:, None] + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
-        tl.store(scale + place, tl.div_rn(largest, 127.0), mask=real)
+        code = int8_code(values, int8_inverse(largest)[:, None])
+        tl.store(scale + place, int8_scale(largest), mask=real)
     tl.store(cache + (place * HEAD_SIZE)[:, None] + dim[None, :], code, mask=inside)
 
 

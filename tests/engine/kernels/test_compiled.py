@@ -226,7 +226,8 @@ def test_rotate_and_store(
         "eps": "fp32",
     }
     options = {"num_warps": rotate_and_store_warps(constants), "enable_fp_fusion": False}
-    built = compile_kernel(capability, rotate_and_store_kernel, types, constants, options)
+    plain = {**constants, "CACHE": "", "k_scale": None, "v_scale": None}
+    built = compile_kernel(capability, rotate_and_store_kernel, types, plain, options)
     _assert_moves_16_bytes_a_thread(built)
 
 

@@ -14,7 +14,13 @@ import pytest
 import torch
 
 from engine.kernels.attention_tiles import AttentionShape, Mode, tile_for, variant
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES
 from engine.kernels.paged_attention import paged_attention_kernel
+from engine.kernels.rotary import (
+    rotate_and_store_constants,
+    rotate_and_store_kernel,
+    rotate_and_store_warps,
+)
 from engine.kernels.store_quantized_kv import (
     STORE_OPTIONS,
     store_quantized_constants,
@@ -77,6 +83,34 @@ def test_a_quantizing_store_fits(
     types |= {"stride_kt": "i32", "stride_vt": "i32"}
     constants = store_quantized_constants(8, 128, 16, cache_dtype)
     built = compile_kernel(capability, store_quantized_kv_kernel, types, constants, STORE_OPTIONS)
+    _assert_stores(built)
+
+
+# Heads of Llama 8B and Qwen3 0.6B.
+@both_targets
+@pytest.mark.parametrize(
+    ("cache_dtype", "heads", "norm"),
+    [(torch.float8_e4m3fn, 32, False), (torch.int8, 16, True)],
+    ids=["fp8", "int8"],
+)
+def test_a_quantizing_rotation_fits(
+    capability: int, cache_dtype: torch.dtype, heads: int, norm: bool, compile_kernel: Callable[..., Any]
+) -> None:
+    types = dict.fromkeys(("qkv", "q_weight", "k_weight"), "*bf16")
+    types |= {
+        **dict.fromkeys(("k_cache", "v_cache"), "*i8"),
+        **dict.fromkeys(("positions", "slot_mapping"), "*i64"),
+    }
+    types |= {**dict.fromkeys(("table", "k_scale", "v_scale"), "*fp32"), "stride_token": "i32", "eps": "fp32"}
+    constants = rotate_and_store_constants(heads, 8, 128, 16, norm=norm)
+    options = {"num_warps": rotate_and_store_warps(constants), "enable_fp_fusion": False}
+    constants["CACHE"] = QUANTIZED_DTYPES[cache_dtype]
+    _assert_stores(compile_kernel(capability, rotate_and_store_kernel, types, constants, options))
+
+
+def _assert_stores(built: Any) -> None:
+    """Also for a device without fp8: what is rounded, is by integer arithmetic."""
     built.assert_fits()
+    assert "e4m3" not in built.ptx
     assert re.search(r"ld\.global\.v4\.b32", built.ptx), "values are loaded one by one"
     assert re.search(r"st\.global\.v[24]\.b32", built.ptx), "values are stored one by one"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES, new_scales, store_quantized_kv_ref
 from engine.kernels.rms_norm import fused_add_rms_norm, rms_norm
 from engine.kernels.rotary import rotate_and_store
 from engine.kernels.silu_and_mul import silu_and_mul
@@ -91,12 +92,14 @@ class HeadsCase:
         self.caches = torch.full(shape, UNWRITTEN, dtype=dtype)
         self.norms = (_norm(size, dtype), _norm(size, dtype)) if norm else None
 
-    def run(self, qkv: Tensor, caches: Tensor, tokens: slice = slice(None)) -> Tensor:
+    def run(
+        self, qkv: Tensor, caches: Tensor, tokens: slice = slice(None), scales: tuple[Tensor, ...] = (None, None)
+    ) -> Tensor:  # fmt: skip
         q_norm, k_norm = self.norms or (None, None)
         return rotate_and_store(
             qkv[tokens], self.table, self.positions[tokens], caches[0], caches[1], self.slots[tokens],
             q_norm=None if q_norm is None else q_norm.weight, k_norm=None if k_norm is None else k_norm.weight,
-            eps=1e-5,
+            eps=1e-5, k_scale=scales[0], v_scale=scales[1],
         )  # fmt: skip
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,6 +154,34 @@ def test_rotate_and_store(heads: int, kv_heads: int, size: int, norm: bool, dtyp
     assert torch.equal(alone, got[3:4]), "a token's queries depend on its neighbours"
     block, offset = case.slots[3] // BLOCK, case.slots[3] % BLOCK
     assert torch.equal(alone_caches[0, block, :, offset], got_caches[0, block, :, offset])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "dtype"), [(8, 2, 64, torch.bfloat16), (6, 3, 22, torch.float32)]
+)
+@pytest.mark.parametrize("stored", list(QUANTIZED_DTYPES), ids=list(QUANTIZED_DTYPES.values()))
+def test_rotate_and_store_into_a_quantized_cache(
+    heads: int, kv_heads: int, size: int, dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    """Keys and values are what the kernel writes to an unquantized cache, then rounded as defined: the same bits."""
+    case = HeadsCase(heads, kv_heads, size, dtype, norm=True)
+    qkv, plain = case.qkv.clone(), case.caches.clone()
+    q = case.run(qkv, plain)
+    live = case.slots >= 0
+    blocks, offsets = case.slots[live] // BLOCK, case.slots[live] % BLOCK
+    k, v = (cache[blocks, :, offsets] for cache in plain)
+    caches = [torch.full(plain.shape, 7.0).to(stored) for _ in range(2)]
+    scales = [[new_scales(cache) for cache in pair] for pair in caches]
+    if stored != torch.int8:
+        for pair in scales:
+            pair[0] *= 0.01 * (1 + torch.arange(kv_heads))
+            pair[1] *= 3.0
+    got = case.run(case.qkv, caches[0], scales=scales[0])
+    store_quantized_kv_ref(k, v, caches[1][0], caches[1][1], case.slots[live], *scales[1])
+    assert torch.equal(got[live], q[live]), "queries"
+    assert torch.equal(caches[0].view(torch.int8), caches[1].view(torch.int8))
+    for ours, theirs in zip(*scales, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_cache_of_another_dtype_is_refused() -> None:
