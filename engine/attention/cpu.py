@@ -1,7 +1,7 @@
 """Paged attention on a CPU through the compiled kernel (``cpu_paged.cpp``); torch's reference where it cannot serve.
 
-Compiled: float32, and bfloat16 storage with float32 sums. Other dtypes (float64 of the parity tests, float16), quantized
-caches, soft caps and ALiBi go to the reference. A token's result has the same bits whatever shares the batch, however the prompt was cut, for every block size
+Compiled: float32, and bfloat16 storage with float32 sums; either over a quantized cache. Other dtypes (float64 of the parity
+tests, float16), soft caps and ALiBi go to the reference. A token's result has the same bits whatever shares the batch, however the prompt was cut, for every block size
 and number of threads: the kernel needs no deterministic mode of its own.
 
 Boundary: implements ``AttentionBackend``; `make_cpu_attention` picks and its `name` says what runs.
@@ -18,8 +18,10 @@ from engine.attention.interface import AttentionBackend, AttentionMetadata, chec
 from engine.attention.reference import ReferenceAttention
 from engine.kernels import cpu_library
 from engine.kernels.cpu_library import CpuLibrary
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES, check_scales
 
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+CACHE_KINDS = {torch.float8_e4m3fn: 1, torch.int8: 2}  # of any other dtype: 0
 _TABLES = (
     ("query_start", torch.int32),
     ("seq_lens", torch.int32),
@@ -54,6 +56,27 @@ class Paging(ctypes.Structure):
     ]
 
 
+class Caches(ctypes.Structure):
+    """``quire::Caches`` of cpu_cache.h: raw pointers, valid while the tensors they came from live."""
+
+    _fields_ = [
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("k_scale", ctypes.c_void_p),
+        ("v_scale", ctypes.c_void_p),
+        ("kind", ctypes.c_int64),
+    ]
+
+
+def make_caches(k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> Caches:
+    """One layer's caches as the kernels read them."""
+    check_layout(k_cache, v_cache)
+    check_scales(k_cache, k_scale, v_scale)
+    k_scales, v_scales = (None if scale is None else scale.data_ptr() for scale in (k_scale, v_scale))
+    kind = CACHE_KINDS.get(k_cache.dtype, 0)
+    return Caches(k_cache.data_ptr(), v_cache.data_ptr(), k_scales, v_scales, kind)
+
+
 def make_cpu_attention(*, deterministic: bool = False) -> AttentionBackend:
     """The compiled backend where it can be built, else the reference (``cpu_library.unavailable_reason`` says why)."""
     library = cpu_library.load()
@@ -83,8 +106,8 @@ class CpuPagedAttention:
         v_scale: Tensor | None = None,
     ) -> None:
         """Write k, v [T, K, D] to their slots of the caches [num_blocks, K, block_size, D]."""
-        check_layout(k_cache, v_cache)
-        if k_cache.dtype not in COMPILED_DTYPES or k.dtype != k_cache.dtype:
+        caches = make_caches(k_cache, v_cache, k_scale, v_scale)
+        if k.dtype not in COMPILED_DTYPES or k_cache.dtype not in (k.dtype, *QUANTIZED_DTYPES):
             return self._reference.store_kv(
                 k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale
             )
@@ -95,8 +118,8 @@ class CpuPagedAttention:
         _, kv_heads, block_size, size = k_cache.shape
         heads = Heads(kv_heads, kv_heads, size, 1.0, 0)
         self._library.functions.quire_store_kv(
-            k.data_ptr(), v.data_ptr(), k.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(),
-            k.shape[0], ctypes.byref(heads), block_size, int(k.dtype == torch.bfloat16),
+            k.data_ptr(), v.data_ptr(), k.stride(0), ctypes.byref(caches), slots.data_ptr(), k.shape[0],
+            ctypes.byref(heads), block_size, int(k.dtype == torch.bfloat16),
         )  # fmt: skip
         return None
 
@@ -116,8 +139,9 @@ class CpuPagedAttention:
         out: Tensor | None = None,
     ) -> Tensor:
         """Attention of each token over its row's keys at positions ≤ its own: q [T, H, D] -> [T, H, D] in q's dtype."""
-        check_layout(k_cache, v_cache)
-        if q.dtype not in COMPILED_DTYPES or q.dtype != k_cache.dtype or softcap or alibi_slopes is not None:
+        caches = make_caches(k_cache, v_cache, k_scale, v_scale)
+        known = q.dtype in COMPILED_DTYPES and k_cache.dtype in (q.dtype, *QUANTIZED_DTYPES)
+        if not known or softcap or alibi_slopes is not None:
             return self._reference.forward(
                 q, k_cache, v_cache, meta, scale=scale, sliding_window=sliding_window, softcap=softcap,
                 alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, out=out,
@@ -129,8 +153,8 @@ class CpuPagedAttention:
         heads = Heads(q.shape[1], k_cache.shape[1], q.shape[2], scale, sliding_window or 0)
         paging = make_paging(meta, k_cache.shape[2])
         self._library.functions.quire_attention(
-            ctypes.byref(paging), ctypes.byref(heads), q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(),
-            out.data_ptr(), int(q.dtype == torch.bfloat16), torch.get_num_threads(),
+            ctypes.byref(paging), ctypes.byref(heads), q.data_ptr(), q.stride(0), ctypes.byref(caches), out.data_ptr(),
+            int(q.dtype == torch.bfloat16), torch.get_num_threads(),
         )  # fmt: skip
         return out
 

@@ -1,15 +1,17 @@
 // Paged attention on a CPU: KV store and causal attention over a block table, for prefill, decode and mixed steps.
 //
-// Cache layout: [num_blocks, K, block_size, D], one head's block contiguous. Values are float32 or bfloat16; sums are
-// float32. A task is one tile of a row's queries and one KV head: its K and V are read once for the whole group of
+// Cache layout: [num_blocks, K, block_size, D], one head's block contiguous. Values are float32, bfloat16, or quantized
+// (cpu_cache.h), which is widened tile by tile to float32; sums are float32. A task is one tile of a row's queries and one KV head: its K and V are read once for the whole group of
 // query heads. Keys are walked in tiles of TILE positions anchored at position 0 with an online softmax, and every query
 // keeps its own state; so a query's result depends on its position and the cached values alone: not on the batch, the
 // chunking, the block size, the number of threads, or on being computed as prefill or decode.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "../kernels/cpu_team.h"
 #include "../kernels/cpu_vector.h"
+#include "cpu_cache.h"
 
 namespace quire {
 
@@ -49,14 +51,12 @@ inline void list_tiles(const Paging& p, int64_t group, std::vector<QueryTile>& t
 }
 
 template <class T, class C>
-inline void store_token(const T* k, const T* v, C* k_cache, C* v_cache, int64_t slot, const Heads& h, int64_t block_size) {
+inline void store_token(const T* k, const T* v, const Cache<C>& cache, int64_t slot, const Heads& h, int64_t block_size) {
     const int64_t block = slot / block_size, offset = slot % block_size;
     for (int64_t head = 0; head < h.kv; head++) {
-        const int64_t at = ((block * h.kv + head) * block_size + offset) * h.size;
-        in_vectors(h.size, [&](int64_t i, int64_t n) {
-            store_some(k_cache + at + i, load_some(k + head * h.size + i, n), n);
-            store_some(v_cache + at + i, load_some(v + head * h.size + i, n), n);
-        });
+        const int64_t at = (block * h.kv + head) * block_size + offset;
+        store_head(k + head * h.size, cache.k, cache.k_scale, head, at, h.size);
+        store_head(v + head * h.size, cache.v, cache.v_scale, head, at, h.size);
     }
 }
 
@@ -231,11 +231,24 @@ inline float soften(float* scores, Range all, Range seen, State& state) {
     return decay;
 }
 
-// Where the keys and values of a tile lie.
+// Where the keys and values of a tile lie, and which scales are theirs.
 template <class C>
 struct KeyTile {
     const C *keys[TILE], *values[TILE];
+    int64_t scales[TILE];  // of a quantized cache
 };
+
+// A tile of a quantized cache widened to `values` [2, TILE, size]; meanwhile the memory is asked for `next`.
+template <class C>
+inline void widen_tile(const KeyTile<C>& tile, const KeyTile<C>* next, const Cache<C>& cache, int64_t size, float* values,
+                       KeyTile<float>& widened) {
+    for (int64_t j = 0; j < TILE; j++) {
+        if (next) __builtin_prefetch(next->keys[j]), __builtin_prefetch(next->values[j]);
+        const int64_t scale = tile.scales[j];
+        widened.keys[j] = widen_head(tile.keys[j], cache.k_scale[scale], size, values + j * size);
+        widened.values[j] = widen_head(tile.values[j], cache.v_scale[scale], size, values + (TILE + j) * size);
+    }
+}
 
 // Q queries see a tile. A query's bits do not depend on Q, nor on what the others see: keys out of its sight weigh 0.
 template <int Q, class S, class C>
@@ -273,13 +286,15 @@ struct Work {
     std::vector<float> sums;   // [rows, width]
     std::vector<State> states;
     std::vector<Range> seen;
+    std::vector<float> widened;  // [2, TILE, D]: keys and values of a quantized tile
 };
 
 // Attention of one tile of queries over one KV head, with queries of type S in the scores. q and out are [T, …] with the
 // given strides of a token.
 template <class S, class Q, class C, class O>
 void attend_as(const QueryTile& tile, int64_t kv_head, const Paging& p, const Heads& h, const Q* q, int64_t q_stride,
-               const C* k_cache, const C* v_cache, O* out, int64_t out_stride) {
+               const Cache<C>& cache, O* out, int64_t out_stride) {
+    using W = std::conditional_t<QUANTIZED<C>, float, C>;  // what the sums read
     const int64_t group = h.query / h.kv, rows = (tile.end - tile.begin) * group;
     const int64_t width = (h.size + VL - 1) / VL * VL;
     thread_local Work<S> work;
@@ -287,6 +302,7 @@ void attend_as(const QueryTile& tile, int64_t kv_head, const Paging& p, const He
     work.sums.assign(rows * width, 0.0f);
     work.states.assign(rows, State{LOWEST, vf{}});
     work.seen.resize(rows);
+    if (QUANTIZED<C>) work.widened.resize(2 * TILE * h.size);
 
     const int64_t first_token = p.query_start[tile.row] + tile.begin;
     for (int64_t r = 0, t = first_token; r < rows; r += group, t++)
@@ -309,9 +325,11 @@ void attend_as(const QueryTile& tile, int64_t kv_head, const Paging& p, const He
             const int64_t at = std::min(std::max(start + j, oldest), num_keys - 1), offset = at & (p.block_size - 1);
             const int64_t run = start + j == at ? std::min({p.block_size - offset, num_keys - at, TILE - j}) : 1;
             const int64_t head = int64_t(table[at >> block_bits]) * h.kv + kv_head;
-            const C *key = k_cache + (head * p.block_size + offset) * h.size, *value = v_cache + (key - k_cache);
-            for (const int64_t end = j + run; j < end; j++, key += h.size, value += h.size)
-                found.keys[j] = key, found.values[j] = value;
+            int64_t slot = head * p.block_size + offset;
+            for (const int64_t end = j + run; j < end; j++, slot++) {
+                found.keys[j] = cache.k + slot * h.size, found.values[j] = cache.v + slot * h.size;
+                if (QUANTIZED<C>) found.scales[j] = std::is_same_v<C, fp8> ? kv_head : slot;
+            }
         }
     };
     KeyTile<C> key_tiles[2];
@@ -324,8 +342,16 @@ void attend_as(const QueryTile& tile, int64_t kv_head, const Paging& p, const He
             const int64_t begin = h.window ? std::max<int64_t>(0, position - h.window + 1 - start) : 0;
             std::fill_n(&work.seen[r], group, Range{begin, std::min<int64_t>(TILE, position + 1 - start)});
         }
-        see_all<MAX_QUERIES>(rows, work.queries.data(), width, key_tiles[turn], is_last ? nullptr : &key_tiles[1 - turn],
-                             work.seen.data(), h, work.states.data(), work.sums.data());
+        const KeyTile<W>*now, *next = nullptr;
+        KeyTile<W> widened;
+        if constexpr (QUANTIZED<C>) {
+            widen_tile(key_tiles[turn], is_last ? nullptr : &key_tiles[1 - turn], cache, h.size, work.widened.data(), widened);
+            now = &widened;
+        } else {
+            now = &key_tiles[turn], next = is_last ? nullptr : &key_tiles[1 - turn];
+        }
+        see_all<MAX_QUERIES>(rows, work.queries.data(), width, *now, next, work.seen.data(), h, work.states.data(),
+                             work.sums.data());
     }
 
     for (int64_t r = 0, t = first_token; r < rows; r += group, t++)
@@ -340,36 +366,38 @@ void attend_as(const QueryTile& tile, int64_t kv_head, const Paging& p, const He
 
 template <class Q, class C, class O>
 void attend(const QueryTile& tile, int64_t kv_head, const Paging& p, const Heads& h, const Q* q, int64_t q_stride,
-            const C* k_cache, const C* v_cache, O* out, int64_t out_stride) {
-    if constexpr (MULTIPLIES_BF16 && sizeof(C) == 2)
-        if (h.size % 32 == 0)
-            return attend_as<bf16>(tile, kv_head, p, h, q, q_stride, k_cache, v_cache, out, out_stride);
-    attend_as<float>(tile, kv_head, p, h, q, q_stride, k_cache, v_cache, out, out_stride);
+            const Cache<C>& cache, O* out, int64_t out_stride) {
+    if constexpr (MULTIPLIES_BF16 && sizeof(C) == 2 && sizeof(O) == 2)  // not float32 queries over a bfloat16 cache
+        if (h.size % 32 == 0) return attend_as<bf16>(tile, kv_head, p, h, q, q_stride, cache, out, out_stride);
+    attend_as<float>(tile, kv_head, p, h, q, q_stride, cache, out, out_stride);
 }
 
 // A step's attention, by all threads that call it with the same phase.
 template <class Q, class C, class O>
 void attention(Phase& phase, const std::vector<QueryTile>& tiles, const Paging& p, const Heads& h, const Q* q,
-               int64_t q_stride, const C* k_cache, const C* v_cache, O* out, int64_t out_stride) {
+               int64_t q_stride, const Cache<C>& cache, O* out, int64_t out_stride) {
     phase.run(int64_t(tiles.size()) * h.kv, [&](int64_t task) {
-        attend(tiles[task / h.kv], task % h.kv, p, h, q, q_stride, k_cache, v_cache, out, out_stride);
+        attend(tiles[task / h.kv], task % h.kv, p, h, q, q_stride, cache, out, out_stride);
     });
 }
 
 template <class T>
-void store_all(const T* k, const T* v, int64_t stride, T* k_cache, T* v_cache, const int64_t* slots, int64_t tokens,
+void store_all(const T* k, const T* v, int64_t stride, const Caches& caches, const int64_t* slots, int64_t tokens,
                const Heads& h, int64_t block_size) {
-    for (int64_t t = 0; t < tokens; t++)
-        store_token(k + t * stride, v + t * stride, k_cache, v_cache, slots[t], h, block_size);
+    with_cache<T>(caches, [&](auto cache) {
+        for (int64_t t = 0; t < tokens; t++) store_token(k + t * stride, v + t * stride, cache, slots[t], h, block_size);
+    });
 }
 
 template <class T>
-void attention_all(const Paging& p, const Heads& h, const T* q, int64_t q_stride, const T* k_cache, const T* v_cache, T* out,
+void attention_all(const Paging& p, const Heads& h, const T* q, int64_t q_stride, const Caches& caches, T* out,
                    int64_t num_threads) {
     std::vector<QueryTile> tiles;
     list_tiles(p, h.query / h.kv, tiles);
     on_team(num_threads, [=, tiles = std::move(tiles), phases = std::vector<Phase>(1)]() mutable {
-        attention(phases[0], tiles, p, h, q, q_stride, k_cache, v_cache, out, h.query * h.size);
+        with_cache<T>(caches, [&](auto cache) {
+            attention(phases[0], tiles, p, h, q, q_stride, cache, out, h.query * h.size);
+        });
     });
 }
 
@@ -377,25 +405,21 @@ void attention_all(const Paging& p, const Heads& h, const T* q, int64_t q_stride
 
 extern "C" {
 
-void quire_store_kv(const void* k, const void* v, int64_t stride, void* k_cache, void* v_cache, const int64_t* slots,
+void quire_store_kv(const void* k, const void* v, int64_t stride, const quire::Caches* caches, const int64_t* slots,
                     int64_t tokens, const quire::Heads* h, int64_t block_size, int64_t narrow) {
     using quire::bf16;
     if (narrow)
-        quire::store_all((const bf16*)k, (const bf16*)v, stride, (bf16*)k_cache, (bf16*)v_cache, slots, tokens, *h,
-                         block_size);
+        quire::store_all((const bf16*)k, (const bf16*)v, stride, *caches, slots, tokens, *h, block_size);
     else
-        quire::store_all((const float*)k, (const float*)v, stride, (float*)k_cache, (float*)v_cache, slots, tokens, *h,
-                         block_size);
+        quire::store_all((const float*)k, (const float*)v, stride, *caches, slots, tokens, *h, block_size);
 }
 
-void quire_attention(const quire::Paging* p, const quire::Heads* h, const void* q, int64_t q_stride, const void* k_cache,
-                     const void* v_cache, void* out, int64_t narrow, int64_t num_threads) {
+void quire_attention(const quire::Paging* p, const quire::Heads* h, const void* q, int64_t q_stride,
+                     const quire::Caches* caches, void* out, int64_t narrow, int64_t num_threads) {
     using quire::bf16;
     if (narrow)
-        quire::attention_all(*p, *h, (const bf16*)q, q_stride, (const bf16*)k_cache, (const bf16*)v_cache, (bf16*)out,
-                             num_threads);
+        quire::attention_all(*p, *h, (const bf16*)q, q_stride, *caches, (bf16*)out, num_threads);
     else
-        quire::attention_all(*p, *h, (const float*)q, q_stride, (const float*)k_cache, (const float*)v_cache, (float*)out,
-                             num_threads);
+        quire::attention_all(*p, *h, (const float*)q, q_stride, *caches, (float*)out, num_threads);
 }
 }

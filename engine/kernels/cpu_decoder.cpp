@@ -3,7 +3,7 @@
 // At a few million parameters a step is shorter than the dispatch of its operations one by one; here the threads of a
 // team walk through all layers, phase by phase. Same arithmetic as engine/models/decoder.py,
 // which is its oracle: the residual is float32, inputs of the products are of the activation type A (float32 or
-// bfloat16), K and V of the cache's type C.
+// bfloat16), K and V of the cache's type C (A, or quantized).
 #include <cmath>
 
 #include "cpu_sampler.cpp"
@@ -20,7 +20,7 @@ struct Layer {
     const float *input_norm, *post_norm;  // [hidden]
     const float *q_norm, *k_norm;         // [D] or null
     Packed qkv, out, gate_up, down;       // gate_up is packed with gates and values alternating by half panels
-    void *k_cache, *v_cache;
+    Caches caches;
     int64_t window;  // 0: unlimited
 };
 
@@ -31,7 +31,7 @@ struct Model {
     const float* norm;    // [hidden]
     const float* rotary;  // [positions, D]: cosines, then sines
     int64_t num_layers, hidden, inner, num_heads, num_kv_heads, head_size;
-    int64_t narrow;  // activations, caches and a plain embedding are bfloat16
+    int64_t narrow;  // activations, unquantized caches and a plain embedding are bfloat16
     float eps, scale;
 };
 
@@ -86,7 +86,7 @@ void embed(const Model& m, int64_t id, float* x) {
 
 // Head norms and rotation of one token's q and k, in place, and its K and V into the cache.
 template <class C>
-void place_token(const Model& m, const Layer& layer, const Heads& heads, const Step& s, int64_t t) {
+void place_token(const Model& m, const Layer& layer, const Heads& heads, const Step& s, int64_t t, const Cache<C>& cache) {
     const int64_t size = m.head_size, all = m.num_heads + m.num_kv_heads;
     float* token = s.qkv + t * (all + m.num_kv_heads) * size;
     const float* table = m.rotary + s.positions[t] * size;
@@ -95,11 +95,10 @@ void place_token(const Model& m, const Layer& layer, const Heads& heads, const S
         if (norm) rms_norm(token + head * size, norm, m.eps, size, token + head * size);
         rotate(token + head * size, table, size);
     }
-    store_token(token + m.num_heads * size, token + all * size, static_cast<C*>(layer.k_cache),
-                static_cast<C*>(layer.v_cache), s.paging.slots[t], heads, s.paging.block_size);
+    store_token(token + m.num_heads * size, token + all * size, cache, s.paging.slots[t], heads, s.paging.block_size);
 }
 
-// One layer, by all threads that call it with the same phases. A: activations' type, and the cache's.
+// One layer, by all threads that call it with the same phases. A: activations' type, and an unquantized cache's.
 template <class A>
 void run_layer(const Model& m, const Layer& layer, const Step& s, const std::vector<QueryTile>& tiles, Phase* phase) {
     const int64_t T = s.num_tokens, hidden = m.hidden;
@@ -111,11 +110,12 @@ void run_layer(const Model& m, const Layer& layer, const Step& s, const std::vec
         for (; t < end; t++) rms_norm(s.x + t * hidden, layer.input_norm, m.eps, hidden, h + t * hidden);
     });
     linear(phase[1], layer.qkv, h, hidden, T, s.qkv, qkv_width, STORE);
-    phase[2].run_chunks(T, ROWS, [&](int64_t t, int64_t end) {
-        for (; t < end; t++) place_token<A>(m, layer, heads, s, t);
+    with_cache<A>(layer.caches, [&](auto cache) {
+        phase[2].run_chunks(T, ROWS, [&](int64_t t, int64_t end) {
+            for (; t < end; t++) place_token(m, layer, heads, s, t, cache);
+        });
+        attention(phase[3], tiles, s.paging, heads, s.qkv, qkv_width, cache, wide, q_width);
     });
-    attention(phase[3], tiles, s.paging, heads, s.qkv, qkv_width, static_cast<const A*>(layer.k_cache),
-              static_cast<const A*>(layer.v_cache), wide, q_width);
     linear(phase[4], layer.out, wide, q_width, T, s.x, hidden, ADD);
     phase[5].run_chunks(T, ROWS, [&](int64_t t, int64_t end) {
         for (; t < end; t++) rms_norm(s.x + t * hidden, layer.post_norm, m.eps, hidden, h + t * hidden);

@@ -34,6 +34,7 @@ SOURCES = (
     ENGINE / "kernels" / "cpu_team.h",
     ENGINE / "kernels" / "cpu_sampler.cpp",
     ENGINE / "kernels" / "packed_linear.cpp",
+    ENGINE / "attention" / "cpu_cache.h",
     ENGINE / "attention" / "cpu_paged.cpp",
     MAIN_SOURCE,
 )
@@ -172,23 +173,14 @@ def _declare(functions: ctypes.CDLL) -> None:
         "quire_pack": [pointer, pointer, integer, integer, integer],
         "quire_linear": [pointer, pointer, pointer, integer, integer, integer, integer],
         "quire_store_kv": [
-            pointer,
-            pointer,
-            integer,
-            pointer,
-            pointer,
-            pointer,
-            integer,
-            pointer,
-            integer,
-            integer,
+            pointer, pointer, integer, pointer, pointer, integer, pointer, integer, integer,
         ],
-        "quire_attention": [pointer, pointer, pointer, integer, pointer, pointer, pointer, integer, integer],
+        "quire_attention": [pointer, pointer, pointer, integer, pointer, pointer, integer, integer],
         "quire_forward": [pointer, pointer],
         "quire_logits": [pointer, pointer, pointer, pointer, integer, integer],
         "quire_sample": [pointer],
         "quire_logprobs": [pointer],
-    }
+    }  # fmt: skip
     functions.quire_panel_width.restype = integer
     functions.quire_panel_width.argtypes = []
     for name, arguments in signatures.items():

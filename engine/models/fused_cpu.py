@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.attention.cpu import Paging, make_paging
-from engine.attention.interface import AttentionBackend, AttentionMetadata, check_layout
+from engine.attention.cpu import Caches, Paging, make_caches, make_paging
+from engine.attention.interface import AttentionBackend, AttentionMetadata
 from engine.kernels.cpu_library import CpuLibrary
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES
 from engine.kernels.packed_linear import Packed, PackedWeight, pack_weight
 from engine.models.decoder import Decoder, DecoderLayer, LayerCache
 from engine.models.layers import Linear, RMSNorm
@@ -35,8 +36,7 @@ class _Layer(ctypes.Structure):
         ("out", Packed),
         ("gate_up", Packed),
         ("down", Packed),
-        ("k_cache", ctypes.c_void_p),
-        ("v_cache", ctypes.c_void_p),
+        ("caches", Caches),
         ("window", ctypes.c_int64),
     ]
 
@@ -185,8 +185,7 @@ class FusedCpuDecoder:
             self._pack(layer.out),
             self._pack(layer.gate_up, gated=True),
             self._pack(layer.down),
-            None,
-            None,
+            Caches(),
             window or 0,
         )
 
@@ -207,9 +206,8 @@ class FusedCpuDecoder:
     def _bind(self, caches: list[LayerCache]) -> None:
         assert len(caches) == self.config.num_layers, len(caches)
         for layer, cache in zip(self._layers, caches, strict=True):
-            check_layout(cache.k, cache.v)
-            assert cache.k.dtype == self.dtype, (cache.k.dtype, self.dtype)
-            layer.k_cache, layer.v_cache = cache.k.data_ptr(), cache.v.data_ptr()
+            assert cache.k.dtype in (self.dtype, *QUANTIZED_DTYPES), (cache.k.dtype, self.dtype)
+            layer.caches = make_caches(cache.k, cache.v, cache.k_scale, cache.v_scale)
         self._caches = caches
 
     def _scratch_for(self, tokens: int) -> _Scratch:

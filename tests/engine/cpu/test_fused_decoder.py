@@ -7,6 +7,7 @@ import torch
 
 from engine.attention.interface import AttentionMetadata
 from engine.attention.reference import ReferenceAttention
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES, new_scales
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, LayerCache
 from engine.models.fused_cpu import FusedCpuDecoder
@@ -55,10 +56,10 @@ def make_decoder(name: str, dtype: torch.dtype = torch.float64, *, exact_bf16: b
 def make_caches(decoder, dtype) -> list[LayerCache]:
     c = decoder.config
     shape = (NUM_BLOCKS, c.num_kv_heads, BLOCK_SIZE, c.head_size)
-    return [
-        LayerCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
-        for _ in range(c.num_layers)
-    ]
+    pairs = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(c.num_layers)]
+    if dtype in QUANTIZED_DTYPES:
+        return [LayerCache(k, v, new_scales(k), new_scales(v)) for k, v in pairs]
+    return [LayerCache(k, v) for k, v in pairs]
 
 
 def make_meta(rows: list[tuple[int, int, int]]) -> tuple[AttentionMetadata, torch.Tensor]:
@@ -126,15 +127,31 @@ def test_bfloat16_logits_are_as_near_to_float64_as_those_of_the_torch_decoder_in
     assert (found - exact).square().mean() < 1.2 * (by_torch - exact).square().mean()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", QUANTIZED_DTYPES, ids=QUANTIZED_DTYPES.values())
+@pytest.mark.parametrize("name", ["qwen3-head-norm", "llama-uneven"])
+def test_over_a_quantized_cache_logits_match_the_torch_decoder_in_float64(library, name, stored):
+    """A key that float32 moves over the middle between two stored numbers becomes the other one: few do, hence the mean."""
+    exact, plain = (stacked(run(make_decoder(name), dtype)) for dtype in (stored, torch.float64))
+    found = stacked(run(FusedCpuDecoder(make_decoder(name, torch.float32), library), stored))
+    quantization = (exact - plain).square().mean().sqrt()
+    assert quantization > 1e-3
+    assert (found - exact).square().mean().sqrt() < 0.02 * quantization
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.int8),
+     (torch.float32, torch.float8_e4m3fn)],
+    ids=["float32", "bfloat16", "bfloat16-int8", "float32-fp8"],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3-head-norm", "llama-uneven"])
-def test_bits_do_not_depend_on_chunks_or_on_the_batch(library, name, dtype):
+def test_bits_do_not_depend_on_chunks_or_on_the_batch(library, name, dtype, stored):
     fused = FusedCpuDecoder(make_decoder(name, dtype), library)
-    mixed = run(fused, dtype)
+    mixed = run(fused, stored)
     one_by_one = [[(first, at, 1)] for first, at in mixed]
     whole = [[(first, 0, 1 + max(at for f, at in mixed if f == first))] for first in (0, 10)]
-    assert torch.equal(stacked(run(fused, dtype, one_by_one)), stacked(mixed))
-    assert torch.equal(stacked(run(fused, dtype, whole)), stacked(mixed))
+    assert torch.equal(stacked(run(fused, stored, one_by_one)), stacked(mixed))
+    assert torch.equal(stacked(run(fused, stored, whole)), stacked(mixed))
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(library):
