@@ -21,6 +21,7 @@ from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.kernels import cpu_library
 from engine.kernels.invariant import find_row_tile
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES, SETTINGS, cache_dtype
 from engine.memory import (
     Allocator,
     CudaAllocator,
@@ -72,6 +73,7 @@ def resolve_config(
         check_quantization(
             config.quantization, model, dtype=dtype, device=device, deterministic=config.deterministic
         )
+    config = replace(config, kv_cache_dtype=_resolve_kv_cache(config))
     backend = _resolve_attention(config, model, dtype, device)
     batched = config.max_batched_tokens
     if batched is None:
@@ -178,7 +180,7 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     """The engine of a loaded model. `before`: the device's memory before the weights were read."""
     config, model, eos_token_ids = loaded.config, loaded.model, loaded.eos_token_ids
     device, dtype = torch.device(config.device), torch_dtype(config)
-    kv_spec = make_kv_spec(model, config.block_size, dtype)
+    kv_spec = make_kv_spec(model, config.block_size, cache_dtype(config.kv_cache_dtype, dtype))
     decoder = prepare_decoder(loaded.decoder, config)
 
     def make_runner(config: EngineConfig) -> ModelRunner:
@@ -266,6 +268,22 @@ def _resolve_dtype(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     return "bfloat16" if cpu_multiplies_bfloat16() else "float32"
+
+
+def _resolve_kv_cache(config: EngineConfig) -> str:
+    """The one name of what a cache beside the compute dtype holds."""
+    name = config.kv_cache_dtype
+    if name in SETTINGS:
+        return QUANTIZED_DTYPES[SETTINGS[name]]
+    if name not in ("auto", config.dtype):
+        raise ConfigError(
+            f"kv_cache_dtype {name!r} beside dtype {config.dtype!r}: an unquantized cache has the compute dtype",
+            value=name,
+            limit=("auto", config.dtype, *SETTINGS),
+            param="kv_cache_dtype",
+            remedy='Set kv_cache_dtype="auto", "int8" or "fp8".',
+        )
+    return config.dtype
 
 
 def cpu_multiplies_bfloat16() -> bool:

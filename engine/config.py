@@ -14,6 +14,7 @@ from engine.errors import ConfigError
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "triton", "cpu")
 QUANTIZATIONS = ("int8", "int4", "fp8")
+KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class EngineConfig:
     enable_prefix_cache: bool = True
     deterministic: bool = False  # bitwise the same tokens whatever shares the batch
     quantization: str | None = None  # of the linear layers' weights, and with fp8 of what they multiply
+    kv_cache_dtype: str = "auto"  # of stored keys and values: dtype's, "fp8" (also "fp8_e4m3") or "int8"
     attention_backend: str = "auto"
     enforce_eager: bool = False  # True: no captured graphs on a GPU
     async_scheduling: bool = True  # on a GPU the next step is planned and launched while one runs
@@ -51,6 +53,7 @@ class EngineConfig:
                 "model is empty", value=self.model, remedy="Name a folder or a hub id.", param="model"
             )
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         if self.quantization is not None:
             _one_of("quantization", self.quantization, QUANTIZATIONS)

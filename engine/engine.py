@@ -293,6 +293,7 @@ class Engine:
             memory=self._memory,
             dtype=config.dtype,
             device=config.device,
+            kv_cache_dtype=config.kv_cache_dtype,
             attention_backend=config.attention_backend,
             deterministic=config.deterministic,
             is_proven_deterministic=self._is_proven_deterministic,

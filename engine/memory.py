@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from engine.attention.reference import MAX_GATHERED_VALUES
 from engine.config import EngineConfig
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES
 from engine.models.config import ModelConfig
 from engine.models.decoder import StepDecoder
 from engine.models.fused_cpu import FusedCpuDecoder
@@ -120,8 +121,8 @@ def device_memory(device: torch.device) -> DeviceMemory:
 
 
 def make_kv_spec(model: ModelConfig, block_size: int, dtype: torch.dtype) -> KVSpec:
-    """The one KV group of a model: all layers share a block table; windows are masks within it."""
-    windows = set(model.sliding_windows)
+    """The one KV group of a model: all layers share a block table; windows are masks within it. `dtype`: the cache's."""
+    windows, quantized = set(model.sliding_windows), QUANTIZED_DTYPES.get(dtype)
     return KVSpec(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
@@ -129,6 +130,8 @@ def make_kv_spec(model: ModelConfig, block_size: int, dtype: torch.dtype) -> KVS
         block_size=block_size,
         dtype_bytes=dtype.itemsize,
         sliding_window=windows.pop() if len(windows) == 1 else None,
+        scale_bytes=4 if quantized == "int8" else 0,
+        shared_scale_bytes=4 * model.num_kv_heads if quantized == "fp8" else 0,
     )
 
 
@@ -205,7 +208,7 @@ def make_ledger(
     demand = demand or estimate_demand(config, model, dtype, device)
     return MemoryLedger(
         weights_bytes=demand.weights_bytes,
-        kv_bytes=config.num_blocks * kv_spec.bytes_per_block,
+        kv_bytes=kv_spec.pool_bytes(config.num_blocks),
         workspace_bytes=demand.workspace_bytes,
         total_bytes=device_memory(device).total_bytes,
         device=str(device),

@@ -26,7 +26,8 @@ class KVSpec:
     """The KV cache of one group of layers that share a block table.
 
     Layout of each layer's K and V tensor: ``[num_blocks, num_kv_heads, block_size, head_size]``, contiguous, so that one
-    head's block is one run of ``block_size * head_size`` values. Kernels assert these strides.
+    head's block is one run of ``block_size * head_size`` values. Kernels assert these strides. Scales of a quantized cache
+    (``engine.kernels.kv_quantization``) lie beside it and count as its bytes.
     """
 
     num_layers: int
@@ -35,14 +36,21 @@ class KVSpec:
     block_size: int
     dtype_bytes: int
     sliding_window: int | None = None
+    scale_bytes: int = 0  # beside each stored head of a token
+    shared_scale_bytes: int = 0  # once, however many blocks there are
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_size * self.dtype_bytes
+        head_bytes = self.head_size * self.dtype_bytes + self.scale_bytes
+        return 2 * self.num_layers * self.num_kv_heads * head_bytes
 
     @property
     def bytes_per_block(self) -> int:
         return self.bytes_per_token * self.block_size
+
+    def pool_bytes(self, num_blocks: int) -> int:
+        """All that a pool of so many blocks takes."""
+        return num_blocks * self.bytes_per_block + self.shared_scale_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, OutOfMemoryError
+from engine.kernels.kv_quantization import SETTINGS, cache_dtype
 from engine.memory import Demand, DeviceMemory, estimate_demand, in_units, make_kv_spec, workspace_bytes
 from engine.models.config import ModelConfig
 
@@ -26,6 +27,7 @@ CPU_KV_SHARE = 0.25  # or this share of what is left if that is less
 GPU_SHARE = 0.92  # of what a GPU has left; the rest is for fragmentation and the allocator's rounding
 REMEDY_SHARE = 0.99  # of the free memory, for advice: other processes move between a refusal and the next try
 NARROWER = {"float64": ("float32", "bfloat16"), "float32": ("bfloat16",)}
+NARROWER_KV = ("int8", "fp8")  # the more accurate first
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +124,10 @@ class PoolSizer:
 
     def _weigh(self, config: EngineConfig, free_bytes: int) -> _Fit:
         demand = self._demand(config)
-        block_bytes = make_kv_spec(self._model, config.block_size, _dtype(config)).bytes_per_block
-        left = free_bytes - demand.weights_bytes - demand.workspace_bytes
+        stored = cache_dtype(config.kv_cache_dtype, _dtype(config))
+        kv_spec = make_kv_spec(self._model, config.block_size, stored)
+        block_bytes = kv_spec.bytes_per_block
+        left = free_bytes - demand.weights_bytes - demand.workspace_bytes - kv_spec.shared_scale_bytes
         needed = 1 if config.max_model_len is None else -(-config.max_model_len // config.block_size)
         return _Fit(demand, left, block_bytes, self._num_blocks(config, left, block_bytes), needed)
 
@@ -185,6 +189,10 @@ class PoolSizer:
         for dtype in NARROWER.get(config.dtype, ()):
             if self._fits_with(config, "dtype", dtype):
                 yield Remedy("dtype", dtype)
+                break
+        for setting in () if config.kv_cache_dtype in SETTINGS else NARROWER_KV:
+            if self._fits_with(config, "kv_cache_dtype", setting):
+                yield Remedy("kv_cache_dtype", setting)
                 break
 
     def _pool_error(self, config: EngineConfig, fit: _Fit) -> OutOfMemoryError:

@@ -253,6 +253,7 @@ class EngineStats:
     memory: MemoryLedger | None = None
     dtype: str = ""
     device: str = ""
+    kv_cache_dtype: str = ""
     attention_backend: str = ""
     deterministic: bool = False
     is_proven_deterministic: bool | None = None  # by the needle test on this device; None: not in that mode

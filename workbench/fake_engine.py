@@ -31,6 +31,7 @@ def build_fake_engine(
         max_batched_tokens=config.max_batched_tokens or 512,
         dtype="float32",
         device="cpu",
+        kv_cache_dtype="float32",
         attention_backend="reference",
         num_threads=1,
     )

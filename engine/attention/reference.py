@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.attention.interface import AttentionMetadata, check_layout
 from engine.kernels.invariant import in_pieces
-from engine.kernels.kv_quantization import check_scales, scale_of_tokens, store_quantized_kv_ref
+from engine.kernels.kv_quantization import check_scales, scale_of_tokens, write_quantized
 
 MAX_GATHERED_VALUES = 1 << 26  # keys gathered at once, in values: 256 MiB in float32
 KV_TILE = 64  # positions of one tile in deterministic mode
@@ -103,7 +103,7 @@ class ReferenceAttention:
         check_layout(k_cache, v_cache)
         check_scales(k_cache, k_scale, v_scale)
         if k_scale is not None and v_scale is not None:
-            return store_quantized_kv_ref(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+            return write_quantized(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
         block_size = k_cache.shape[2]
         block = torch.div(slot_mapping, block_size, rounding_mode="floor")
         offset = slot_mapping - block * block_size

@@ -22,9 +22,15 @@ import torch
 from torch import Tensor
 
 QUANTIZED_DTYPES = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}  # and the kernels' words for them
+SETTINGS = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 FP8_MAX = 448.0
 INT8_MAX = 127.0
 NEGLIGIBLE = 1e-30  # a head of smaller values is stored as zeros: 127 divided by them might overflow
+
+
+def cache_dtype(setting: str, dtype: torch.dtype) -> torch.dtype:
+    """What ``EngineConfig.kv_cache_dtype`` makes of keys and values in `dtype`; they stay as they are but for `SETTINGS`."""
+    return SETTINGS.get(setting, dtype)
 
 
 def new_scales(cache: Tensor) -> Tensor:
@@ -76,11 +82,17 @@ def store_quantized_kv_ref(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, k_scale: Tensor, v_scale: Tensor
 ) -> None:  # fmt: skip
     """Write k, v [T, K, D] to slots [T] of quantized caches and, in int8, their scales; negative slots are skipped."""
-    block_size = k_cache.shape[2]
     kept = slot_mapping >= 0
-    slots = slot_mapping[kept]
+    write_quantized(k[kept], v[kept], k_cache, v_cache, slot_mapping[kept], k_scale, v_scale)
+
+
+def write_quantized(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor, v_scale: Tensor
+) -> None:  # fmt: skip
+    """The same where no slot is negative: no shape depends on data, so that it can be captured."""
+    block_size = k_cache.shape[2]
     block, offset = slots // block_size, slots % block_size
-    for x, cache, scale in ((k[kept], k_cache, k_scale), (v[kept], v_cache, v_scale)):
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         if cache.dtype == torch.int8:
             cache[block, :, offset], scale[block, :, offset] = quantized_int8(x)
         else:

@@ -23,10 +23,12 @@ from engine.models.rope import rotary_table
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """Keys and values of one layer, each [num_blocks, K, block_size, D], contiguous."""
+    """Keys and values of one layer, each [num_blocks, K, block_size, D], contiguous; with their scales where quantized."""
 
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 class StepDecoder(Protocol):
@@ -103,8 +105,9 @@ class DecoderLayer(nn.Module):
         x = self.input_norm(residual) if x is None else self.input_norm(x, residual)
         q = self._queries(self.qkv(x), positions, rotary, cache, meta, attention)
         mixed = attention.forward(
-            q, cache.k, cache.v, meta, scale=self.scale, sliding_window=self.window
-        ).flatten(1)
+            q, cache.k, cache.v, meta, scale=self.scale, sliding_window=self.window, k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
+        ).flatten(1)  # fmt: skip
         x = self.post_attention_norm(self.out(mixed), residual)
         inner = gated_silu(self.gate_up(x), invariant=self.invariant, use_kernel=self.use_kernel)
         down: Tensor = self.down(inner)
@@ -126,14 +129,16 @@ class DecoderLayer(nn.Module):
             return rotate_and_store(
                 qkv, rotary, positions, cache.k, cache.v, meta.slot_mapping, eps=self.input_norm.eps,
                 q_norm=None if self.q_norm is None else self.q_norm.weight,
-                k_norm=None if self.k_norm is None else self.k_norm.weight,
+                k_norm=None if self.k_norm is None else self.k_norm.weight, k_scale=cache.k_scale, v_scale=cache.v_scale,
             )  # fmt: skip
         heads = qkv.view(qkv.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_size)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         table = rotary[positions]
-        attention.store_kv(rotate(k, table), v, cache.k, cache.v, meta.slot_mapping)
+        attention.store_kv(
+            rotate(k, table), v, cache.k, cache.v, meta.slot_mapping, k_scale=cache.k_scale, v_scale=cache.v_scale
+        )  # fmt: skip
         return rotate(q, table)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from engine.attention.interface import AttentionBackend, CapturableAttention
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, OutOfMemoryError
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES, cache_dtype
 from engine.models.decoder import LayerCache, StepDecoder
 from engine.plan import KVSpec, StepPlan, StepResult, TokenLogprobs
 from engine.runner.batch import BatchShape, HostRowBatch, RowBatch
@@ -116,6 +117,7 @@ class ModelRunner:
             decoder.config.vocab_size,
             eos_token_ids,
         )
+        stored = cache_dtype(config.kv_cache_dtype, dtype)
         self._batch: RowBatch | None
         self._graphs: DecodeGraphs | None = None
         if on_device:
@@ -124,7 +126,7 @@ class ModelRunner:
             from engine.runner.device_batch import DeviceRowBatch
 
             self._caches = allocate_caches(
-                kv_spec, config.num_blocks + 1, dtype, device
+                kv_spec, config.num_blocks + 1, stored, device
             )  # one block for padding
             self._batch = batch = DeviceRowBatch(shape, device, idle_block=config.num_blocks)
             if not config.enforce_eager and isinstance(attention, CapturableAttention):
@@ -137,9 +139,9 @@ class ModelRunner:
                     max_inflight=self._max_inflight,
                 )
         else:
-            self._caches = allocate_caches(kv_spec, config.num_blocks, dtype, device)
+            self._caches = allocate_caches(kv_spec, config.num_blocks, stored, device)
             self._batch = HostRowBatch(shape, deterministic=config.deterministic)
-        self._cost = StepCost(decoder.config, kv_spec)
+        self._cost = StepCost(decoder.config, kv_spec, dtype.itemsize)
         self._inflight: deque[_Started | BaseException] = deque()
 
     @property
@@ -280,10 +282,22 @@ class ModelRunner:
 def allocate_caches(
     kv_spec: KVSpec, num_blocks: int, dtype: torch.dtype, device: torch.device
 ) -> list[LayerCache]:
-    """K and V of every layer in one allocation, each layer's in KVSpec's layout."""
+    """K and V of every layer in one allocation, each layer's in KVSpec's layout; `dtype` is the cache's.
+
+    Scales of int8 are one allocation more; of fp8 they are 1.0 everywhere, so that all layers share theirs.
+    """
     shape = (kv_spec.num_layers, 2, num_blocks, kv_spec.num_kv_heads, kv_spec.block_size, kv_spec.head_size)
     memory = torch.zeros(shape, dtype=dtype, device=device)
-    return [LayerCache(layer[0], layer[1]) for layer in memory]
+    if dtype not in QUANTIZED_DTYPES:
+        return [LayerCache(layer[0], layer[1]) for layer in memory]
+    if dtype == torch.int8:
+        scales = torch.zeros(shape[:-1], device=device)
+    else:
+        scales = torch.ones(kv_spec.num_kv_heads, device=device).expand(kv_spec.num_layers, 2, -1)
+    return [
+        LayerCache(layer[0], layer[1], scale[0], scale[1])
+        for layer, scale in zip(memory, scales, strict=True)
+    ]
 
 
 def _rows_of(hidden: Tensor, index: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def measure_workspace(
     finally:
         runner.close()
         allocator.reset_peak()
-    return max(0, peak - before - PROFILE_BLOCKS * kv_spec.bytes_per_block)
+    return max(0, peak - before - kv_spec.pool_bytes(PROFILE_BLOCKS))
 
 
 def largest_steps(config: EngineConfig, vocab_size: int) -> tuple[StepPlan, StepPlan]:

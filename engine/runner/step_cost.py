@@ -16,11 +16,11 @@ from engine.plan import KVSpec, StepPlan
 
 
 class StepCost:
-    """The cost function of one model and KV layout."""
+    """The cost function of one model and KV layout. `dtype_bytes`: of a weight."""
 
-    def __init__(self, config: ModelConfig, kv_spec: KVSpec) -> None:
+    def __init__(self, config: ModelConfig, kv_spec: KVSpec, dtype_bytes: int) -> None:
         head = config.vocab_size * config.hidden_size
-        self._weight_bytes = config.num_step_parameters * kv_spec.dtype_bytes
+        self._weight_bytes = config.num_step_parameters * dtype_bytes
         self._body_flops = 2 * (config.num_step_parameters - head)
         self._head_flops = 2 * head
         self._pair_flops = 4 * config.num_heads * config.head_size

@@ -209,6 +209,8 @@ def test_ledger_adds_up():
     assert "graphs" not in shown
     assert "others" not in shown
     assert "free <b>4.50 GiB" in shown
+    assert "KV cache <b>" in shown
+    assert "KV cache int8 <b>" in memory_ledger.as_html(MemoryLedger(1, 2, 3, 9, "cpu"), "int8")
 
 
 def test_ledger_shows_graphs_others_and_what_is_free_over_the_whole_device():

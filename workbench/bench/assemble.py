@@ -91,5 +91,5 @@ def _thinned(lag_ms: Sequence[float]) -> list[float]:
 
 _STATS = (
     "version_digest", "num_blocks", "block_size", "max_num_seqs", "max_model_len", "max_batched_tokens", "dtype",
-    "device", "attention_backend", "deterministic",
+    "device", "kv_cache_dtype", "attention_backend", "deterministic",
 )  # fmt: skip

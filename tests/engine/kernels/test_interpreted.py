@@ -21,6 +21,7 @@ CASES = sorted(path.name for path in (HERE / "interpreted").glob("cases_*.py"))
 LONG = {
     "cases_attention_captured.py",
     "cases_attention_scores.py",
+    "cases_engine_quantized_kv.py",
     "cases_quantized_kv.py",
     "cases_sampling.py",
 }

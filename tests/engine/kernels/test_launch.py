@@ -51,7 +51,7 @@ class Operations(TorchDispatchMode):
     """Names of torch's operations that would launch something on a GPU; views and new memory do not."""
 
     FREE = frozenset(
-        ["empty", "slice", "split", "split_with_sizes", "t", "transpose", "view", "_unsafe_view"]
+        ["empty", "slice", "split", "split_with_sizes", "t", "transpose", "view", "_unsafe_view", "detach"]
     )
 
     def __init__(self) -> None:
@@ -73,31 +73,38 @@ def _layer() -> DecoderLayer:
     return layer
 
 
+@pytest.mark.parametrize(
+    "cache_dtype",
+    [None, torch.int8, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.full)],
+    ids=["plain", "int8", "fp8"],
+)
 def test_steps_of_any_shape_use_the_same_compiled_kernels_and_nine_launches_a_layer(
-    launches: list[Any],
+    launches: list[Any], cache_dtype: torch.dtype | None
 ) -> None:
     backend, layer, rotary = TritonPagedAttention(), _layer(), torch.zeros(8192, 64)
     for rows in STEPS:
-        step = paged_step(rows, num_kv_heads=2, group=4, head_size=64, dtype=torch.bfloat16)
-        tokens = len(step.q)
+        step = paged_step(
+            rows, num_kv_heads=2, group=4, head_size=64, dtype=torch.bfloat16, cache_dtype=cache_dtype
+        )
+        tokens, scales = len(step.q), {"k_scale": step.k_scale, "v_scale": step.v_scale}
         slots = torch.zeros(tokens + 1, dtype=torch.int64)[1:]  # 8 bytes off, as a slice of an upload may be
         meta = replace(step.meta, slot_mapping=slots)
         x, residual = (torch.zeros(tokens, 256, dtype=torch.bfloat16) for _ in range(2))
         before = len(launches)
         with torch.no_grad(), Operations() as operations:
-            layer(x, residual, slots, rotary, LayerCache(step.k_cache, step.v_cache), meta, backend)
+            layer(x, residual, slots, rotary, LayerCache(step.k_cache, step.v_cache, **scales), meta, backend)
         split, mixed = meta.num_decode_rows > 0, 0 < meta.num_decode_rows < len(rows)
         assert len(launches) - before + len(operations.names) == 9 + split + mixed, (
             launches[before:],
             operations.names,
         )
-        backend.store_kv(step.q[:, :2], step.q[:, 2:4], step.k_cache, step.v_cache, slots)
+        backend.store_kv(step.q[:, :2], step.q[:, 2:4], step.k_cache, step.v_cache, slots, **scales)
     compiled: dict[str, set[str]] = {}
     for name, digest, _ in launches:
         compiled.setdefault(name, set()).add(digest)
     assert {name: len(digests) for name, digests in compiled.items()} == {
         "rms_norm_kernel": 1, "rotate_and_store_kernel": 1, "paged_attention_kernel": 2, "combine_kernel": 1,
-        "silu_and_mul_kernel": 1, "store_kv_kernel": 1,
+        "silu_and_mul_kernel": 1, "store_quantized_kv_kernel" if cache_dtype else "store_kv_kernel": 1,
     }  # fmt: skip
 
 

@@ -84,6 +84,8 @@ def tensors_alive() -> dict[int, Tensor]:
         ("llama2_mha_untied", {"attention_backend": "reference", "dtype": "float64"}),
         ("llama_yarn_biased", {"attention_backend": "reference", "dtype": "bfloat16"}),
         ("qwen3_norm_window", {"attention_backend": "reference", "deterministic": True}),
+        ("llama3_gqa_tied", {"attention_backend": "reference", "kv_cache_dtype": "int8"}),
+        ("llama2_mha_untied", {"attention_backend": "reference", "kv_cache_dtype": "fp8"}),
     ],
 )
 def test_weights_and_cache_are_counted_to_the_byte(
@@ -99,7 +101,8 @@ def test_weights_and_cache_are_counted_to_the_byte(
     runner: Any = engine._runner
     rows = runner._batch.tokens.nbytes  # block tables and settings are no tensors on a CPU
     assert ledger.weights_bytes + ledger.kv_bytes == sum(added) - rows
-    assert ledger.kv_bytes == sum(cache.k.nbytes + cache.v.nbytes for cache in runner._caches)
+    caches = [t for c in runner._caches for t in (c.k, c.v, c.k_scale, c.v_scale) if t is not None]
+    assert ledger.kv_bytes == sum({t.data_ptr(): t.nbytes for t in caches}.values())
     engine.close()
 
 

@@ -52,6 +52,17 @@ def needs(config: EngineConfig) -> int:
     return demand.weights_bytes + demand.workspace_bytes + resolved.kv_memory_bytes
 
 
+def test_a_narrower_cache_is_a_remedy_and_takes_its_scales_along() -> None:
+    """Half the bytes and, of int8, four of a scale for each 128 values: what int8 cannot do, fp8 may."""
+    config = config_of(num_blocks=10_000)
+    blocks = 10_000 * BLOCK_BYTES["bfloat16"]
+    for share, expected in ((0.53, "int8"), (0.51, "fp8")):
+        free = int((needs(config) - blocks + share * blocks) / 0.99)
+        assert f"kv_cache_dtype='{expected}'" in str(refusal(config, free))
+        assert resolve(replace(config, kv_cache_dtype=expected), free).num_blocks == 10_000
+    assert "kv_cache_dtype" not in str(refusal(config, int((needs(config) - 0.51 * blocks) / 0.99)))
+
+
 BUSY: dict[str, Any] = {"max_num_seqs": 1024, "max_batched_tokens": 8192}
 CASES = {
     # (settings, free bytes, settings that a refusal must name)

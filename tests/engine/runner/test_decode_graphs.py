@@ -21,6 +21,7 @@ from engine.attention.reference import ReferenceAttention
 from engine.build import prepare_decoder, torch_dtype
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.kernels.kv_quantization import cache_dtype
 from engine.memory import make_kv_spec
 from engine.models.decoder import Decoder
 from engine.records import StepRecord
@@ -191,7 +192,8 @@ def run(tiny_decoder: Callable[..., Decoder]) -> Callable[..., Ran]:
         config = EngineConfig(**values)
         dtype = torch_dtype(config)
         decoder = tiny_decoder(dtype)
-        kv_spec = make_kv_spec(decoder.config, config.block_size, dtype)
+        stored = cache_dtype(config.kv_cache_dtype, dtype)
+        kv_spec = make_kv_spec(decoder.config, config.block_size, stored)
         runner = ModelRunner(
             prepare_decoder(decoder, config), ReferenceAttention(deterministic=config.deterministic), config=config, kv_spec=kv_spec,
             eos_token_ids=frozenset({60}), device=torch.device("cpu"), dtype=dtype, replay=replay,
@@ -279,6 +281,30 @@ def test_late_results_and_captured_steps_give_the_same_tokens(
         assert ran.graph_sizes >= {0, 1, 2, 4}
         assert replay.num_replays >= 10
     assert {ran.reasons["stops"], ran.reasons["later"]} == {FinishReason.STOP}
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_a_quantized_cache_is_captured_like_any_other(
+    run: Callable[..., Ran], alone: Ran, stored: str
+) -> None:
+    requests, replay = workload(), GuardedReplay()
+    requests = {name: requests[name] for name in ("greedy", "figures", "drawn", "filtered", "long")}
+    expected = Ran()
+    for name, asked in requests.items():
+        ran = run({name: Asked(asked.prompt, asked.params)}, kv_cache_dtype=stored)
+        expected.tokens |= ran.tokens
+        expected.logprobs |= ran.logprobs
+        expected.reasons |= ran.reasons
+    ran = run(requests, replay, num_blocks=20, kv_cache_dtype=stored)
+    assert_same(requests, ran, expected)
+    assert ran.graph_sizes >= {0, 1, 2, 4}
+    assert replay.num_replays >= 10
+    assert any(record.preempted for record in ran.records)
+    assert any(record.prefix_hits for record in ran.records)
+    assert (
+        max(abs(a - b) for a, b in zip(ran.logprobs["figures"], alone.logprobs["figures"], strict=True))
+        > 1e-4
+    )
 
 
 def test_cache_on_and_off_give_the_same_tokens(run: Callable[..., Ran], alone: Ran) -> None:

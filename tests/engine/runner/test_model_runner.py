@@ -155,7 +155,7 @@ def test_the_cost_of_a_step_counts_weights_windows_and_pairs(
     config = replace(tiny_decoder().config, sliding_windows=(None, 6))
     spec = make_kv_spec(config, 4, torch.float32)
     plan = plans.plan_of(0, [(0, 20, 1), (1, 4, 3)], samples=[0])
-    found_bytes, found_flops = StepCost(config, spec).of(plan)
+    found_bytes, found_flops = StepCost(config, spec, 4).of(plan)
     keys = (21 + 7) + (6 + 7)  # full layer; window of 6: one query sees 6, three see 6 + 2 together (7 exist)
     token_bytes = 2 * 2 * 8 * 4  # K and V, 2 heads of 8, float32: one layer
     assert found_bytes == 4 * config.num_step_parameters + keys * token_bytes + 4 * 2 * token_bytes

@@ -32,9 +32,11 @@ def test_environment_is_read_and_the_command_line_wins(
     monkeypatch.setenv("HOME_DIR", str(tmp_path))
     monkeypatch.setenv("QUIRE_DTYPE", "float32")
     monkeypatch.setenv("QUIRE_THREADS", "2")
+    monkeypatch.setenv("QUIRE_KV_CACHE_DTYPE", "int8")
     settings = settings_module.load(port=9002, dtype=None)
     assert (settings.port, settings.home_dir, settings.dtype) == (9002, tmp_path, "float32")
     assert settings.engine_config().num_threads == 2
+    assert settings.engine_config().kv_cache_dtype == "int8"
 
 
 def test_children_get_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_children_get_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("PORT", "99999"), ("PORT", "abc"), ("MLFLOW_PORT", "0"), ("QUIRE_DTYPE", "int7"), ("QUIRE_THREADS", "0"),
+    [("PORT", "99999"), ("PORT", "abc"), ("MLFLOW_PORT", "0"), ("QUIRE_DTYPE", "int7"), ("QUIRE_KV_CACHE_DTYPE", "int4"), ("QUIRE_THREADS", "0"),
      ("QUIRE_LOG_LEVEL", "loud"), ("QUIRE_MAX_BODY_BYTES", "1"), ("QUIRE_FOLLOW", "ticket-extractor"),
      ("QUIRE_FOLLOW", "a@b@c"), ("QUIRE_FOLLOW", "a@champion, @x"), ("QUIRE_REQUEST_TEXT", "some"), ("QUIRE_DEMO", "perhaps")],
 )  # fmt: skip

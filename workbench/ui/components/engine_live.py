@@ -58,7 +58,7 @@ def shown(view: EngineView, jobs: list[Job], query: Query) -> Shown:
         "engine-note": "" if num_steps else _NO_STEP,
         "engine-tiles": markup.tiles(_tiles(stats)),
         "engine-blocks": block_map.heading(blocks) if blocks is not None else markup.section("KV blocks"),
-        "engine-memory": memory_ledger.as_html(stats.memory),
+        "engine-memory": memory_ledger.as_html(stats.memory, stats.kv_cache_dtype),
     }
     return Shown(bar.state, html, data, until / 1e9)
 

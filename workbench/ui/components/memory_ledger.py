@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from engine.records import MemoryLedger
 
 
-def show(ledger: MemoryLedger | None) -> None:
-    st.html(as_html(ledger))
+def show(ledger: MemoryLedger | None, kv_cache_dtype: str = "") -> None:
+    st.html(as_html(ledger, kv_cache_dtype))
 
 
-def as_html(ledger: MemoryLedger | None) -> str:
+def as_html(ledger: MemoryLedger | None, kv_cache_dtype: str = "") -> str:
     """The bar and its key, or a sentence when the engine keeps none. Parts of no bytes are left out."""
     if ledger is None:
         return '<p class="q-muted">This engine keeps no ledger: it has no device memory of its own.</p>'
     parts = [
         ("weights", ledger.weights_bytes, "var(--q-c0)"),
-        ("KV cache", ledger.kv_bytes, "var(--q-c2)"),
+        (f"KV cache {markup.text(kv_cache_dtype)}".rstrip(), ledger.kv_bytes, "var(--q-c2)"),
         ("workspace", ledger.workspace_bytes, "var(--q-c1)"),
         ("graphs", ledger.graphs_bytes, "var(--q-c3)"),
         ("others", ledger.other_bytes, "var(--q-cached)"),

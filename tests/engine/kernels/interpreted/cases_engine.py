@@ -12,6 +12,7 @@ from engine.attention.reference import ReferenceAttention
 from engine.attention.triton_paged import TritonPagedAttention
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.kernels.kv_quantization import cache_dtype
 from engine.memory import make_kv_spec
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
@@ -50,11 +51,11 @@ class Ran:
     records: list[StepRecord] = field(default_factory=list)
 
 
-def _engine(attention: AttentionBackend) -> Engine:
+def _engine(attention: AttentionBackend, stored: str) -> Engine:
     model = ModelConfig.from_dict(SHAPE)
     config = EngineConfig(
         model="random", dtype="float32", device="cpu", block_size=16, num_blocks=8, max_batched_tokens=32,
-        max_num_seqs=4, max_model_len=120, num_threads=1, deterministic=False,
+        max_num_seqs=4, max_model_len=120, num_threads=1, deterministic=False, kv_cache_dtype=stored,
     )  # fmt: skip
     assert config.max_model_len is not None
     device, dtype = torch.device("cpu"), torch.float32
@@ -67,7 +68,7 @@ def _engine(attention: AttentionBackend) -> Engine:
         )
     if attention.name == "triton":
         decoder.use_kernels()
-    kv_spec = make_kv_spec(model, config.block_size, dtype)
+    kv_spec = make_kv_spec(model, config.block_size, cache_dtype(stored, dtype))
     runner = ModelRunner(
         decoder,
         attention,
@@ -80,12 +81,12 @@ def _engine(attention: AttentionBackend) -> Engine:
     return Engine(config, runner, kv_spec=kv_spec, eos_token_ids=frozenset(), vocab_size=VOCAB)
 
 
-def _run(attention: AttentionBackend) -> Ran:
+def _run(attention: AttentionBackend, stored: str) -> Ran:
     """Two prompts share three blocks; together they need more blocks than there are; chunks are of 32 tokens."""
     generator = torch.Generator().manual_seed(1)
     shared = torch.randint(0, VOCAB, (50,), generator=generator).tolist()
     prompts = {"a": [*shared, 1, 2], "b": [*shared[::-1], 3], "c": [*shared, 4, 5, 6]}
-    engine, ran = _engine(attention), Ran()
+    engine, ran = _engine(attention, stored), Ran()
     params = SamplingParams(max_tokens=18, temperature=0.0, ignore_eos=True, logprobs=0)
     waiting, step = dict(prompts), 0
     while waiting or engine.has_work:
@@ -104,7 +105,12 @@ def _run(attention: AttentionBackend) -> Ran:
 
 
 def test_the_engine_generates_the_same_on_the_triton_kernels_and_on_the_reference() -> None:
-    got, want = _run(TritonPagedAttention()), _run(ReferenceAttention())
+    check_same("auto")
+
+
+def check_same(stored: str) -> None:
+    """With a KV cache of that setting."""
+    got, want = _run(TritonPagedAttention(), stored), _run(ReferenceAttention(), stored)
     assert any(r.num_prefill_tokens and r.num_decode_tokens for r in got.records), "no mixed step"
     assert any(hits for record in got.records for _, hits in record.prefix_hits), "no prefix hit"
     assert any(record.preempted for record in got.records), "no preemption"
