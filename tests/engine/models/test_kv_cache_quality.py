@@ -1,0 +1,81 @@
+"""What a quantized KV cache costs the bundled model, and that the report says what an engine answers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.bench.parts.kv_cache_quality import KVCacheQuality, measure_kv_caches
+from engine.config import EngineConfig
+from engine.errors import InvalidRequestError
+from engine.llm import LLM
+from engine.tokenizer import Tokenizer
+
+FOLDER = Path(__file__).parents[3] / "data" / "models" / "chat-base"
+TEXTS = {
+    "Count the items: fork, lamp, onion.": "There are 3 items.",
+    "Context:\n[1] Ventonni lives in Yansu.\n[2] Parase is a judge.\n\nQuestion: Where does Ventonni live?":
+        "Ventonni lives in Yansu [1].",
+    "Hello, how are you today?": "Hello! I am fine, thank you. How can I help you today?",
+}  # fmt: skip
+# Nats a token; measured on a CPU in float32, by torch and by the compiled kernels: 0.00012 and 0.0030.
+MAX_DIVERGENCE = {"int8": 0.0003, "fp8": 0.006}
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[list[int]]:
+    tokenizer = Tokenizer.from_pretrained(FOLDER)
+    return [
+        [
+            *tokenizer.apply_chat_template([{"role": "user", "content": asked}]),
+            *tokenizer.encode(answer, add_special_tokens=False),
+        ]
+        for asked, answer in TEXTS.items()
+    ]
+
+
+def settings_of(**changes: Any) -> dict[str, Any]:
+    return {"dtype": "float32", "device": "cpu", "num_threads": 1, **changes}
+
+
+@pytest.fixture(scope="module")
+def report(texts: list[list[int]]) -> dict[str, KVCacheQuality]:
+    found = measure_kv_caches(EngineConfig(model=str(FOLDER), **settings_of()), texts)
+    for quality in found:
+        print(quality)
+    return {quality.kv_cache_dtype: quality for quality in found}
+
+
+def test_distributions_stay_close(report: dict[str, KVCacheQuality]) -> None:
+    plain = report["auto"]
+    assert plain.num_tokens == 105
+    assert (plain.mean_kl, plain.max_kl) == (0.0, 0.0)
+    for stored, bound in MAX_DIVERGENCE.items():
+        quality = report[stored]
+        assert bound / 10 < quality.mean_kl <= bound, stored
+        assert quality.mean_kl <= quality.max_kl <= 50 * bound
+        # Of the scored tokens alone, whose probabilities move up as well as down: 0.04 % and 0.02 % were measured.
+        assert quality.perplexity == pytest.approx(plain.perplexity, rel=0.01)
+    assert report["int8"].mean_kl < report["fp8"].mean_kl, "int8 is the more accurate"
+
+
+@pytest.mark.parametrize("stored", ["auto", "int8", "fp8"])
+def test_the_perplexity_is_the_one_that_an_engine_scores(
+    stored: str, texts: list[list[int]], report: dict[str, KVCacheQuality]
+) -> None:
+    with LLM(FOLDER, **settings_of(kv_cache_dtype=stored, max_model_len=128, num_blocks=32)) as llm:
+        scores = llm.score(texts, use_tqdm=False)
+    logprobs = [value for score in scores for value in score.logprobs]
+    assert len(logprobs) == report[stored].num_tokens
+    # Both are the compiled kernels where there are any, whose bits do not depend on blocks and batch; else torch's, in sums
+    # of another order.
+    assert report[stored].perplexity == pytest.approx(math.exp(-sum(logprobs) / len(logprobs)), rel=1e-3)
+
+
+@pytest.mark.parametrize("texts", [[], [[1]], [[1, 2, 3], []], [[1] * 100_000]])
+def test_texts_that_cannot_be_scored_are_refused(texts: list[list[int]]) -> None:
+    with pytest.raises(InvalidRequestError, match="token"):
+        measure_kv_caches(EngineConfig(model=str(FOLDER), **settings_of()), texts)
