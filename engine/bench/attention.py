@@ -4,7 +4,8 @@ Decode reads every key and value once, so its figure is KV bytes ÷ time as a sh
 same run (a sum over 4 GiB); prefill multiplies, so its figure is operations ÷ time as a share of the measured bfloat16
 matrix rate (8192³, random data). Shape: 32 query heads over 8 KV heads of 128, blocks of 16, bfloat16, random values in
 scattered blocks. Cases smaller than the pool take other blocks in each call, so that the cache of the device does not
-serve them; calls are captured into one graph, so that the launch cost of Python does not count.
+serve them; calls are captured into one graph, so that the launch cost of Python does not count. Decode is also timed over
+caches in fp8 and int8, whose scales count as bytes read.
 
 Every case is also computed by the reference at reduced size. Without a GPU only that is done, in Triton's interpreter.
 """
@@ -23,6 +24,7 @@ from engine.bench.parts.limits import Limits, seconds_of
 from engine.bench.parts.report import Bar
 from engine.bench.parts.session import Session, open_session
 from engine.bench.parts.session import add_arguments as add_session_arguments
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES, new_scales
 
 if TYPE_CHECKING:
     from engine.attention.interface import AttentionMetadata
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 32, 8, 128, 16
 TOKEN_BYTES = 2 * NUM_KV_HEADS * HEAD_SIZE * 2  # keys and values of one token in bfloat16
-POOL_TOKENS = 4 << 20  # 16 GiB
+POOL_TOKENS = 4 << 20  # 16 GiB in bfloat16
 DECODE_CASES = [
     (batch, context)
     for batch in (1, 4, 16, 64, 256)
@@ -40,6 +42,11 @@ DECODE_CASES = [
 PREFILL_CASES = [(1, 2048), (1, 8192), (1, 32768), (16, 2048)]  # (rows, tokens of each)
 CALLS = 8
 BAR = Bar("attention, lowest share of the bandwidth in decode", 0.75, 0.90)
+QUANTIZED_BARS = {
+    dtype: Bar(f"attention, lowest share of the bandwidth in decode over {name}", 0.65, 0.85)
+    for dtype, name in QUANTIZED_DTYPES.items()
+}
+QUANTIZED_SECONDS = 10.0  # room that the decode cases over one quantized cache are given
 JUDGED_TOKENS = 65536  # batch x context from which on a case is judged
 
 
@@ -67,11 +74,26 @@ def measure(session: Session, options: argparse.Namespace) -> dict[str, Any]:
     pool = make_pool(session.device)
     decode = measure_decode(pool, session.limits, options.deterministic)
     prefill = measure_prefill(pool, session.limits, options.deterministic)
-    judged = [case["share"] for case in decode if case["batch"] * case["context"] >= JUDGED_TOKENS]
+    verdicts = _judge(decode, BAR)
+    quantized = {}
+    for dtype, bar in QUANTIZED_BARS.items():
+        name = QUANTIZED_DTYPES[dtype]
+        del pool  # two do not fit beside each other
+        if not session.has_room(f"attention over {name}", QUANTIZED_SECONDS):
+            break
+        pool = make_pool(session.device, dtype)
+        print(f"cache in {name}")
+        quantized[name] = measure_decode(pool, session.limits, options.deterministic)
+        verdicts += _judge(quantized[name], bar)
     return {
         **session.figures(), "deterministic": options.deterministic, "correctness": correctness, "decode": decode,
-        "prefill": prefill, "verdicts": [BAR.judge(min(judged), is_tiny=False)] if judged else [],
+        "decode_quantized": quantized, "prefill": prefill, "verdicts": verdicts,
     }  # fmt: skip
+
+
+def _judge(decode: list[dict[str, Any]], bar: Bar) -> list[dict[str, Any]]:
+    judged = [case["share"] for case in decode if case["batch"] * case["context"] >= JUDGED_TOKENS]
+    return [bar.judge(min(judged), is_tiny=False)] if judged else []
 
 
 def check_results(device: str | torch.device, deterministic: bool) -> dict[str, float]:
@@ -84,25 +106,36 @@ def check_results(device: str | torch.device, deterministic: bool) -> dict[str, 
     from engine.attention.triton_paged import TritonPagedAttention
 
     backend = TritonPagedAttention(deterministic=deterministic)
-    # float16: the interpreter multiplies it right, bfloat16 it does not.
-    dtypes = (
-        (torch.bfloat16, torch.float16, torch.float32)
-        if torch.device(device).type == "cuda"
-        else (torch.float16,)
-    )
+    on_gpu = torch.device(device).type == "cuda"
+    # The interpreter multiplies float16 right, and bfloat16, which 16-bit queries weigh quantized values in, it does not.
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if on_gpu else (torch.float16, torch.float32)
     found = {}
+    mixed = [(600, 1), (70, 40)]
+    cases: list[tuple[str, list[tuple[int, int]], torch.dtype | None]] = [
+        ("decode", [(33, 1), (1100, 1)], None), ("mixed", mixed, None), ("prefill", [(130, 130)], None),
+        *((f"mixed {name}", mixed, stored) for stored, name in QUANTIZED_DTYPES.items()),
+    ]  # fmt: skip
     for dtype in dtypes:
-        for name, rows in {
-            "decode": [(33, 1), (1100, 1)],
-            "mixed": [(600, 1), (70, 40)],
-            "prefill": [(130, 130)],
-        }.items():
-            step = paged_step(rows, num_kv_heads=1, group=4, head_size=HEAD_SIZE, dtype=dtype, device=device)
-            got = backend.forward(step.q, step.k_cache, step.v_cache, step.meta, scale=step.scale)
+        for name, rows, stored in cases:
+            if not on_gpu and (stored is None) != (dtype == torch.float16):
+                continue
+            step = paged_step(
+                rows,
+                num_kv_heads=1,
+                group=4,
+                head_size=HEAD_SIZE,
+                dtype=dtype,
+                cache_dtype=stored,
+                device=device,
+            )
+            got = backend.forward(
+                step.q, step.k_cache, step.v_cache, step.meta, scale=step.scale, k_scale=step.k_scale,
+                v_scale=step.v_scale,
+            )  # fmt: skip
             error = excess_error(got, step)
             assert error <= 1.0, f"{name} in {dtype}: the error is {error:.2f} of what rounding allows"
             found[f"{name} {str(dtype).removeprefix('torch.')}"] = round(error, 3)
-            print(f"  {name:8} {dtype!s:16} error {error:.2f} of what rounding allows")
+            print(f"  {name:10} {dtype!s:16} error {error:.2f} of what rounding allows")
     return found
 
 
@@ -113,19 +146,30 @@ class Pool:
     k_cache: Tensor
     v_cache: Tensor
     order: Tensor  # [num_blocks] int32
+    scale: Tensor | None  # of a quantized cache, for keys and values
 
     @property
     def num_tokens(self) -> int:
         return len(self.order) * BLOCK_SIZE
 
+    @property
+    def token_bytes(self) -> float:
+        """What attention reads for one token: keys, values, and int8's scales."""
+        own_scales = self.scale is not None and self.scale.ndim == 3
+        return 2 * NUM_KV_HEADS * (HEAD_SIZE * self.k_cache.itemsize + 4 * own_scales)
 
-def make_pool(device: torch.device) -> Pool:
-    """As large as `POOL_TOKENS`, or 60 % of the free memory if that is less."""
+
+def make_pool(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Pool:
+    """As large as `POOL_TOKENS`, or 60 % of the free memory if that is less; of as many tokens in any dtype."""
     free, _ = torch.cuda.mem_get_info(device)
     tokens = min(POOL_TOKENS, int(0.6 * free) // TOKEN_BYTES)
     shape = (tokens // BLOCK_SIZE, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
-    caches = [torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in range(2)]
-    return Pool(caches[0], caches[1], torch.randperm(shape[0], device=device).int())
+    order = torch.randperm(shape[0], device=device).int()
+    if dtype == torch.int8:
+        caches = [torch.randint(-127, 128, shape, dtype=dtype, device=device) for _ in range(2)]
+        return Pool(caches[0], caches[1], order, new_scales(caches[0]).fill_(1 / 40))
+    caches = [torch.empty(shape, dtype=torch.bfloat16, device=device).normal_().to(dtype) for _ in range(2)]
+    return Pool(caches[0], caches[1], order, new_scales(caches[0]) if dtype in QUANTIZED_DTYPES else None)
 
 
 def measure_decode(pool: Pool, limits: Limits, deterministic: bool = False) -> list[dict[str, Any]]:
@@ -137,7 +181,7 @@ def measure_decode(pool: Pool, limits: Limits, deterministic: bool = False) -> l
             print(f"{batch:6d} {context:8d}  left out: the pool holds {pool.num_tokens} tokens")
             continue
         seconds = _time_case(pool, [(context, 1)] * batch, deterministic)
-        rate = batch * context * TOKEN_BYTES / seconds
+        rate = batch * context * pool.token_bytes / seconds
         share = rate / limits.bytes_s
         verdict = BAR.verdict(share) if batch * context >= JUDGED_TOKENS else ""
         print(f"{batch:6d} {context:8d} {seconds * 1e6:9.1f} {rate / 1e12:6.2f} {share:8.0%}  {verdict}")
@@ -203,7 +247,10 @@ def _walk(
     backend: TritonPagedAttention, q: Tensor, pool: Pool, metas: list[AttentionMetadata], out: Tensor
 ) -> None:
     for meta in metas:
-        backend.forward(q, pool.k_cache, pool.v_cache, meta, scale=HEAD_SIZE**-0.5, out=out)
+        backend.forward(
+            q, pool.k_cache, pool.v_cache, meta, scale=HEAD_SIZE**-0.5, out=out, k_scale=pool.scale,
+            v_scale=pool.scale,
+        )  # fmt: skip
 
 
 def _metadata(blocks: Tensor, rows: list[tuple[int, int]]) -> AttentionMetadata:

@@ -34,11 +34,15 @@ class Floor:
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
-    """What a model makes a device read and multiply. `weight_bits`: of the matrices in the layers; the head keeps `dtype_bytes`."""
+    """What a model makes a device read and multiply. `weight_bits`: of the matrices in the layers; the head keeps `dtype_bytes`.
+
+    `kv_dtype_bytes`: of a stored key's or value's number; scales are left out, as those of the weights are.
+    """
 
     model: ModelConfig
     dtype_bytes: int = 2
     weight_bits: int | None = None  # None: dtype_bytes
+    kv_dtype_bytes: int | None = None  # None: dtype_bytes
 
     @property
     def parameters(self) -> int:
@@ -59,7 +63,8 @@ class ModelCost:
     @property
     def kv_token_bytes(self) -> int:
         model = self.model
-        return 2 * model.num_layers * model.num_kv_heads * model.head_size * self.dtype_bytes
+        num_bytes = self.kv_dtype_bytes or self.dtype_bytes
+        return 2 * model.num_layers * model.num_kv_heads * model.head_size * num_bytes
 
     def decode_s(self, limits: Limits, rows: int, context_tokens: int) -> float:
         """One step that decodes `rows` sequences which together have `context_tokens`."""

@@ -79,9 +79,10 @@ def test_workload_floor_decodes_only_who_still_runs():
     assert floor.prefill_s == pytest.approx(cost.prefill_s(H200, [(0, 10), (0, 20)]))
 
 
-def test_step_records_of_an_engine_agree_with_the_floors_costs():
-    cost = ModelCost(TINY.model, dtype_bytes=4)
-    with random_engine(TINY, CPU, max_num_seqs=2, max_model_len=64) as engine:
+@pytest.mark.parametrize(("stored", "kv_dtype_bytes"), [("auto", 4), ("fp8", 1)])
+def test_step_records_of_an_engine_agree_with_the_floors_costs(stored, kv_dtype_bytes):
+    cost = ModelCost(TINY.model, dtype_bytes=4, kv_dtype_bytes=kv_dtype_bytes)
+    with random_engine(TINY, CPU, max_num_seqs=2, max_model_len=64, kv_cache_dtype=stored) as engine:
         steps = run_workload(engine, equal_requests("two", 2, 20, 4, 512)).steps
     assert [step.num_prefill_tokens for step in steps] == [40, 0, 0, 0]
     for i, step in enumerate(steps[1:], start=1):

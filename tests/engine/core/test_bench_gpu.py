@@ -22,6 +22,7 @@ from engine.bench.parts.session import Session
 from engine.bench.parts.shapes import TINY
 from engine.bench.parts.throughput import ABLATIONS, measure_ablations
 from engine.bench.parts.workload import OutOfTime, equal_requests, run_workload
+from engine.bench.serve_8b import BAR, FP8_BAR
 from engine.build import build_engine
 from engine.config import EngineConfig
 
@@ -67,6 +68,14 @@ def test_throughput_benchmarks_run_their_whole_workload(name, requests, output_t
     assert min(measured.values()) > 0
     assert figures["peers"] == []
     assert "peers: left out" in printed
+
+
+def test_the_same_requests_are_served_with_an_fp8_cache(capsys):
+    figures, printed = run_tiny("serve-8b", capsys, "--peer-seconds", "0", "--no-ablations")
+    assert figures["fp8_kv"]["seconds"] > 0
+    assert 0 < figures["fp8_kv"]["floor_s"] < figures["floor_s"], "less is read"
+    assert [v["what"] for v in figures["verdicts"]] == [BAR.what, FP8_BAR.what]
+    assert "with an fp8 KV cache" in printed
 
 
 @no_gpu  # on a GPU there may be quantized weights
@@ -118,6 +127,7 @@ def test_attention_without_a_gpu_checks_its_results():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     errors = json.loads(done.stdout.splitlines()[-1])["figures"]["correctness"]
     assert {name.split()[0] for name in errors} == {"decode", "mixed", "prefill"}
+    assert {"mixed fp8 float32", "mixed int8 float32"} < set(errors)
     assert max(errors.values()) <= 1.0
 
 
