@@ -43,7 +43,7 @@ from engine.models.weights import load_weights
 from engine.needle import find_needle
 from engine.pool_size import Measured, PoolSizer
 from engine.runner.model_runner import ModelRunner
-from engine.runner.profile_run import measure_workspace
+from engine.runner.profile_run import measure_steps
 from engine.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -190,17 +190,18 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
         )  # fmt: skip
 
     demand = Demand(decoder_bytes(decoder), workspace_bytes(config, model, dtype, device))
+    graphs_before = 0 if allocator is None else allocator.graph_bytes()  # of other engines
     if allocator is not None:
         tell("measuring the largest step", 0.91)
-        workspace = measure_workspace(make_runner, config, kv_spec, allocator, model.vocab_size)
-        demand = replace(demand, workspace_bytes=workspace)
+        step = measure_steps(make_runner, config, kv_spec, allocator, model.vocab_size)
+        demand = Demand(demand.weights_bytes, step.workspace_bytes, step.graphs_bytes)
         config = _size_again(loaded, demand, allocator.memory())
     tell("allocating the KV cache", 0.92)
     runner = make_runner(config)
     runner.capture(lambda share: tell("capturing decode steps", 0.93 + 0.07 * share))
     ledger = make_ledger(
         config, model, kv_spec, dtype, device, demand=demand,
-        graphs_bytes=0 if allocator is None else allocator.graph_bytes(),
+        graphs_bytes=0 if allocator is None else allocator.graph_bytes() - graphs_before,
         other_bytes=before.total_bytes - before.free_bytes,
     )  # fmt: skip
 

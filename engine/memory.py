@@ -54,6 +54,11 @@ class Demand:
 
     weights_bytes: int
     workspace_bytes: int
+    graphs_bytes: int = 0  # captured graphs, where they were measured; an estimated workspace includes them
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weights_bytes + self.workspace_bytes + self.graphs_bytes
 
 
 class Allocator(Protocol):

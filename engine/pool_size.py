@@ -24,7 +24,12 @@ from engine.models.config import ModelConfig
 
 CPU_KV_BYTES = 1 << 30  # default KV cache on a CPU: this much,
 CPU_KV_SHARE = 0.25  # or this share of what is left if that is less
-GPU_SHARE = 0.92  # of what a GPU has left; the rest is for fragmentation and the allocator's rounding
+GPU_SHARE = (
+    0.92  # of what a GPU has left by estimate; the rest is for fragmentation and the allocator's rounding
+)
+# Of what it has left once the largest step and its graphs were measured. The rest is for what no reading tells: the driver's
+# own part of each graph, partial results that attention reserves as the pool grows, and fragmentation.
+GPU_MEASURED_SHARE = 0.96
 REMEDY_SHARE = 0.99  # of the free memory, for advice: other processes move between a refusal and the next try
 NARROWER = {"float64": ("float32", "bfloat16"), "float32": ("bfloat16",)}
 NARROWER_KV = ("int8", "fp8")  # the more accurate first
@@ -32,7 +37,7 @@ NARROWER_KV = ("int8", "fp8")  # the more accurate first
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a loaded engine of `config` takes: counted weights, the workspace of a profile run."""
+    """What a loaded engine of `config` takes: counted weights, workspace and graphs of a profile run."""
 
     config: EngineConfig
     demand: Demand
@@ -127,7 +132,7 @@ class PoolSizer:
         stored = cache_dtype(config.kv_cache_dtype, _dtype(config))
         kv_spec = make_kv_spec(self._model, config.block_size, stored)
         block_bytes = kv_spec.bytes_per_block
-        left = free_bytes - demand.weights_bytes - demand.workspace_bytes - kv_spec.shared_scale_bytes
+        left = free_bytes - demand.num_bytes - kv_spec.shared_scale_bytes
         needed = 1 if config.max_model_len is None else -(-config.max_model_len // config.block_size)
         return _Fit(demand, left, block_bytes, self._num_blocks(config, left, block_bytes), needed)
 
@@ -136,7 +141,8 @@ class PoolSizer:
             return config.num_blocks
         if config.kv_memory_bytes is not None:
             return config.kv_memory_bytes // block_bytes
-        budget = GPU_SHARE * left if self._device.type == "cuda" else min(CPU_KV_BYTES, CPU_KV_SHARE * left)
+        share = GPU_SHARE if self._measured is None else GPU_MEASURED_SHARE
+        budget = share * left if self._device.type == "cuda" else min(CPU_KV_BYTES, CPU_KV_SHARE * left)
         longest = config.max_model_len or self._model.max_context
         most = config.max_num_seqs * -(-longest // config.block_size)  # more could never be used at once
         return min(int(budget) // block_bytes, most)
@@ -152,7 +158,8 @@ class PoolSizer:
             for name in ("dtype", "max_num_seqs", "max_batched_tokens", "max_model_len")
         ):
             return demand
-        short = demand.workspace_bytes - workspace_bytes(known, self._model, _dtype(known), self._device)
+        taken = demand.workspace_bytes + demand.graphs_bytes
+        short = taken - workspace_bytes(known, self._model, _dtype(known), self._device)
         return replace(estimate, workspace_bytes=estimate.workspace_bytes + max(0, short))
 
     def _fits_with(self, config: EngineConfig, setting: str, value: Any) -> bool:
@@ -199,7 +206,7 @@ class PoolSizer:
         demand, memory, num_blocks = fit.demand, self._memory, max(fit.num_blocks, 1)
         return OutOfMemoryError(
             f"the engine does not fit on {self._device}: weights {in_units(demand.weights_bytes)}, workspace "
-            f"{in_units(demand.workspace_bytes)}, KV cache {in_units(num_blocks * fit.block_bytes)} ({num_blocks} blocks "
+            f"{_workspace(demand)}, KV cache {in_units(num_blocks * fit.block_bytes)} ({num_blocks} blocks "
             f"of {config.block_size} tokens), and {in_units(memory.free_bytes)} of {in_units(memory.total_bytes)} are free",
             value=num_blocks * fit.block_bytes,
             limit=max(0, fit.left),
@@ -212,7 +219,7 @@ class PoolSizer:
             f"max_model_len {config.max_model_len} needs {fit.needed} KV blocks "
             f"({in_units(fit.needed * fit.block_bytes)}), the pool has {fit.num_blocks} "
             f"({in_units(fit.num_blocks * fit.block_bytes)}, {fit.block_bytes // config.block_size} bytes a token): "
-            f"weights {in_units(fit.demand.weights_bytes)} and workspace {in_units(fit.demand.workspace_bytes)} leave "
+            f"weights {in_units(fit.demand.weights_bytes)} and workspace {_workspace(fit.demand)} leave "
             f"{in_units(fit.left)} of {in_units(self._memory.free_bytes)}",
             value=config.max_model_len,
             limit=fit.num_blocks * config.block_size,
@@ -227,6 +234,11 @@ class PoolSizer:
         if len(found) == 1:
             return f"Set {found[0]}."
         return f"Any one of these fits: {', '.join(map(str, found))}."
+
+
+def _workspace(demand: Demand) -> str:
+    graphs = f" and captured graphs {in_units(demand.graphs_bytes)}" if demand.graphs_bytes else ""
+    return in_units(demand.workspace_bytes) + graphs
 
 
 def _dtype(config: EngineConfig) -> torch.dtype:

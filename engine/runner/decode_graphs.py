@@ -12,7 +12,7 @@ Boundary: decode steps without admissions and without banned tokens; the runner 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -144,9 +144,9 @@ class DecodeGraphs:
         wanted = self._columns(size)[3, : len(batch.wanted(plan))]
         return batch.sampled(self._logits[:rows], self._token_ids[:rows], plan, wanted)
 
-    def capture_all(self, tell: Callable[[float], None] = lambda done: None) -> None:
-        """Capture every size now, largest first, so that no request waits for it; `tell` hears the share that is done."""
-        for place, size in enumerate(reversed(self.sizes)):
+    def capture(self, sizes: Sequence[int], tell: Callable[[float], None]) -> None:
+        """Capture these sizes now, largest first, so that no request waits for it; `tell` hears the share that is done."""
+        for place, size in enumerate(sorted(sizes, reverse=True)):
             self._columns(size)[:3] = torch.tensor(
                 [[self._batch.idle_row], [0], [NO_BLOCK]], dtype=torch.int32, device=self._batch.device
             )
@@ -154,7 +154,7 @@ class DecodeGraphs:
                 self._run_forward(size, is_short=is_short)
             for is_filtered in (False, True):
                 self._run_sampler(size, is_filtered=is_filtered)
-            tell((place + 1) / len(self.sizes))
+            tell((place + 1) / len(sizes))
 
     def close(self) -> None:
         """Give back what the captured work holds."""

@@ -148,7 +148,9 @@ class ModelRunner:
     def max_inflight(self) -> int:
         return self._max_inflight
 
-    def capture(self, tell: Callable[[float], None] = lambda done: None) -> None:
+    def capture(
+        self, tell: Callable[[float], None] = lambda done: None, *, largest_only: bool = False
+    ) -> None:
         """Capture the decode steps of all sizes before the first request; `tell` hears the share that is done.
 
         Raises:
@@ -158,7 +160,7 @@ class ModelRunner:
             return
         try:
             with self._on_device():
-                self._graphs.capture_all(tell)
+                self._graphs.capture(self._graphs.sizes[-1:] if largest_only else self._graphs.sizes, tell)
         except Exception as error:
             raise _as_engine_error(error) from error
 

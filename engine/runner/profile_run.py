@@ -1,5 +1,8 @@
 """The profile run: the largest steps that a config allows, run once on a small KV cache, and the memory that they took.
 
+Then the largest decode step is captured: graphs share one pool of memory and are captured largest first, so that the smaller
+ones find room in what the largest took.
+
 Activations, logits and the sampler's copies of them, row buffers, kernels' workspaces and the allocator's rounding depend on
 kernels and libraries that no formula follows: they are measured, so that the KV cache can have the rest. Another engine that
 runs on the device meanwhile makes the figure larger, never smaller.
@@ -10,42 +13,54 @@ Boundary: plans and one reading. What the bytes are used for is ``engine.pool_si
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from engine.config import EngineConfig
 from engine.memory import Allocator
-from engine.plan import KVSpec, RowAdmission, Runner, StepPlan
+from engine.plan import KVSpec, RowAdmission, StepPlan
+from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 
 PROFILE_BLOCKS = 16  # KV blocks of the run, shared by all rows: what they write over one another nobody reads
 
 
-def measure_workspace(
-    make_runner: Callable[[EngineConfig], Runner],
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Bytes that the largest steps take beside weights and KV cache."""
+
+    workspace_bytes: int
+    graphs_bytes: int  # beside the workspace: captured steps keep theirs
+
+
+def measure_steps(
+    make_runner: Callable[[EngineConfig], ModelRunner],
     config: EngineConfig,
     kv_spec: KVSpec,
     allocator: Allocator,
     vocab_size: int,
-) -> int:
-    """Bytes that the largest steps of a resolved config take beside weights and KV cache.
+) -> StepMemory:
+    """What the largest steps of a resolved config take, made operation by operation and captured.
 
     Raises:
         OutOfMemoryError: they do not fit on the device, whatever the KV cache.
     """
     allocator.reset_peak()
-    before = allocator.held_bytes()
+    before, graphs_before = allocator.held_bytes(), allocator.graph_bytes()
     runner = make_runner(replace(config, num_blocks=PROFILE_BLOCKS))
     try:
         for plan in largest_steps(config, vocab_size):
             runner.submit(plan)
             runner.collect()
         peak = allocator.peak_bytes()
+        runner.capture(largest_only=True)
+        graphs = allocator.graph_bytes() - graphs_before
+        peak = max(peak, allocator.peak_bytes() - graphs)  # it is padded to more rows than there are
     finally:
         runner.close()
         allocator.reset_peak()
-    return max(0, peak - before - kv_spec.pool_bytes(PROFILE_BLOCKS))
+    return StepMemory(max(0, peak - before - kv_spec.pool_bytes(PROFILE_BLOCKS)), max(0, graphs))
 
 
 def largest_steps(config: EngineConfig, vocab_size: int) -> tuple[StepPlan, StepPlan]:

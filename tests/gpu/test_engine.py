@@ -295,6 +295,25 @@ def test_graphs_overlap_and_cache_do_not_change_the_answers(
             assert_likely(reference.to(device).eval(), prompts, each, MARGIN["bfloat16"])
 
 
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_a_quantized_cache_gives_the_same_bits_captured_and_cached_or_not(
+    stored: str, checkpoint: Callable[[str], Path]
+) -> None:
+    shared = prompt(200)
+    prompts = {f"r{i}": [*shared, *prompt(9 + 31 * i, seed=i)] for i in range(4)} | {"split": prompt(520)}
+    settings = {"dtype": "bfloat16", "deterministic": True, "kv_cache_dtype": stored}
+    found, eager = (
+        run(checkpoint("qwen3"), prompts, greedy(40), {"r2": 4, "r3": 9}, **settings, **more)
+        for more in ({}, {"enforce_eager": True, "enable_prefix_cache": False})
+    )
+    assert {2, 4} <= {record.graph_size for record in found.records if record.rows}
+    assert found.prefix_hits
+    assert found.tokens == eager.tokens
+    assert found.logprobs == eager.logprobs, "same tokens, other bits"
+    plain = run(checkpoint("qwen3"), prompts, greedy(40), dtype="bfloat16", deterministic=True)
+    assert found.logprobs != plain.logprobs, "the cache was not quantized"
+
+
 def test_sampling_with_a_seed_repeats(checkpoint: Callable[[str], Path]) -> None:
     prompts = {f"r{i}": prompt(40, seed=i) for i in range(6)}
     params = SamplingParams(

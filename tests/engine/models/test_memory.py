@@ -43,11 +43,14 @@ def config_of(folder: Path, **settings: Any) -> EngineConfig:
 
 class Given:
     """An allocator of given figures: `free` before and `free_loaded` after the weights were read; and what was held, and
-    the most that was, in the profile run."""
+    the most that was, in the profile run. Graphs: 2 MiB of another engine, and what the profile run and this engine captured."""
 
-    def __init__(self, free: int, free_loaded: int, held: int, peak: int) -> None:
+    def __init__(
+        self, free: int, free_loaded: int, held: int, peak: int, graphs: tuple[int, int] = (0, 0)
+    ) -> None:
         self._free = [free, free, free_loaded]
         self._held, self._peak = held, peak
+        self._graphs = [0, 0, *graphs]
         self.resets = 0
 
     def memory(self) -> DeviceMemory:
@@ -64,7 +67,7 @@ class Given:
         return self._peak
 
     def graph_bytes(self) -> int:
-        return 3 * MIB
+        return 2 * MIB + self._graphs.pop(0)
 
 
 # ── counted ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -158,17 +161,18 @@ def test_the_ledger_leaves_what_is_free(folder: Path) -> None:
 
 
 def test_the_pool_is_what_the_largest_step_leaves(folder: Path) -> None:
-    workspace = 2 * MIB + 12345
-    allocator = Given(40 * MIB, 38 * MIB, 5 * MIB, 5 * MIB + PROFILE_BLOCKS * BLOCK_BYTES + workspace)
+    workspace, graphs = 2 * MIB + 12345, 3 * MIB + 67
+    peak = 5 * MIB + PROFILE_BLOCKS * BLOCK_BYTES + workspace
+    allocator = Given(40 * MIB, 38 * MIB, 5 * MIB, peak, (graphs, graphs + 100))
     config = config_of(folder, max_num_seqs=200, max_batched_tokens=64)
     engine = build_engine(config, allocator=allocator)
     ledger = engine.stats().memory
     assert ledger is not None
     assert ledger.workspace_bytes == workspace
-    assert ledger.graphs_bytes == 3 * MIB
+    assert ledger.graphs_bytes == graphs + 100, "what was captured in the end, without the other engine's"
     assert ledger.other_bytes == 24 * MIB
     # A CPU's share of what is left; what was free after the weights counts, not what was expected before.
-    assert engine.config.num_blocks == int(0.25 * (38 * MIB - workspace)) // BLOCK_BYTES
+    assert engine.config.num_blocks == int(0.25 * (38 * MIB - workspace - graphs)) // BLOCK_BYTES
     assert (
         engine.config.num_blocks != resolve_config(config, memory=DeviceMemory(64 * MIB, 40 * MIB)).num_blocks
     )
@@ -190,11 +194,13 @@ def answers(engine: Engine) -> list[int]:
 
 def test_what_was_asked_for_is_refused_where_the_largest_step_leaves_less(folder: Path) -> None:
     workspace = 30 * MIB
-    allocator = Given(40 * MIB, 38 * MIB, 0, PROFILE_BLOCKS * BLOCK_BYTES + workspace)
+    allocator = Given(40 * MIB, 38 * MIB, 0, PROFILE_BLOCKS * BLOCK_BYTES + workspace, (4 * MIB, 0))
     config = config_of(folder, num_blocks=1000, max_num_seqs=200, max_batched_tokens=64)
-    with pytest.raises(OutOfMemoryError, match=r"workspace 30 MiB.*num_blocks=") as caught:
+    with pytest.raises(
+        OutOfMemoryError, match=r"workspace 30 MiB and captured graphs 4 MiB.*num_blocks="
+    ) as caught:
         build_engine(config, allocator=allocator)
-    assert caught.value.limit == 38 * MIB - workspace
+    assert caught.value.limit == 34 * MIB - workspace
 
 
 def test_a_context_that_nobody_asked_for_shrinks_with_the_pool(folder: Path) -> None:

@@ -145,9 +145,9 @@ def test_a_measured_workspace_gives_the_rest_to_the_pool() -> None:
         model="8b", device="cuda:0", dtype="bfloat16", max_batched_tokens=8192, max_model_len=8192
     )
     estimated = PoolSizer(MODEL, GPU, memory).resolve(asked)
-    demand = Demand(15 * GIB, GIB // 2)
+    demand = Demand(15 * GIB, GIB // 4, GIB // 4)
     measured = PoolSizer(MODEL, GPU, memory, Measured(estimated, demand)).resolve(asked)
-    assert measured.num_blocks == int(0.92 * (70 * GIB - 15 * GIB - GIB // 2)) // BLOCK_BYTES["bfloat16"]
+    assert measured.num_blocks == int(0.96 * (70 * GIB - 15 * GIB - GIB // 2)) // BLOCK_BYTES["bfloat16"]
     assert estimated.num_blocks is not None
     assert measured.num_blocks > estimated.num_blocks, "the estimate is an upper one"
 

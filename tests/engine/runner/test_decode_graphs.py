@@ -22,13 +22,14 @@ from engine.build import prepare_decoder, torch_dtype
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kernels.kv_quantization import cache_dtype
-from engine.memory import make_kv_spec
+from engine.memory import DeviceMemory, make_kv_spec
 from engine.models.decoder import Decoder
 from engine.records import StepRecord
 from engine.request import FinishReason
 from engine.runner import device_batch
 from engine.runner.decode_graphs import captured_sizes
 from engine.runner.model_runner import ModelRunner
+from engine.runner.profile_run import measure_steps
 from engine.sampling_params import SamplingParams
 
 ASKS_THE_HOST = {
@@ -130,6 +131,50 @@ def test_sizes_are_powers_of_two_that_hold_all_rows() -> None:
     assert captured_sizes(1) == (1,)
     assert captured_sizes(48) == (1, 2, 4, 8, 16, 32, 64)
     assert captured_sizes(1024) == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class MeasuredReplay(GuardedReplay):
+    """Also an ``Allocator`` whose graphs take a MiB each, and in which a step's own memory is none."""
+
+    def reset_peak(self) -> None: ...
+
+    def held_bytes(self) -> int:
+        return 0
+
+    peak_bytes = held_bytes
+
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(0, 0)
+
+    def graph_bytes(self) -> int:
+        return len(self.addresses) << 20
+
+
+def test_the_profile_run_captures_the_largest_size_alone_and_gives_it_back(
+    make_runner: Callable[..., ModelRunner], tiny_decoder: Callable[..., Decoder]
+) -> None:
+    captured, replay = set(), MeasuredReplay()
+    config = EngineConfig(
+        model="tiny", dtype="float64", num_blocks=24, block_size=4, max_num_seqs=4, max_model_len=40,
+        max_batched_tokens=64,
+    )  # fmt: skip
+
+    def make(config: EngineConfig) -> ModelRunner:
+        runner = make_runner(replay=replay)
+        close = runner.close
+
+        def note_and_close() -> None:
+            captured.update(key[1] for key in replay.addresses)
+            close()
+
+        runner.close = note_and_close  # type: ignore[method-assign]
+        return runner
+
+    kv_spec = make_kv_spec(tiny_decoder().config, 4, torch.float64)
+    found = measure_steps(make, config, kv_spec, replay, tiny_decoder().config.vocab_size)
+    assert captured == {4}
+    assert found.graphs_bytes == 3 << 20, "one forward pass, two samplers"
+    assert replay.addresses == {}
 
 
 @dataclass
