@@ -37,7 +37,9 @@ class EngineConfig:
     enable_prefix_cache: bool = True
     deterministic: bool = False  # bitwise the same tokens whatever shares the batch
     quantization: str | None = None  # of the linear layers' weights, and with fp8 of what they multiply
-    kv_cache_dtype: str = "auto"  # of stored keys and values: dtype's, "fp8" (also "fp8_e4m3") or "int8"
+    kv_cache_dtype: str = (
+        "auto"  # of stored keys and values: dtype's, "fp8" (also "fp8_e4m3"), "int8", on a CPU "bfloat16" too
+    )
     attention_backend: str = "auto"
     enforce_eager: bool = False  # True: no captured graphs on a GPU
     async_scheduling: bool = True  # on a GPU the next step is planned and launched while one runs

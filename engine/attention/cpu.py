@@ -1,6 +1,6 @@
 """Paged attention on a CPU through the compiled kernel (``cpu_paged.cpp``); torch's reference where it cannot serve.
 
-Compiled: float32, and bfloat16 storage with float32 sums; either over a quantized cache. Other dtypes (float64 of the parity
+Compiled: float32, and bfloat16 storage with float32 sums; either over a quantized cache, float32 also over one in bfloat16. Other dtypes (float64 of the parity
 tests, float16), soft caps and ALiBi go to the reference. A token's result has the same bits whatever shares the batch, however the prompt was cut, for every block size
 and number of threads: the kernel needs no deterministic mode of its own.
 
@@ -21,7 +21,11 @@ from engine.kernels.cpu_library import CpuLibrary
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES, check_scales
 
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)
-CACHE_KINDS = {torch.float8_e4m3fn: 1, torch.int8: 2}  # of any other dtype: 0
+CACHE_KINDS = {
+    torch.float8_e4m3fn: 1,
+    torch.int8: 2,
+    torch.bfloat16: 3,
+}  # of any other dtype, the compute dtype: 0
 _TABLES = (
     ("query_start", torch.int32),
     ("seq_lens", torch.int32),
@@ -77,6 +81,11 @@ def make_caches(k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scal
     return Caches(k_cache.data_ptr(), v_cache.data_ptr(), k_scales, v_scales, kind)
 
 
+def _is_compiled(dtype: torch.dtype, cache: torch.dtype) -> bool:
+    """Whether the kernels take queries, keys and values in `dtype` over a cache in `cache`."""
+    return dtype in COMPILED_DTYPES and cache in (dtype, torch.bfloat16, *QUANTIZED_DTYPES)
+
+
 def make_cpu_attention(*, deterministic: bool = False) -> AttentionBackend:
     """The compiled backend where it can be built, else the reference (``cpu_library.unavailable_reason`` says why)."""
     library = cpu_library.load()
@@ -107,7 +116,7 @@ class CpuPagedAttention:
     ) -> None:
         """Write k, v [T, K, D] to their slots of the caches [num_blocks, K, block_size, D]."""
         caches = make_caches(k_cache, v_cache, k_scale, v_scale)
-        if k.dtype not in COMPILED_DTYPES or k_cache.dtype not in (k.dtype, *QUANTIZED_DTYPES):
+        if not _is_compiled(k.dtype, k_cache.dtype):
             return self._reference.store_kv(
                 k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale
             )
@@ -140,8 +149,7 @@ class CpuPagedAttention:
     ) -> Tensor:
         """Attention of each token over its row's keys at positions ≤ its own: q [T, H, D] -> [T, H, D] in q's dtype."""
         caches = make_caches(k_cache, v_cache, k_scale, v_scale)
-        known = q.dtype in COMPILED_DTYPES and k_cache.dtype in (q.dtype, *QUANTIZED_DTYPES)
-        if not known or softcap or alibi_slopes is not None:
+        if not _is_compiled(q.dtype, k_cache.dtype) or softcap or alibi_slopes is not None:
             return self._reference.forward(
                 q, k_cache, v_cache, meta, scale=scale, sliding_window=sliding_window, softcap=softcap,
                 alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, out=out,

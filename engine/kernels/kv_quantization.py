@@ -29,8 +29,8 @@ NEGLIGIBLE = 1e-30  # a head of smaller values is stored as zeros: 127 divided b
 
 
 def cache_dtype(setting: str, dtype: torch.dtype) -> torch.dtype:
-    """What ``EngineConfig.kv_cache_dtype`` makes of keys and values in `dtype`; they stay as they are but for `SETTINGS`."""
-    return SETTINGS.get(setting, dtype)
+    """What a resolved ``EngineConfig.kv_cache_dtype`` makes of keys and values in `dtype`."""
+    return torch.bfloat16 if setting == "bfloat16" else SETTINGS.get(setting, dtype)
 
 
 def new_scales(cache: Tensor) -> Tensor:

@@ -206,7 +206,10 @@ class FusedCpuDecoder:
     def _bind(self, caches: list[LayerCache]) -> None:
         assert len(caches) == self.config.num_layers, len(caches)
         for layer, cache in zip(self._layers, caches, strict=True):
-            assert cache.k.dtype in (self.dtype, *QUANTIZED_DTYPES), (cache.k.dtype, self.dtype)
+            assert cache.k.dtype in (self.dtype, torch.bfloat16, *QUANTIZED_DTYPES), (
+                cache.k.dtype,
+                self.dtype,
+            )
             layer.caches = make_caches(cache.k, cache.v, cache.k_scale, cache.v_scale)
         self._caches = caches
 

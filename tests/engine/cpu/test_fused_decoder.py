@@ -141,8 +141,8 @@ def test_over_a_quantized_cache_logits_match_the_torch_decoder_in_float64(librar
 @pytest.mark.parametrize(
     ("dtype", "stored"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.int8),
-     (torch.float32, torch.float8_e4m3fn)],
-    ids=["float32", "bfloat16", "bfloat16-int8", "float32-fp8"],
+     (torch.float32, torch.float8_e4m3fn), (torch.float32, torch.bfloat16)],
+    ids=["float32", "bfloat16", "bfloat16-int8", "float32-fp8", "float32-bfloat16"],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3-head-norm", "llama-uneven"])
 def test_bits_do_not_depend_on_chunks_or_on_the_batch(library, name, dtype, stored):

@@ -190,6 +190,21 @@ def test_a_quantized_cache_is_written_to_the_bit_and_read_exactly(attention, mak
     assert (out.double() - want).abs().max() < TOLERANCE[compute] * want.abs().max()
 
 
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 64), (7, 1, 80), (2, 2, 20), (8, 2, 128)])
+def test_float32_over_a_bfloat16_cache_is_exact_over_what_it_holds(
+    attention, make_step, heads, kv_heads, size, window
+):
+    step = make_step(MIXED, heads=heads, kv_heads=kv_heads, size=size, block_size=16)
+    narrow = replace(step, k_cache=step.k_cache.bfloat16(), v_cache=step.v_cache.bfloat16())
+    out = run(attention, narrow, window)
+    held = {n: getattr(step, n).bfloat16().double() for n in ("k", "v", "k_cache", "v_cache")}
+    want = run(ReferenceAttention(), replace(step, q=step.q.double(), **held), window)
+    assert out.dtype == torch.float32
+    assert (out.double() - want).abs().max() < TOLERANCE[torch.float32]
+    assert torch.equal(out, run(attention, one_token_rows(narrow), window))
+
+
 def _stored(attention, k, v, step, dtype):
     """Caches and scales after a store; fp8's scales are not 1.0, so that they count."""
     caches = [torch.zeros(step.k_cache.shape).to(dtype) for _ in range(2)]

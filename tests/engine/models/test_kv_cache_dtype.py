@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +171,28 @@ def test_the_setting_has_one_name_for_each_kind_once_resolved(tiny_models: Calla
     }
 
 
-@pytest.mark.parametrize(("name", "accepted"), [("int4", "fp8_e4m3"), ("bfloat16", "float32")])
+def test_float32_that_nobody_asked_for_keeps_a_bfloat16_checkpoint_in_bfloat16(
+    tiny_models: Callable[[str], Any], tmp_path: Path
+) -> None:
+    folder = tiny_models("llama3_gqa_tied").copy(tmp_path / "model")
+    described = json.loads((folder / "config.json").read_text())
+    asked = EngineConfig(model=str(folder), device="cpu", num_blocks=8)
+    found = {}
+    for checkpoint in ("bfloat16", "float32"):
+        (folder / "config.json").write_text(json.dumps({**described, "dtype": checkpoint}))
+        found[checkpoint] = resolve_config(asked)
+    float32 = "bfloat16" if found["float32"].dtype == "bfloat16" else "float32"  # where the CPU multiplies it
+    assert found["bfloat16"].kv_cache_dtype == "bfloat16"
+    assert found["float32"].kv_cache_dtype == float32
+    (folder / "config.json").write_text(json.dumps({**described, "dtype": "bfloat16"}))
+    assert resolve_config(replace(asked, dtype="float32")).kv_cache_dtype == "float32"
+    assert (
+        resolve_config(replace(asked, dtype="float32", kv_cache_dtype="bfloat16")).kv_cache_dtype
+        == "bfloat16"
+    )
+
+
+@pytest.mark.parametrize(("name", "accepted"), [("int4", "fp8_e4m3"), ("float16", "float32")])
 def test_what_no_cache_holds_is_refused_before_weights_are_read(
     name: str, accepted: str, tiny_models: Callable[[str], Any], tmp_path: Path
 ) -> None:

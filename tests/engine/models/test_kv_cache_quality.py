@@ -21,8 +21,8 @@ TEXTS = {
         "Ventonni lives in Yansu [1].",
     "Hello, how are you today?": "Hello! I am fine, thank you. How can I help you today?",
 }  # fmt: skip
-# Nats a token; measured on a CPU in float32, by torch and by the compiled kernels: 0.00012 and 0.0030.
-MAX_DIVERGENCE = {"int8": 0.0003, "fp8": 0.006}
+# Nats a token; measured on a CPU in float32, by torch and by the compiled kernels: 0.000017, 0.00012 and 0.0030.
+MAX_DIVERGENCE = {"bfloat16": 0.00005, "int8": 0.0003, "fp8": 0.006}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def settings_of(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def report(texts: list[list[int]]) -> dict[str, KVCacheQuality]:
-    found = measure_kv_caches(EngineConfig(model=str(FOLDER), **settings_of()), texts)
+    found = measure_kv_caches(EngineConfig(model=str(FOLDER), **settings_of()), texts, list(MAX_DIVERGENCE))
     for quality in found:
         print(quality)
     return {quality.kv_cache_dtype: quality for quality in found}
