@@ -133,6 +133,8 @@ class StepResult:
     graph_size: int = 0  # rows of the captured graph that ran; 0: none
     bytes_needed: int = 0  # weights and KV that the step must read
     flops_needed: int = 0
+    weight_bytes: int = 0  # of bytes_needed; the others are of keys and values
+    attention_flops: int = 0  # of flops_needed: with keys and values; the others are with weights
 
 
 class Runner(Protocol):

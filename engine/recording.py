@@ -88,6 +88,8 @@ class Recorder:
             graph_size=result.graph_size,
             bytes_needed=result.bytes_needed,
             flops_needed=result.flops_needed,
+            weight_bytes=result.weight_bytes,
+            attention_flops=result.attention_flops,
             error=error,
         )
 

@@ -174,6 +174,8 @@ class StepRecord:
     graph_size: int = 0
     bytes_needed: int = 0
     flops_needed: int = 0
+    weight_bytes: int = 0  # of bytes_needed; the others are of keys and values
+    attention_flops: int = 0  # of flops_needed: with keys and values; the others are with weights
     error: str | None = None
 
 

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engine.bench.parts.limits import Limits, seconds_of
 from engine.bench.parts.report import Bar
 from engine.bench.parts.session import Session, open_session
 from engine.bench.parts.session import add_arguments as add_session_arguments
+from engine.device_limits import seconds_of
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES, new_scales
+from engine.limits import Limits
 
 if TYPE_CHECKING:
     from engine.attention.interface import AttentionMetadata

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from engine.bench.parts.floors import ModelCost
 from engine.bench.parts.random_engine import random_engine
 from engine.bench.parts.report import Bar, print_table
 from engine.bench.parts.session import Session, add_arguments, open_session
@@ -54,7 +53,7 @@ def measure(session: Session, options: argparse.Namespace) -> dict[str, Any]:
     return {
         **session.figures(), **workload.figures(), "shape": shape.name, "modes": rows, "slow_down": slow_down,
         "same_alone": NUM_ALONE, "verdicts": [BAR.judge(slow_down, is_tiny=session.is_tiny)],
-        "phases": print_phases(session, ModelCost(shape.model, session.dtype_bytes), on),
+        "phases": print_phases(session, on),
     }  # fmt: skip
 
 

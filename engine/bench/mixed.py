@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from engine.bench.parts.floors import ModelCost
 from engine.bench.parts.phases import idle_share, phases
 from engine.bench.parts.random_engine import random_engine
 from engine.bench.parts.report import Bar, print_table
@@ -142,14 +141,13 @@ def _measure_variant(
     ttft_ms = [((r.first_token_ns or r.finished_ns) - r.arrival_ns) / 1e6 for r in ended]
     decode_ms = float(np.median(_itl_ms(pure, streams)))
     p99_ms = float(np.percentile(_itl_ms(window, streams), 99))
-    cost = ModelCost(load.shape.model, session.dtype_bytes)
     waste = kv_waste(taken.steps, num_blocks=num_blocks, block_size=block_size, last=len(window))
     return {
         "decode_itl_ms": decode_ms, "p99_itl_ms": p99_ms, "itl_ratio": p99_ms / decode_ms,
         "idle_share": idle_share(window), "decode_idle_share": idle_share(pure),
         "kv_waste": waste.share,
         "prompts": len(prompts), "median_ttft_ms": float(np.median(ttft_ms)),
-        "phases": [phase.figures() for phase in phases(window, cost, session.limits)],
+        "phases": [phase.figures() for phase in phases(window, session.limits)],
     }  # fmt: skip
 
 

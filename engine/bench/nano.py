@@ -44,7 +44,7 @@ def measure(session: Session, options: argparse.Namespace) -> dict[str, Any]:
         **session.figures(), **workload.figures(), "shape": shape.name, **measured.figures(),
         "floor_s": floor.seconds, "floor_output_tokens_s": workload.num_output_tokens / floor.seconds,
         "verdicts": [BAR.judge(share, is_tiny=session.is_tiny)],
-        "phases": print_phases(session, cost, measured.runs[0]),
+        "phases": print_phases(session, measured.runs[0]),
     }  # fmt: skip
     if not options.no_ablations:
         figures["ablations"] = measure_ablations(session, shape, workload)

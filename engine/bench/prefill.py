@@ -54,14 +54,14 @@ def measure(session: Session, options: argparse.Namespace) -> dict[str, Any]:
             verdicts.append(bar.judge(row["of_floor"], is_tiny=session.is_tiny))
         runs, cached = _run_warm(session, engine, longest)
     floor_s = cost.prefill_s(session.limits, [(cached, longest.num_input_tokens - cached)])
-    rows.append(_row("warm", runs, longest.num_input_tokens - cached, floor_s, cost, session))
+    rows.append(_row("warm", runs, longest.num_input_tokens - cached, floor_s, session))
     verdicts.append(WARM_BAR.judge(rows[-1]["ttft_over_floor"], is_tiny=session.is_tiny))
     if not options.no_ablations and session.has_room("ablation 'prefix cache off'", 30):
         with random_engine(shape, session.device, **limits, enable_prefix_cache=False) as engine:
             warm_up(engine, longest)
             runs, none = _run_warm(session, engine, longest)
         assert none == 0, f"{none} tokens came from a prefix cache that is off"
-        rows.append(_row("warm, prefix cache off", runs, longest.num_input_tokens, floor_s, cost, session))
+        rows.append(_row("warm, prefix cache off", runs, longest.num_input_tokens, floor_s, session))
     print_table(f"prefill at {shape.name}'s shape", rows)
     return {
         **session.figures(), "shape": shape.name, "cases": rows, "cached_tokens": cached, "verdicts": verdicts,
@@ -72,7 +72,7 @@ def _measure_cold(session: Session, engine: Engine, case: Workload, cost: ModelC
     rounds = 1 if session.is_tiny else ROUNDS
     runs = [run_workload(engine, case.with_other_tokens(i), ends_at=session.ends_at) for i in range(rounds)]
     floor_s = cost.prefill_s(session.limits, [(0, n) for n, _ in case.lengths])
-    return _row(case.name, runs, case.num_input_tokens, floor_s, cost, session)
+    return _row(case.name, runs, case.num_input_tokens, floor_s, session)
 
 
 def _run_warm(session: Session, engine: Engine, case: Workload) -> tuple[list[Run], int]:
@@ -90,12 +90,10 @@ def _run_warm(session: Session, engine: Engine, case: Workload) -> tuple[list[Ru
     return runs, found.pop()
 
 
-def _row(
-    name: str, runs: list[Run], tokens: int, floor_s: float, cost: ModelCost, session: Session
-) -> dict[str, Any]:
+def _row(name: str, runs: list[Run], tokens: int, floor_s: float, session: Session) -> dict[str, Any]:
     """One line of the table; `tokens` are those that were computed."""
     seconds, ttft_s = median(run.seconds for run in runs), median(map(_longest_ttft_s, runs))
-    bound = phases(runs[0].steps, cost, session.limits)[0].bound
+    bound = phases(runs[0].steps, session.limits)[0].spent.bound
     return {
         "case": name, "tokens": tokens, "seconds": seconds, "floor_s": floor_s, "of_floor": round(floor_s / seconds, 4),
         "longest_ttft_s": ttft_s, "ttft_over_floor": round(ttft_s / floor_s, 3), "bound_by": bound,

@@ -47,7 +47,7 @@ def measure(session: Session, options: argparse.Namespace) -> dict[str, Any]:
         **session.figures(), **workload.figures(), "shape": shape.name, **measured.figures(),
         "floor_s": floor.seconds, "floor_prefill_s": floor.prefill_s, "floor_decode_s": floor.decode_s,
         "verdicts": [BAR.judge(share, is_tiny=session.is_tiny)],
-        "phases": print_phases(session, cost, measured.runs[0]),
+        "phases": print_phases(session, measured.runs[0]),
     }  # fmt: skip
     if session.has_room("fp8 KV cache", 1.5 * measured.seconds + measured.start_s):
         figures["fp8_kv"], verdict = _with_fp8_cache(session, shape, workload)

@@ -81,6 +81,12 @@ class ModelConfig:
         return self.num_layers * layer + self.vocab_size * h * (1 if self.tie_embeddings else 2) + h
 
     @property
+    def num_layer_products(self) -> int:
+        """Values of all layers' matrices: a token is multiplied by each of them once."""
+        q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        return self.num_layers * self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+
+    @property
     def num_step_parameters(self) -> int:
         """Values that one step reads: all but an untied input embedding, of which it reads a few rows."""
         return self.num_parameters - (0 if self.tie_embeddings else self.vocab_size * self.hidden_size)

@@ -31,6 +31,15 @@ class LayerCache:
     v_scale: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class StepWeights:
+    """Bytes that a step reads of the weights as they are held: quantized values with their scales, panels, biases, norms."""
+
+    layers: int  # by every step
+    head: int  # the final norm and the output head: by a step that computes logits
+    embedding_row: int  # for each token
+
+
 class StepDecoder(Protocol):
     """What a runner asks of a decoder; ``Decoder`` and ``engine.models.fused_cpu.FusedCpuDecoder`` are one."""
 
@@ -49,6 +58,10 @@ class StepDecoder(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of the given rows of `forward`'s result, float32 (float64 for a float64 model)."""
+        ...
+
+    def step_weights(self) -> StepWeights:
+        """What a step reads of the weights."""
         ...
 
 
@@ -203,6 +216,11 @@ class Decoder(nn.Module):
         logits: Tensor = self.lm_head(self.norm(hidden))
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def step_weights(self) -> StepWeights:
+        """What a step reads of the weights; counts anew after they were quantized."""
+        head = _num_bytes(self.norm) + _num_bytes(self.lm_head)
+        return StepWeights(_num_bytes(self.layers), head, self.embedding[0].nbytes)
+
     def weight_targets(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint tensor names, each with the view of the merged parameter that it fills."""
         yield "model.embed_tokens.weight", self.embedding
@@ -213,6 +231,10 @@ class Decoder(nn.Module):
             assert isinstance(layer, DecoderLayer)
             for name, target in _layer_targets(layer):
                 yield f"model.layers.{index}.{name}", target
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _layer_targets(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:

@@ -22,7 +22,7 @@ from engine.attention.interface import AttentionBackend, AttentionMetadata
 from engine.kernels.cpu_library import CpuLibrary
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES
 from engine.kernels.packed_linear import Packed, PackedWeight, pack_weight
-from engine.models.decoder import Decoder, DecoderLayer, LayerCache
+from engine.models.decoder import Decoder, DecoderLayer, LayerCache, StepWeights
 from engine.models.layers import Linear, RMSNorm
 
 
@@ -101,8 +101,11 @@ class FusedCpuDecoder:
     @property
     def weight_bytes(self) -> int:
         """Memory of all weights as they are held now, and of the rotary table."""
-        kept = (each.num_bytes if isinstance(each, PackedWeight) else each.nbytes for each in self._kept)
-        return self._rotary.nbytes + sum(kept)
+        return self._rotary.nbytes + self._kept_bytes()
+
+    def step_weights(self) -> StepWeights:
+        """What a step reads of the weights, panels with the padding that is read with them."""
+        return self._step_weights
 
     def forward(
         self,
@@ -155,14 +158,20 @@ class FusedCpuDecoder:
         for index, layer in enumerate(decoder.layers):
             assert isinstance(layer, DecoderLayer)
             self._layers[index] = self._describe_layer(layer, config.sliding_windows[index])
+        layers_end = self._kept_bytes()
         plain = None if config.tie_embeddings else self._keep(decoder.embedding.data)
-        lm_head = self._pack(decoder.lm_head)
+        embedding_end = self._kept_bytes()
+        lm_head, norm = self._pack(decoder.lm_head), self._norm(decoder.norm)
+        gathered = torch.bfloat16 if config.tie_embeddings and lm_head.narrow else decoder.embedding.dtype
+        self._step_weights = StepWeights(
+            layers_end, self._kept_bytes() - embedding_end, config.hidden_size * gathered.itemsize
+        )
         decoder.embedding = _emptied(decoder.embedding)
         return _Model(
             ctypes.addressof(self._layers),
             plain,
             lm_head,
-            self._norm(decoder.norm),
+            norm,
             self._rotary.data_ptr(),
             config.num_layers,
             config.hidden_size,
@@ -202,6 +211,9 @@ class FusedCpuDecoder:
         tensor = tensor.contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+    def _kept_bytes(self) -> int:
+        return sum(each.num_bytes if isinstance(each, PackedWeight) else each.nbytes for each in self._kept)
 
     def _bind(self, caches: list[LayerCache]) -> None:
         assert len(caches) == self.config.num_layers, len(caches)

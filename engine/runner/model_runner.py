@@ -30,7 +30,7 @@ from engine.models.decoder import LayerCache, StepDecoder
 from engine.plan import KVSpec, StepPlan, StepResult, TokenLogprobs
 from engine.runner.batch import BatchShape, HostRowBatch, RowBatch
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
-from engine.runner.step_cost import StepCost
+from engine.runner.step_cost import StepCost, StepNeeds
 
 if TYPE_CHECKING:
     from engine.runner.decode_graphs import DecodeGraphs, Replay
@@ -53,8 +53,7 @@ class _Started:
     prompt: tuple[tuple[int, int, LogprobTensors], ...]  # (row index, number of most likely tokens, figures)
     prepare_ms: float
     clock: _Clock
-    bytes_needed: int
-    flops_needed: int
+    needs: StepNeeds
     graph_size: int
 
 
@@ -141,7 +140,7 @@ class ModelRunner:
         else:
             self._caches = allocate_caches(kv_spec, config.num_blocks, stored, device)
             self._batch = HostRowBatch(shape, deterministic=config.deterministic)
-        self._cost = StepCost(decoder.config, kv_spec, dtype.itemsize)
+        self._cost = StepCost(decoder.config, kv_spec, decoder.step_weights())
         self._inflight: deque[_Started | BaseException] = deque()
 
     @property
@@ -258,8 +257,8 @@ class ModelRunner:
         ):  # there is nothing to copy there, and asking would let other threads in
             sampled = sampled.to_host()
         clock.mark()
-        bytes_needed, flops_needed = self._cost.of(plan)
-        return _Started(plan, sampled, wanted, prompt, prepare_ms, clock, bytes_needed, flops_needed, size)
+        needs = self._cost.of(plan, sum(len(figures.token_ids) for _, _, figures in prompt))
+        return _Started(plan, sampled, wanted, prompt, prepare_ms, clock, needs, size)
 
     def _prompt_logprobs(
         self, plan: StepPlan, decoder: StepDecoder, batch: RowBatch, hidden: Tensor
@@ -326,8 +325,10 @@ def _result(started: _Started) -> StepResult:
         forward_ms=started.clock.elapsed_ms(0),
         sample_ms=started.clock.elapsed_ms(1),
         graph_size=started.graph_size,
-        bytes_needed=started.bytes_needed,
-        flops_needed=started.flops_needed,
+        bytes_needed=started.needs.weight_bytes + started.needs.kv_bytes,
+        flops_needed=started.needs.linear_flops + started.needs.attention_flops,
+        weight_bytes=started.needs.weight_bytes,
+        attention_flops=started.needs.attention_flops,
     )
 
 

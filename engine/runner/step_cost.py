@@ -1,46 +1,67 @@
 """Bytes and floating-point operations that a step cannot do without: the yardstick of its speed.
 
-Bytes: every weight once (of an untied input embedding only the looked-up rows, which are left out), each row's keys and
-values within its layers' windows, and the new ones. Operations: two per weight and token, the output head only for rows
-that sample, and four per head value, query and key seen. Boundary: arithmetic on the plan; nothing is measured here.
+Bytes: the layers' weights as they are held, a row of the input embedding for each token, the output head in a step that
+computes logits, each row's keys and values within its layers' windows, and the new ones once more, since they are written.
+Operations: two per value of a weight matrix and token, of the output head only for positions whose logits are computed, and
+four per value of a head for each query and key that it sees. Left out: activations, biases, norms' and rotary arithmetic, and
+that rows which share cached blocks could read them together.
+
+Boundary: arithmetic on the plan; nothing is measured here.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 
 from engine.models.config import ModelConfig
+from engine.models.decoder import StepWeights
 from engine.plan import KVSpec, StepPlan
 
 
-class StepCost:
-    """The cost function of one model and KV layout. `dtype_bytes`: of a weight."""
+class StepNeeds(NamedTuple):
+    """What one step needs."""
 
-    def __init__(self, config: ModelConfig, kv_spec: KVSpec, dtype_bytes: int) -> None:
-        head = config.vocab_size * config.hidden_size
-        self._weight_bytes = config.num_step_parameters * dtype_bytes
-        self._body_flops = 2 * (config.num_step_parameters - head)
-        self._head_flops = 2 * head
+    weight_bytes: int
+    kv_bytes: int  # read and written
+    linear_flops: int  # with weights
+    attention_flops: int  # with keys and values
+
+
+class StepCost:
+    """The cost function of one model, its weights as they are held, and its KV layout."""
+
+    def __init__(self, config: ModelConfig, kv_spec: KVSpec, weights: StepWeights) -> None:
+        self._weights = weights
+        self._layer_flops = 2 * config.num_layer_products
+        self._head_flops = 2 * config.vocab_size * config.hidden_size
         self._pair_flops = 4 * config.num_heads * config.head_size
         self._layer_token_bytes = kv_spec.bytes_per_token // kv_spec.num_layers
         self._token_bytes = kv_spec.bytes_per_token
         self._layers_by_window = Counter(config.sliding_windows)
 
-    def of(self, plan: StepPlan) -> tuple[int, int]:
-        """(bytes, operations) of one step."""
+    def of(self, plan: StepPlan, num_prompt_logits: int = 0) -> StepNeeds:
+        """The needs of one step. `num_prompt_logits`: positions with logits beside those that sample."""
         start, count = plan.start.astype(np.int64), plan.num_tokens.astype(np.int64)
+        end = start + count
         keys = pairs = 0
         for window, layers in self._layers_by_window.items():
-            seen = start + count
-            row_pairs = count * start + count * (count + 1) // 2
-            if window is not None:
-                seen = np.minimum(seen, window + count - 1)
-                row_pairs = np.minimum(row_pairs, count * window)
+            if window is None:
+                seen, row_pairs = end, count * start + count * (count + 1) // 2
+            else:  # queries that see a whole window, and before them those that see all there is
+                whole = np.clip(end - window, 0, count)
+                short = count - whole
+                seen = np.minimum(end, window + count - 1)
+                row_pairs = short * start + short * (short + 1) // 2 + whole * window
             keys += layers * int(seen.sum())
             pairs += layers * int(row_pairs.sum())
-        tokens = int(count.sum())
-        num_bytes = self._weight_bytes + keys * self._layer_token_bytes + tokens * self._token_bytes
-        flops = self._body_flops * tokens + self._head_flops * len(plan.logit_rows) + self._pair_flops * pairs
-        return num_bytes, flops
+        tokens, logits = int(count.sum()), len(plan.logit_rows) + num_prompt_logits
+        weights = self._weights
+        return StepNeeds(
+            weights.layers + tokens * weights.embedding_row + (weights.head if logits else 0),
+            keys * self._layer_token_bytes + tokens * self._token_bytes,
+            tokens * self._layer_flops + logits * self._head_flops,
+            pairs * self._pair_flops,
+        )

@@ -21,11 +21,15 @@ NUM_BLOCKS, BLOCK_SIZE = 64, 16
 
 
 def make_worker(
-    *, num_blocks: int = NUM_BLOCKS, on_fatal: Any = None, **runner_options: Any
+    *,
+    num_blocks: int = NUM_BLOCKS,
+    on_fatal: Any = None,
+    runner_type: type[FakeRunner] = FakeRunner,
+    **runner_options: Any,
 ) -> tuple[EngineWorker, FakeRunner]:
     """A worker, not started, over a small FakeRunner."""
     tokenizer = FakeTokenizer()
-    runner = FakeRunner(num_blocks, BLOCK_SIZE, vocab_size=256, **runner_options)
+    runner = runner_type(num_blocks, BLOCK_SIZE, vocab_size=256, **runner_options)
     config = EngineConfig(
         model=FAKE_MODEL, block_size=BLOCK_SIZE, num_blocks=num_blocks, max_batched_tokens=256, max_num_seqs=8,
         max_model_len=512, dtype="float32", device="cpu",

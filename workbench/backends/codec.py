@@ -52,6 +52,8 @@ class StepSummary:
     graph_size: int
     bytes_needed: int
     flops_needed: int
+    weight_bytes: int = 0
+    attention_flops: int = 0
     error: str | None = None
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workbench.bench.limits import Limits
+from engine.limits import Limits, StepArrays, spent
 from workbench.bench.report import NS_PER_MS, distribution
 
 if TYPE_CHECKING:
@@ -104,36 +104,36 @@ def step_figures(steps: Sequence[StepSummary], limits: Limits | None) -> dict[st
         found[f"{part}_share"] = (
             sum(getattr(step, f"{part}_ms") for step in steps) / 1e3 / busy_s if busy_s else None
         )
-    return found | {"limit": _share_of_limit(steps, limits, wall_s, busy_s) if limits else None}
+    return found | {"limit": _share_of_limit(steps, limits, wall_s) if limits else None}
 
 
-def working_set_bytes(steps: Sequence[StepSummary]) -> int:
-    """What a usual step reads."""
-    return int(np.median([step.bytes_needed for step in steps])) if steps else 0
+def weight_bytes(steps: Sequence[StepSummary]) -> int:
+    """What a usual step reads of weights."""
+    return int(np.median([step.weight_bytes for step in steps])) if steps else 0
 
 
-def _share_of_limit(
-    steps: Sequence[StepSummary], limits: Limits, wall_s: float, busy_s: float
-) -> dict[str, Any] | None:
-    """Least time of all steps by the time they took: over the whole run, and over the steps alone."""
-    num_bytes = np.asarray([step.bytes_needed for step in steps], float)
-    flops = np.asarray([step.flops_needed for step in steps], float)
-    if not num_bytes.any() and not flops.any():
+def _share_of_limit(steps: Sequence[StepSummary], limits: Limits, wall_s: float) -> dict[str, Any] | None:
+    """Least time of all steps by the time they took, over the whole run and while there was work; and what the time went to."""
+    found = spent(StepArrays.of(steps), limits)
+    if not found.floor_s:
         return None  # a runner without a model needs nothing
-    reading, computing = num_bytes / limits.bytes_s, flops / limits.flops_s
-    least = np.maximum(reading, computing)
     return {
-        "share_of_limit": float(least.sum() / wall_s),
-        "share_of_limit_busy": float(least.sum() / busy_s),
-        "bound_by_memory_share": float(least[reading >= computing].sum() / least.sum()),
-        "bytes_per_s": float(num_bytes.sum() / wall_s),
-        "flops_per_s": float(flops.sum() / wall_s),
+        "share_of_limit": found.floor_s / wall_s,
+        "share_of_limit_busy": found.share,
+        "bound_by": found.bound,
+        "bound_by_memory_share": (found.weights_s + found.kv_s) / found.floor_s,
+        "seconds": {
+            "weights": found.weights_s, "KV": found.kv_s, "compute": found.compute_s, "kernels": found.kernels_s,
+            "host": found.host_s, "idle": found.idle_s,
+        },
+        "bytes_per_s": found.num_bytes / wall_s,
+        "flops_per_s": found.num_flops / wall_s,
         "machine_bytes_per_s": limits.bytes_s,
         "machine_flops_per_s": limits.flops_s,
         "dtype": limits.dtype,
         "device": limits.device,
         "working_set_bytes": limits.working_set_bytes,
-    }
+    }  # fmt: skip
 
 
 def _figures(record: RequestRecord) -> dict[str, float | None]:

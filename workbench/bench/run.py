@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 from workbench.bench import saved
 from workbench.bench.assemble import assemble, notes_of
 from workbench.bench.driver import ClientRecord, DriverResult, ShouldStop, drive
-from workbench.bench.engine_side import EngineSide, step_figures, working_set_bytes
+from workbench.bench.engine_side import EngineSide, step_figures, weight_bytes
 from workbench.bench.errors import BenchmarkError
-from workbench.bench.limits import Limits, measure_limits
 from workbench.bench.report import live_figures, request_table
 from workbench.bench.saved import BenchmarkRecord
 from workbench.bench.spec import BenchmarkSpec
@@ -34,12 +33,14 @@ from workbench.bench.workload import (
     synthetic,
 )
 from workbench.errors import WorkbenchError
+from workbench.limits import measure
 from workbench.run_state import RunningApp, RunState
 from workbench.settings import Settings, data_dir
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from engine.limits import Limits
     from engine.records import EngineStats
     from workbench.backends.protocol import Backend
 
@@ -116,7 +117,7 @@ def run_benchmark(
         requests = request_table(result.records, result.began_ns)
         engine, notes = None, notes_of(spec, server.target, workload, has_records=server.backend is not None)
         if side is not None and stats is not None:
-            requests, engine = _engine_figures(requests, side, stats, notes)
+            requests, engine = _engine_figures(requests, side, stats, notes, settings.threads)
     record = assemble(spec, server.target, workload, result, requests, stats, engine, notes)
     saved.save(settings.home_dir, record, requests)
     if track:
@@ -221,13 +222,13 @@ def _load(
 
 
 def _engine_figures(
-    requests: pd.DataFrame, side: EngineSide, stats: EngineStats, notes: list[str]
+    requests: pd.DataFrame, side: EngineSide, stats: EngineStats, notes: list[str], threads: int | None
 ) -> tuple[pd.DataFrame, dict[str, Any] | None]:
     steps = side.steps
     limits: Limits | None = None
-    if working_set_bytes(steps):
+    if weight_bytes(steps):
         try:
-            limits = measure_limits(stats.device or "cpu", stats.dtype, working_set_bytes(steps))
+            limits = measure(stats.device or "cpu", stats.dtype, weight_bytes(steps), threads=threads)
         except (RuntimeError, ImportError) as error:
             notes.append(f"The machine's limits could not be measured: {str(error).splitlines()[0]}")
     return side.add_columns(requests), step_figures(steps, limits)

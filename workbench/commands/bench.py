@@ -192,7 +192,9 @@ def _print_report(result: dict[str, Any], to: Any) -> None:
             file=to,
         )
     if result["share_of_limit"] is not None:
-        print(f"{result['share_of_limit']:.1%} of this machine's limit", file=to)
+        bound = ((result["engine"] or {}).get("limit") or {}).get("bound_by")
+        told = f", bound by {bound}" if bound else ""
+        print(f"{result['share_of_limit']:.1%} of this machine's limit{told}", file=to)
     for note in result["notes"]:
         print(note, file=to)
     where = (result["mlflow"] or {}).get("path")

@@ -102,7 +102,9 @@ def percentile(figures: Mapping[str, Any], latency: str, quantile: str) -> float
 
 
 def bound_by(limit: Mapping[str, Any]) -> str:
-    """What the steps' least time was due to."""
+    """What the run was bound by; in records of before that was known, what the steps' least time was due to."""
+    if "bound_by" in limit:
+        return f"bound by {limit['bound_by']}"
     share = limit.get("bound_by_memory_share")
     if share is None:
         return "of this device's limit"

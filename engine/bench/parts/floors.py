@@ -1,10 +1,7 @@
 """Floors: the least seconds that a workload can take on a device with the measured limits.
 
-- a decode step: max(weight bytes ÷ bandwidth, 2·P·B ÷ matrix rate) + Σ context · KV bytes per token ÷ bandwidth
-- a prefill: (2·P·T + 4·L·H·D·Σ pairs) ÷ matrix rate, where a prompt of n tokens has n²/2 pairs of query and key
-
-P: parameters that a step reads (no input embedding); of a prefill's tokens only those that sample pass the output head, so it
-counts once a sequence there. Decode reads weights and KV one after the other, layer by layer, hence the sum.
+What a decode step or a prefill needs is worked out from shape and lengths; the floor of that is `engine.limits.floors`, as for
+the steps of a record. A prompt of n tokens has n²/2 pairs of query and key; only tokens that sample pass the output head.
 
 Boundary: arithmetic on shapes and lengths; full attention in every layer.
 """
@@ -16,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.bench.parts.limits import Limits
+from engine.limits import Limits, floors
 from engine.models.config import ModelConfig
 
 
@@ -66,21 +63,25 @@ class ModelCost:
         num_bytes = self.kv_dtype_bytes or self.dtype_bytes
         return 2 * model.num_layers * model.num_kv_heads * model.head_size * num_bytes
 
+    @property
+    def _pair_flops(self) -> float:
+        """Operations for a query and a key, over all layers."""
+        return 4.0 * self.model.num_layers * self.model.num_heads * self.model.head_size
+
     def decode_s(self, limits: Limits, rows: int, context_tokens: int) -> float:
         """One step that decodes `rows` sequences which together have `context_tokens`."""
-        products = limits.seconds(self.weight_bytes, 2.0 * self.parameters * rows)
-        return products + context_tokens * self.kv_token_bytes / limits.bytes_s
+        linear = 2.0 * (self.model.num_layer_products + self.head_parameters) * rows
+        kv_bytes = float(context_tokens * self.kv_token_bytes)
+        return floors(limits, self.weight_bytes, kv_bytes, linear, self._pair_flops * context_tokens).total_s
 
     def prefill_s(self, limits: Limits, prompts: Sequence[tuple[int, int]]) -> float:
         """Prompts of (tokens already cached, tokens to compute) up to one sampled token each."""
-        model = self.model
         cached, count = (np.array(column, dtype=np.float64) for column in zip(*prompts, strict=True))
-        body = 2.0 * (self.parameters - self.head_parameters) * count.sum()
+        body = 2.0 * self.model.num_layer_products * float(count.sum())
         head = 2.0 * self.head_parameters * len(prompts)
         pairs = float((count * cached + count**2 / 2).sum())
-        attention = 4.0 * model.num_layers * model.num_heads * model.head_size * pairs
-        num_bytes = self.weight_bytes + float(cached.sum()) * self.kv_token_bytes
-        return limits.seconds(num_bytes, body + head + attention)
+        kv_bytes = float(cached.sum()) * self.kv_token_bytes
+        return floors(limits, self.weight_bytes, kv_bytes, body + head, self._pair_flops * pairs).total_s
 
     def workload(self, limits: Limits, lengths: Sequence[tuple[int, int]]) -> Floor:
         """Requests of (input, output) tokens that all arrive at once and all run at once: prefills, then decode steps.

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-from engine.bench.parts.limits import Limits, measure_limits
+from engine.device_limits import measure_limits
+from engine.limits import Limits
+
+CPU_BUDGET_S = 0.2  # of the limits, where nothing is judged by them
 
 
 @dataclass
@@ -65,7 +68,7 @@ def open_session(options: argparse.Namespace) -> Session:
         )
         raise SystemExit(2)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    limits = measure_limits(device)
+    limits = measure_limits(device, torch.bfloat16 if on_gpu else torch.float32, budget_s=CPU_BUDGET_S)
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
     print(f"{name}: {limits}{', reduced size: nothing is judged' if options.tiny else ''}")
     return Session(device, limits, options.tiny, ends_at)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from engine.bench.parts.floors import ModelCost
 from engine.bench.parts.phases import phases
 from engine.bench.parts.random_engine import random_engine
 from engine.bench.parts.report import print_table
@@ -115,8 +114,8 @@ def measure_ablations(
     return rows
 
 
-def print_phases(session: Session, cost: ModelCost, run: Run) -> list[dict[str, Any]]:
+def print_phases(session: Session, run: Run) -> list[dict[str, Any]]:
     """What bounds prefill and decode of a run: prints the table, returns its rows."""
-    rows = [phase.figures() for phase in phases(run.steps, cost, session.limits)]
+    rows = [phase.figures() for phase in phases(run.steps, session.limits)]
     print_table("phases: seconds that passed, and the least seconds by what they are spent on", rows)
     return rows

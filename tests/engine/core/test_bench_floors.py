@@ -7,7 +7,6 @@ import torch
 
 from engine.bench.nano import nano_workload
 from engine.bench.parts.floors import ModelCost
-from engine.bench.parts.limits import Limits
 from engine.bench.parts.phases import idle_share, phases
 from engine.bench.parts.random_engine import random_engine
 from engine.bench.parts.report import Bar, print_table
@@ -15,6 +14,7 @@ from engine.bench.parts.shapes import LLAMA_8B, QWEN3_8B, QWEN3_600M, TINY
 from engine.bench.parts.workload import equal_requests, run_workload
 from engine.bench.serve_8b import serve_workload
 from engine.kv_waste import kv_waste
+from engine.limits import Limits
 from engine.records import StepRecord
 
 H200 = Limits(bytes_s=4.3e12, flops_s=790e12)  # the rates that the published floors were worked out with
@@ -41,12 +41,12 @@ def test_nano_draws_the_published_requests_and_their_floor():
 
 def test_decode_floor_by_hand():
     # Llama-3.1-8B: 32 layers of 4096·(4096 + 2·1024) + 4096² + 3·4096·14336 weights and two norms, final norm, head of 128256.
-    layer = 4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096
-    parameters = 32 * layer + 4096 + 128256 * 4096
+    products = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336) + 128256 * 4096
+    parameters = products + 32 * 2 * 4096 + 4096
     cost = ModelCost(LLAMA_8B.model)
     assert cost.parameters == parameters
     assert cost.kv_token_bytes == 2 * 32 * 8 * 128 * 2
-    reading, multiplying = 2 * parameters / 4.3e12, 2 * parameters / 790e12
+    reading, multiplying = 2 * parameters / 4.3e12, 2 * products / 790e12
     kv = 131072 / 4.3e12
     assert cost.decode_s(H200, 1, 100) == pytest.approx(reading + 100 * kv)
     assert cost.decode_s(H200, 1000, 5000) == pytest.approx(1000 * multiplying + 5000 * kv)
@@ -61,7 +61,7 @@ def test_quantized_weights_count_with_their_bits_and_the_head_with_its_own():
 def test_prefill_floor_counts_half_the_square_and_one_head_a_prompt():
     slow_reads = Limits(bytes_s=1e30, flops_s=1.0)  # seconds are operations
     model, cost = TINY.model, ModelCost(TINY.model)
-    body = 2 * (cost.parameters - cost.head_parameters)
+    body = 2 * model.num_layer_products
     square = 4 * model.num_layers * model.num_heads * model.head_size
     expected = body * 100 + 2 * cost.head_parameters + square * 100 * 100 / 2
     assert cost.prefill_s(slow_reads, [(0, 100)]) == pytest.approx(expected)
@@ -88,9 +88,12 @@ def test_step_records_of_an_engine_agree_with_the_floors_costs(stored, kv_dtype_
     for i, step in enumerate(steps[1:], start=1):
         contexts = 2 * (20 + i)
         new = 2 * cost.kv_token_bytes  # the step also writes each row's newest keys and values
-        assert step.bytes_needed == cost.weight_bytes + contexts * cost.kv_token_bytes + new
+        gathered = 2 * TINY.model.hidden_size * 4  # of the input embedding
+        assert step.weight_bytes == cost.weight_bytes + gathered
+        assert step.bytes_needed == step.weight_bytes + contexts * cost.kv_token_bytes + new
         pairs = TINY.model.num_layers * TINY.model.num_heads * TINY.model.head_size * contexts
-        assert step.flops_needed == 2 * cost.parameters * 2 + 4 * pairs
+        products = TINY.model.num_layer_products + cost.head_parameters
+        assert (step.flops_needed, step.attention_flops) == (2 * products * 2 + 4 * pairs, 4 * pairs)
 
 
 def step(step_id: int, started_ms: float, ended_ms: float, **figures: object) -> StepRecord:
@@ -103,33 +106,32 @@ def step(step_id: int, started_ms: float, ended_ms: float, **figures: object) ->
 
 
 def test_phases_add_up_to_the_run_and_name_what_bounds_them():
-    cost = ModelCost(TINY.model)
-    limits = Limits(bytes_s=cost.weight_bytes * 1000, flops_s=1e12)  # weights take 1 ms a step
-    kv_bytes = int(3 * cost.weight_bytes)  # 3 ms
+    weights, kv_bytes = 10**6, 3 * 10**6
+    limits = Limits(bytes_s=1e9, flops_s=1e12)  # 1 and 3 ms a step
     steps = [
         step(0, 0, 10, num_prefill_tokens=64, num_decode_tokens=0, forward_ms=9.0, flops_needed=int(8e9),
-             bytes_needed=int(cost.weight_bytes)),
-        step(1, 5, 16, forward_ms=5.0, bytes_needed=int(cost.weight_bytes) + kv_bytes),  # planned while step 0 ran
-        step(2, 17, 22, forward_ms=5.0, bytes_needed=int(cost.weight_bytes) + kv_bytes),
+             bytes_needed=weights, weight_bytes=weights),
+        step(1, 5, 16, forward_ms=5.0, bytes_needed=weights + kv_bytes, weight_bytes=weights),  # planned while step 0 ran
+        step(2, 17, 22, forward_ms=5.0, bytes_needed=weights + kv_bytes, weight_bytes=weights),
     ]  # fmt: skip
-    prefill, decode = phases(steps, cost, limits)
-    assert prefill.seconds + decode.seconds == pytest.approx(0.022)
-    assert (prefill.name, prefill.bound, prefill.floor_s) == ("prefill", "compute", pytest.approx(0.008))
-    assert (decode.name, decode.bound, decode.steps) == ("decode", "KV", 2)
-    assert decode.host_s == pytest.approx(0.002)
-    assert decode.floor_s == pytest.approx(2 * (0.001 + 0.003), rel=1e-6)
+    prefill, decode = phases(steps, limits)
+    assert prefill.spent.wall_s + decode.spent.wall_s == pytest.approx(0.022)
+    assert (prefill.name, prefill.spent.bound) == ("prefill", "compute")
+    assert prefill.spent.floor_s == pytest.approx(0.008)
+    assert (decode.name, decode.spent.bound, decode.spent.num_steps) == ("decode", "KV", 2)
+    assert decode.spent.host_s == pytest.approx(0.002)
+    assert decode.spent.floor_s == pytest.approx(2 * (0.001 + 0.003), rel=1e-6)
     assert idle_share(steps) == pytest.approx(1 - 19 / 22)
 
 
 def test_a_phase_that_mostly_waits_is_bound_by_the_host():
-    cost = ModelCost(TINY.model)
-    limits = Limits(bytes_s=cost.weight_bytes * 1000, flops_s=1e12)
+    limits = Limits(bytes_s=1e9, flops_s=1e12)
     steps = [
-        step(i, 10 * i, 10 * i + 10, forward_ms=1.0, bytes_needed=int(cost.weight_bytes)) for i in range(4)
+        step(i, 10 * i, 10 * i + 10, forward_ms=1.0, bytes_needed=10**6, weight_bytes=10**6) for i in range(4)
     ]
-    (decode,) = phases(steps, cost, limits)
-    assert decode.bound == "host"
-    assert decode.host_s == pytest.approx(0.036)
+    (decode,) = phases(steps, limits)
+    assert decode.spent.bound == "host"
+    assert decode.spent.host_s == pytest.approx(0.036)
 
 
 def test_kv_waste_of_an_engine_is_what_its_last_blocks_leave_empty():

@@ -16,7 +16,6 @@ import torch
 from engine.bench import __main__ as bench
 from engine.bench import gpu
 from engine.bench.lifecycle import HostWeights
-from engine.bench.parts.limits import Limits
 from engine.bench.parts.random_engine import random_engine
 from engine.bench.parts.session import Session
 from engine.bench.parts.shapes import TINY
@@ -25,6 +24,7 @@ from engine.bench.parts.workload import OutOfTime, equal_requests, run_workload
 from engine.bench.serve_8b import BAR, FP8_BAR
 from engine.build import build_engine
 from engine.config import EngineConfig
+from engine.limits import Limits
 
 CPU = torch.device("cpu")
 BOUNDS = {"weights", "KV", "compute", "host"}

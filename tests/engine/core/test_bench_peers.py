@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from engine.bench.parts import peer_process
-from engine.bench.parts.limits import Limits
 from engine.bench.parts.peer_process import STATIC, VLLM, Job
 from engine.bench.parts.peers import PACKAGES, ask_server, run_peer
 from engine.bench.parts.session import Session
 from engine.bench.parts.shapes import TINY
 from engine.bench.parts.workload import Workload
+from engine.limits import Limits
 
 WORKLOAD = Workload("peers", [[1, 2, 3], [4, 5, 6, 7, 8]], [2, 5])
 SESSION = Session(torch.device("cpu"), Limits(1e10, 1e10), True, time.monotonic() + 600)

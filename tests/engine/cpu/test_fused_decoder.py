@@ -181,3 +181,28 @@ def test_the_torch_weights_are_dropped(library):
     FusedCpuDecoder(decoder, library)
     linears = sum(p.numel() for key, p in decoder.named_parameters() if "norm" not in key)
     assert linears == 0
+
+
+@pytest.mark.parametrize("exact_bf16", [False, True])
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "llama-all-biases"])
+def test_a_step_reads_the_panels_as_they_are_packed(library, name, exact_bf16):
+    decoder = make_decoder(name, torch.float32, exact_bf16=exact_bf16)
+    config, size = (
+        decoder.config,
+        2 if exact_bf16 else 4,
+    )  # float32 weights that bfloat16 holds are packed as bfloat16
+    width = library.panel_width
+
+    def panels(out: int, inputs: int, has_bias: bool) -> int:
+        rows = -(-out // width) * width
+        return rows * inputs * size + 4 * rows * has_bias
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    gated = 2 * (-(-inner // (width // 2)) * (width // 2))  # gates and values alternate in half panels
+    layer = panels(q + 2 * kv, hidden, config.qkv_bias) + panels(hidden, q, config.out_bias)
+    layer += panels(gated, hidden, config.mlp_bias) + panels(hidden, inner, config.mlp_bias) + 2 * 4 * hidden
+    found = FusedCpuDecoder(decoder, library).step_weights()
+    assert found.layers == config.num_layers * layer
+    assert found.head == panels(config.vocab_size, hidden, False) + 4 * hidden
+    assert found.embedding_row == hidden * (size if config.tie_embeddings else 4)

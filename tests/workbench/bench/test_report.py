@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from engine.limits import Limits
 from workbench.backends.codec import StepSummary
 from workbench.bench import compare
 from workbench.bench.driver import CANCELLED, ClientRecord
 from workbench.bench.engine_side import step_figures
-from workbench.bench.limits import Limits
 from workbench.bench.report import figures, is_good, live_figures, request_table
 
 MS = 1_000_000
@@ -123,7 +123,13 @@ def test_share_of_limit_is_least_time_by_time_taken():
         [step(0, 4_000_000, 0), step(1, 0, 2_000_000_000)], limits
     )  # 4 ms of reading, 2 ms of computing
     assert found["limit"]["share_of_limit"] == pytest.approx(6 / 18)
-    assert found["limit"]["share_of_limit_busy"] == pytest.approx(6 / 16)
+    assert found["limit"]["share_of_limit_busy"] == pytest.approx(
+        6 / 18
+    )  # requests ran between the steps too
+    assert found["limit"]["bound_by"] == "host"
+    assert found["limit"]["seconds"] == pytest.approx(
+        {"weights": 0, "KV": 0.004, "compute": 0.002, "kernels": 0.006, "host": 0.006, "idle": 0}
+    )
     assert found["limit"]["bound_by_memory_share"] == pytest.approx(4 / 6)
     assert found["busy_share"] == pytest.approx(16 / 18)
     assert found["num_missing"] == 0
