@@ -178,9 +178,10 @@ class Spent:
 
     @property
     def bound(self) -> str:
-        """What takes longest at the least: reading weights or KV, multiplying, or waiting for the host."""
-        parts = {"weights": self.weights_s, "KV": self.kv_s, "compute": self.compute_s, "host": self.host_s}
-        return max(parts, key=lambda name: parts[name])
+        """What to look at first: "host" where the device waited longer than it worked, else the largest part of the floor:
+        "weights", "KV" or "compute"."""
+        parts = {"weights": self.weights_s, "KV": self.kv_s, "compute": self.compute_s}
+        return "host" if self.host_s > self.device_s else max(parts, key=lambda name: parts[name])
 
     @property
     def bytes_s(self) -> float:

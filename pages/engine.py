@@ -11,6 +11,7 @@ from workbench.ui import charts, markup, resources, theme
 from workbench.ui.components import (
     block_map,
     engine_live,
+    limit_bar,
     step_facts,
     step_timeline,
     time_controls,
@@ -70,6 +71,7 @@ def _still(worker: EngineWorker, stats: EngineStats, view: View) -> None:
         else:
             st.html(block_map.heading(blocks))
             block_map.show(blocks)
+    st.html(limit_bar.as_html(worker, columns, since, view.until_ns))
     step_facts.show(worker.records, columns, view.at_ns, view.paused_ns)
     st.html(markup.section("Single steps", "CPU time of the steps around the chosen one"))
     figure = charts.step_times(columns.around(view.at_ns, 60, 60), step_id, theme.current())

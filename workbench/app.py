@@ -136,7 +136,8 @@ def build_app(wiring: Wiring) -> ASGIApp:
                 resources.provide(wiring.host)
             else:
                 resources.provide(
-                    wiring.host, settings=wiring.settings, jobs=wiring.services.jobs, store=wiring.services.store
+                    wiring.host, settings=wiring.settings, jobs=wiring.services.jobs, store=wiring.services.store,
+                    limits=wiring.services.limits,
                 )  # fmt: skip
             threading.Thread(target=_preload, name="quire-preload", daemon=True).start()
             yield {"host": wiring.host}

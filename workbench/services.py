@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from workbench.alias_watcher import AliasWatcher, Lookup, registry_lookup
 from workbench.errors import WorkbenchError
+from workbench.limits import LimitKeeper, LimitStore
 from workbench.settings import Settings
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ class Services:
         self.store: Store | None = None
         self.jobs: Jobs | None = None
         self.request_log: RequestLog | None = None
+        self.limits = LimitStore(settings.home_dir)
         self._runner: JobRunner | None = None
         self._watcher: AliasWatcher | None = None
+        self._keeper: LimitKeeper | None = None
         self._lock = threading.Lock()
 
     def open(self) -> None:
@@ -63,7 +66,7 @@ class Services:
             worker.add_sink(self.request_log.sink(card.id, card.digest))
 
     def start(self, host: EngineHost) -> None:
-        """Run jobs and follow aliases from now on."""
+        """Run jobs, follow aliases, and measure the machine when it is idle, from now on."""
         from workbench.jobs import JobRunner
 
         assert self.jobs is not None, "open() comes first"
@@ -74,10 +77,12 @@ class Services:
             host, lookup, self.settings.follow_refs, on_reachable=lambda: self._seed(lookup)
         )
         self._watcher.start()
+        self._keeper = LimitKeeper(host.worker, self.limits)
+        self._keeper.start()
 
     def stop(self) -> None:
-        """End the threads that work by themselves: the alias watcher, and the jobs with their processes."""
-        for part in (self._watcher, self._runner):
+        """End the threads that work by themselves: limits, the alias watcher, and the jobs with their processes."""
+        for part in (self._keeper, self._watcher, self._runner):
             if part is not None:
                 part.close()
 

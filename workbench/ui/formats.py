@@ -36,6 +36,14 @@ def bytes_of(value: int | None) -> str:
     return f"{significant(value / GIB)} GiB"
 
 
+def rate(value: float, unit: str) -> str:
+    """So many a second in the largest of T, G and M that fits: `10.1 GB/s`, `790 TFLOP/s`."""
+    for size, prefix in ((1e12, "T"), (1e9, "G")):
+        if value >= size:
+            return f"{significant(value / size)} {prefix}{unit}/s"
+    return f"{significant(value / 1e6)} M{unit}/s"
+
+
 def percent(part: float, whole: float) -> str:
     return UNKNOWN if whole <= 0 else f"{significant(100 * part / whole)} %"
 

@@ -38,7 +38,9 @@ TERMS = {
     "open loop": "Requests arrive at random times of a fixed rate, whether or not earlier ones were answered.",
     "SLO": "Service level objective: the latency that a request must keep to count.",
     "goodput": "Requests a second that kept the SLO.",
-    "share of limit": "Output speed as a share of what the device's memory and arithmetic allow for the same work.",
+    "share of limit": "The least time that this machine could take for the same work, by the time it took. Of each step: "
+    "max(weight bytes ÷ bandwidth, operations with weights ÷ matrix rate) + max(KV bytes ÷ bandwidth, attention operations ÷ "
+    "matrix rate); bandwidth and matrix rate are measured on this machine.",
     "lateness": "How much later than planned the generator sent a request; high values mean that it, not the server, was slow.",
     "paired interval": "95 % interval of the mean difference on the same examples, by bootstrap: 0 outside of it is a proven difference.",
     "proven": "The 95 % interval of the difference does not contain 0.",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from engine.worker import EngineWorker
     from workbench.host import EngineHost
     from workbench.jobs import Jobs
+    from workbench.limits import LimitStore
     from workbench.settings import Settings
     from workbench.store import Store
     from workbench.versions.registry import Registry
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
 class PageServices:
     """The services of one app, made when they are first asked for: importing MLflow's client takes a second."""
 
-    def __init__(self, settings: Settings, jobs: Jobs, store: Store) -> None:
+    def __init__(self, settings: Settings, jobs: Jobs, store: Store, limits: LimitStore) -> None:
         self.settings = settings
         self.jobs = jobs
         self.store = store
+        self.limits = limits
         self._lock = threading.Lock()
         self._registry: Registry | None = None
 
@@ -69,14 +71,15 @@ def provide(
     settings: Settings | None = None,
     jobs: Jobs | None = None,
     store: Store | None = None,
+    limits: LimitStore | None = None,
 ) -> None:
     """Make `host` and the services the ones that pages see; what belonged to earlier ones is dropped. None takes it away.
 
-    With `settings` alone the store of its HOME_DIR is opened here.
+    With `settings` alone the stores of its HOME_DIR are opened here.
     """
     _provided.conversations.close()
     _provided.host = host
-    _provided.services = None if settings is None else _services(settings, jobs, store)
+    _provided.services = None if settings is None else _services(settings, jobs, store, limits)
     _provided.conversations = Conversations()
     _provided.columns = weakref.WeakKeyDictionary()
     _provided.readings = Readings()
@@ -85,12 +88,16 @@ def provide(
     _provided.actions = None if host is None else Actions()
 
 
-def _services(settings: Settings, jobs: Jobs | None, store: Store | None) -> PageServices:
+def _services(
+    settings: Settings, jobs: Jobs | None, store: Store | None, limits: LimitStore | None
+) -> PageServices:
     from workbench.jobs import Jobs
+    from workbench.limits import LimitStore
     from workbench.store import open_store
 
     store = store or open_store(settings.home_dir)
-    return PageServices(settings, jobs or Jobs(store, settings.home_dir), store)
+    limits = limits or LimitStore(settings.home_dir)
+    return PageServices(settings, jobs or Jobs(store, settings.home_dir), store, limits)
 
 
 def host() -> EngineHost:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.limits import StepArrays
 from engine.records import StepRecord
 
 MAX_ROWS = 400_000  # 40 MB at most
@@ -41,7 +42,14 @@ _GAUGES: dict[str, Callable[[StepRecord], float]] = {
     "free": attrgetter("num_free_blocks"),
     "cached": attrgetter("num_cached_blocks"),
 }
-_FLOATS = {**_SUMS, **_MEANS, **_GAUGES}
+_NEEDS: dict[str, Callable[[StepRecord], float]] = {  # not in bins
+    "weight_bytes": attrgetter("weight_bytes"),
+    "kv_bytes": lambda r: r.bytes_needed - r.weight_bytes,
+    "linear_flops": lambda r: r.flops_needed - r.attention_flops,
+    "attention_flops": attrgetter("attention_flops"),
+}
+_BINNED = {**_SUMS, **_MEANS, **_GAUGES}
+_FLOATS = {**_BINNED, **_NEEDS}
 
 
 class StepSource(Protocol):
@@ -154,6 +162,15 @@ class StepColumns:
             part = slice(int(low), int(high))
             return {name: column[part].copy() for name, column in (self._ints | self._floats).items()}
 
+    def arrays(self, since_ns: int, until_ns: int) -> StepArrays:
+        """The steps that ended in [since, until), for ``engine.limits``."""
+        columns = self.window(since_ns, until_ns)
+        needs = {name: columns[name].astype(np.float64) for name in _NEEDS}
+        return StepArrays(
+            columns["started_ns"], columns["ended_ns"], (columns["forward"] + columns["sample"]).astype(np.float64) / 1e3,
+            **needs, leaves_work=columns["running"] + columns["waiting"] > 0,
+        )  # fmt: skip
+
     def bins(self, since_ns: int, until_ns: int, num_bins: int = 240) -> Bins:
         """The window [since, until) in `num_bins` equal bins, by the time a step ended."""
         num_bins = min(num_bins, MAX_BINS)
@@ -163,7 +180,7 @@ class StepColumns:
             part = slice(int(low), int(high))
             place = ((ended[part] - since_ns) * num_bins // max(1, until_ns - since_ns)).astype(np.int64)
             ids = self._ints["step_id"][part]
-            floats = {name: column[part].astype(np.float64) for name, column in self._floats.items()}
+            floats = {name: self._floats[name][part].astype(np.float64) for name in _BINNED}
             before = {name: float(self._floats[name][low - 1]) if low else np.nan for name in _GAUGES}
         return _binned(place, ids, floats, before, since_ns, until_ns, num_bins)
 

@@ -1,4 +1,4 @@
-"""The Engine page's live parts: tiles, timeline, block map and memory, as they are now."""
+"""The Engine page's live parts: tiles, the machine's limit, timeline, block map and memory, as they are now."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from workbench.ui import formats, markup, resources, theme
-from workbench.ui.components import block_map, live, memory_ledger, step_timeline, top_bar
+from workbench.ui.components import block_map, limit_bar, live, memory_ledger, step_timeline, top_bar
 from workbench.ui.components.live import Query, Shown
 from workbench.ui.markup import Tile, term
 
@@ -28,6 +28,11 @@ def show(bar: top_bar.Bar, window_s: int) -> int | None:
     now = shown(bar.view, bar.jobs, query)
     live.show(bar.place, query, now.state, EVERY_S)
     st.html(live.slots(now, "engine-note", "engine-tiles"))
+    limit, button = st.columns([5, 1], gap="medium", vertical_alignment="bottom")
+    with limit:
+        st.html(live.slots(now, "engine-limit"))
+    with button:
+        limit_bar.measure_button(bar.view)
     left, right = st.columns([1.55, 1], gap="medium")
     with left:
         picked = step_timeline.show_payload(now.data["timeline"], now.at_s or 0.0)
@@ -57,6 +62,7 @@ def shown(view: EngineView, jobs: list[Job], query: Query) -> Shown:
         **bar.html,
         "engine-note": "" if num_steps else _NO_STEP,
         "engine-tiles": markup.tiles(_tiles(stats)),
+        "engine-limit": limit_bar.as_html(worker, columns, until - query.window_s * 1_000_000_000, until),
         "engine-blocks": block_map.heading(blocks) if blocks is not None else markup.section("KV blocks"),
         "engine-memory": memory_ledger.as_html(stats.memory, stats.kv_cache_dtype),
     }
