@@ -98,10 +98,11 @@ def measure(
         return measure_limits(
             torch.device(device), getattr(torch, dtype), weights_bytes, should_stop=should_stop
         )
-    except Interrupted as error:
-        raise MachineBusyError(
-            "a request came while the machine was measured", remedy="Measure when no request runs."
-        ) from error
+    except Interrupted:
+        pass  # an error raised from here would hold on to what was being measured
+    raise MachineBusyError(
+        "a request came while the machine was measured", remedy="Measure when no request runs."
+    )
 
 
 class LimitStore:

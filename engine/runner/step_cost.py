@@ -48,15 +48,14 @@ class StepCost:
         end = start + count
         keys = pairs = 0
         for window, layers in self._layers_by_window.items():
-            if window is None:
-                seen, row_pairs = end, count * start + count * (count + 1) // 2
-            else:  # queries that see a whole window, and before them those that see all there is
-                whole = np.clip(end - window, 0, count)
-                short = count - whole
-                seen = np.minimum(end, window + count - 1)
-                row_pairs = short * start + short * (short + 1) // 2 + whole * window
-            keys += layers * int(seen.sum())
-            pairs += layers * int(row_pairs.sum())
+            if window is None:  # each query sees all keys before it, and its own
+                keys += layers * int(end.sum())
+                pairs += layers * int(np.dot(count, start + end + 1)) // 2
+                continue
+            whole = np.clip(end - window, 0, count)  # queries that see a whole window
+            short = count - whole  # and those before them
+            keys += layers * int(np.minimum(end, window + count - 1).sum())
+            pairs += layers * int(np.dot(short, 2 * start + short + 1) // 2 + window * whole.sum())
         tokens, logits = int(count.sum()), len(plan.logit_rows) + num_prompt_logits
         weights = self._weights
         return StepNeeds(

@@ -8,6 +8,7 @@ from page_world import html_of
 from records_world import settle
 
 from workbench.jobs import JobState
+from workbench.ui import benchmark_result
 
 
 def test_first_benchmark_is_the_preset_and_a_job(records, open_page):
@@ -124,3 +125,9 @@ def test_own_run_is_shown_when_it_has_ended(records, open_page):
     at.session_state["bench_started"] = job.id
     settle(at)
     assert at.selectbox("bench").value == second.id
+
+
+def test_what_a_run_was_bound_by_is_told_of_records_of_any_age():
+    assert benchmark_result.bound_by({"share_of_limit": 0.2, "bound_by": "KV"}) == "bound by KV"
+    assert benchmark_result.bound_by({"bound_by_memory_share": 0.8}) == "bound by memory for 80 %"
+    assert benchmark_result.bound_by({}) == "of this device's limit"

@@ -228,7 +228,10 @@ def _engine_figures(
     limits: Limits | None = None
     if weight_bytes(steps):
         try:
-            limits = measure(stats.device or "cpu", stats.dtype, weight_bytes(steps), threads=threads)
+            from engine.build import available_cores  # imports torch: not before the load has ended
+
+            cores = threads or available_cores()  # as the engine decides
+            limits = measure(stats.device or "cpu", stats.dtype, weight_bytes(steps), threads=cores)
         except (RuntimeError, ImportError) as error:
             notes.append(f"The machine's limits could not be measured: {str(error).splitlines()[0]}")
     return side.add_columns(requests), step_figures(steps, limits)

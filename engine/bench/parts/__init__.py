@@ -1,1 +1,1 @@
-"""What benchmarks share: published shapes, measured limits, floors, random engines, workloads, tables. No benchmark itself."""
+"""What benchmarks share: published shapes, floors, random engines, workloads, tables. No benchmark itself."""

@@ -338,6 +338,8 @@ def test_without_an_app_it_brings_its_own_engine_and_leaves_nothing(tiny_model, 
     assert 0 < record.engine["limit"]["share_of_limit"] < 1
     assert record.engine["limit"]["machine_bytes_per_s"] > 1e8
     assert record.engine["limit"]["machine_flops_per_s"] > 1e8
+    assert record.engine["limit"]["bound_by"] in ("weights", "KV", "compute", "host")
+    assert sum(record.engine["limit"]["seconds"].values()) > 0
     assert record.target["version_digest"]
     assert RunState(settings.run_dir).read() is None
     with pytest.raises(ServerUnreachableError):
