@@ -40,7 +40,7 @@ def measure_limits(
     budget_s: float = BUDGET_S,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Limits:
-    """Measure a device in a dtype; under a second. A CPU's cores are torch's threads, all busy meanwhile.
+    """Measure a device in a dtype; a CPU takes about `budget_s`. Its cores are torch's threads, all busy meanwhile.
 
     Raises:
         Interrupted: `should_stop` said so, asked every few milliseconds.
@@ -64,9 +64,8 @@ def _measure_gpu(device: torch.device, dtype: torch.dtype, should_stop: Callable
 
 def _gpu_read(device: torch.device, should_stop: Callable[[], bool]) -> tuple[int, float]:
     free, _ = torch.cuda.mem_get_info(device)
-    num_bytes = (
-        min(working_set(device.type, 0), free // 4) // 4 * 4
-    )  # an engine that holds the rest needs some of its own
+    # Not all that is free: an engine beside this one needs some for its steps.
+    num_bytes = min(working_set(device.type, 0), free // 4) // 4 * 4
     values = torch.rand(num_bytes // 4, dtype=torch.float32, device=device)
     return num_bytes, num_bytes / seconds_of(values.sum, calls=4, should_stop=should_stop)
 

@@ -82,7 +82,7 @@ def measure(
     threads: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Limits:
-    """Measure now, about a second. Imports torch. `threads`: torch's from now on in this process; None: as they are.
+    """Measure now, about a second on a CPU. Imports torch. `threads`: torch's from now on in this process; None: as they are.
 
     Raises:
         MachineBusyError: `should_stop` said so.
@@ -119,7 +119,7 @@ class LimitStore:
         return next((each for each in self._kept() if each.conditions == asked), None)
 
     def measure(self, worker: EngineWorker) -> MeasuredLimits:
-        """Measure under the conditions of a worker's engine, and keep it; about a second.
+        """Measure under the conditions of a worker's engine, and keep it.
 
         Raises:
             MachineBusyError: requests run, or one came meanwhile.
@@ -206,7 +206,7 @@ class LimitKeeper:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread; a measurement under way ends first, it takes a second."""
+        """End the thread; a measurement under way ends first."""
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(5.0)

@@ -51,7 +51,7 @@ def as_html(worker: EngineWorker, columns: StepColumns, since_ns: int, until_ns:
 
 
 _NOT_MEASURED = (
-    "Not measured yet. What this machine can do is measured in a second when the engine has answered its first request and is "
+    "Not measured yet. What this machine can do is measured when the engine has answered its first request and is "
     "idle again, or now by the button."
 )
 
@@ -91,7 +91,7 @@ def measure_button(view: EngineView) -> None:
     if store is None or worker is None:
         return
     label = "Measure the machine"
-    help = "A second, while no request runs; a request that comes ends it."
+    help = "Takes a moment, while no request runs; a request that comes ends it."
     if st.button(label, key="measure_limits", help=help):
         action_state.start(ACTION, label, lambda: store.measure(worker))
     action_state.show(ACTION)
