@@ -197,10 +197,16 @@ class PoolSizer:
             if self._fits_with(config, "dtype", dtype):
                 yield Remedy("dtype", dtype)
                 break
-        for setting in () if config.kv_cache_dtype in SETTINGS else NARROWER_KV:
+        for setting in self._narrower_caches(config):
             if self._fits_with(config, "kv_cache_dtype", setting):
                 yield Remedy("kv_cache_dtype", setting)
                 break
+
+    def _narrower_caches(self, config: EngineConfig) -> tuple[str, ...]:
+        if config.kv_cache_dtype in SETTINGS:
+            return ()
+        has_bfloat16 = self._device.type == "cpu" and config.kv_cache_dtype == "float32"
+        return ("bfloat16", *NARROWER_KV) if has_bfloat16 else NARROWER_KV
 
     def _pool_error(self, config: EngineConfig, fit: _Fit) -> OutOfMemoryError:
         demand, memory, num_blocks = fit.demand, self._memory, max(fit.num_blocks, 1)

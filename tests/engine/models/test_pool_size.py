@@ -90,6 +90,7 @@ def test_every_setting_that_a_refusal_names_makes_it_fit(case: str) -> None:
     error = refusal(config, free)
     sizer = PoolSizer(MODEL, CPU, DeviceMemory(2 * free, free))
     resolved = replace(resolve(config_of(), 1 << 50), num_blocks=None, kv_memory_bytes=None)
+    resolved = replace(resolved, kv_cache_dtype=settings.get("dtype", resolved.dtype))
     remedies = sizer.remedies(replace(resolved, **settings))
     assert expected <= {remedy.setting for remedy in remedies}
     for remedy in remedies:
