@@ -170,7 +170,7 @@ def _run(command: Sequence[str]) -> str:
 def _declare(functions: ctypes.CDLL) -> None:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     signatures = {
-        "quire_pack": [pointer, pointer, integer, integer, integer],
+        "quire_pack": [pointer, pointer, integer, integer, integer, integer, integer, integer],
         "quire_linear": [pointer, pointer, pointer, integer, integer, integer, integer],
         "quire_store_kv": [
             pointer, pointer, integer, pointer, pointer, integer, pointer, integer, integer,

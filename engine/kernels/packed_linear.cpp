@@ -7,6 +7,7 @@
 // Each output sums over k in ascending order, whatever M is and whoever shares the batch: results are bitwise
 // independent of the batch. Threads take panels and row tiles, never parts of k.
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu_team.h"
 #include "cpu_vector.h"
@@ -155,22 +156,58 @@ inline int64_t packed_index(int64_t n, int64_t k, int64_t in, bool narrow) {
     return narrow ? start + k / 2 * 2 * NR + column * 2 + k % 2 : start + k * NR + column;
 }
 
+// The weight's row whose values fill column c of a panel; -1: none, past the last output. `gated`: the weight is [gates; values],
+// and a panel holds gates in its first half and what they gate in its second.
+inline int64_t row_of(int64_t panel, int64_t c, int64_t out, bool gated) {
+    const int64_t width = gated ? NR / 2 : NR, rows = gated ? out / 2 : out;
+    const int64_t row = panel * width + c % width;
+    return row >= rows ? -1 : c < width ? row : rows + row;
+}
+
+// One panel of values D from a weight [out, in] of S. A few inputs of all columns at a time: the piece of the panel that they
+// fill stays in the L1 cache, and each line of the weight is read once.
+template <class S, class D>
+void pack_panel(const S* weight, D* packed, int64_t out, int64_t in, bool gated, int64_t panel) {
+    constexpr int64_t INPUTS = 64 / sizeof(S), PAIR = sizeof(D) == 2 ? 2 : 1;
+    for (int64_t first = 0; first < in; first += INPUTS) {
+        const int64_t end = std::min(first + INPUTS, in);
+        for (int64_t c = 0; c < NR; c++) {
+            const int64_t row = row_of(panel, c, out, gated);
+            const S* from = weight + row * in;
+            D* to = packed + packed_index(panel * NR + c, first, in, PAIR == 2);
+            for (int64_t k = first; k < end; k += PAIR, to += PAIR * NR)
+                for (int64_t i = 0; i < PAIR; i++) {
+                    if constexpr (std::is_same_v<S, D>)
+                        to[i] = row < 0 ? D{} : from[k + i];
+                    else
+                        narrow(row < 0 ? 0.0f : widen(from[k + i]), to + i);
+                }
+        }
+    }
+}
+
+template <class S, class D>
+void pack(const void* weight, void* packed, int64_t out, int64_t in, bool gated, int64_t num_threads) {
+    on_team(num_threads, [=, phases = std::vector<Phase>(1)]() mutable {
+        phases[0].run((out + NR - 1) / NR, [&](int64_t panel) {
+            pack_panel(static_cast<const S*>(weight), static_cast<D*>(packed), out, in, gated, panel);
+        });
+    });
+}
+
 }  // namespace quire
 
 extern "C" {
 
 int64_t quire_panel_width() { return quire::NR; }
 
-// weight [N, K] of float32 (narrow 0) or bfloat16 (narrow 1) bits -> packed, zeroed by the caller.
-void quire_pack(const void* weight, void* packed, int64_t out, int64_t in, int64_t narrow) {
-    for (int64_t n = 0; n < out; n++)
-        for (int64_t k = 0; k < in; k++) {
-            const int64_t to = quire::packed_index(n, k, in, narrow), from = n * in + k;
-            if (narrow)
-                static_cast<quire::bf16*>(packed)[to] = static_cast<const quire::bf16*>(weight)[from];
-            else
-                static_cast<float*>(packed)[to] = static_cast<const float*>(weight)[from];
-        }
+// weight [N, K] of float32 (weight_narrow 0) or bfloat16 -> whole panels of float32 (narrow 0) or bfloat16.
+void quire_pack(const void* weight, void* packed, int64_t out, int64_t in, int64_t weight_narrow, int64_t narrow,
+                int64_t gated, int64_t num_threads) {
+    using quire::bf16;
+    const auto pack = weight_narrow ? (narrow ? quire::pack<bf16, bf16> : quire::pack<bf16, float>)
+                                    : (narrow ? quire::pack<float, bf16> : quire::pack<float, float>);
+    pack(weight, packed, out, in, gated, num_threads);
 }
 
 // y [M, N] = x [M, K] · Wᵀ + bias; x and y of float32 (x_narrow 0) or bfloat16.

@@ -50,3 +50,24 @@ def test_bfloat16_panels_give_the_bits_of_float32_panels(library):
 def test_weights_that_bfloat16_does_not_hold_keep_their_bits(library):
     weight = torch.randn(64, 32)
     assert pack_weight(library, weight).values.dtype == torch.float32
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_panels_hold_the_weight_as_they_are_defined(library, source, narrow, gated):
+    inputs, inner, width = 70, 75, library.panel_width
+    weight = torch.randn(2 * inner, inputs).bfloat16().to(source)
+    rows = list(weight)
+    if gated:  # half a panel of gates, then what they gate; both parts end in zeros
+        half, none = width // 2, torch.zeros(inputs, dtype=source)
+        starts = range(0, inner, half)
+        padded = [[*part, *[none] * half] for part in (rows[:inner], rows[inner:])]
+        rows = [row for start in starts for part in padded for row in part[start : start + half]]
+    rows += [torch.zeros(inputs, dtype=source)] * (-len(rows) % width)
+    panels = torch.stack(rows).view(-1, width, inputs).transpose(1, 2)  # [panel, k, column]
+    if narrow:
+        panels = panels.unflatten(1, (-1, 2)).transpose(2, 3)  # [panel, k / 2, column, 2]
+    packed = pack_weight(library, weight, gated=gated, narrow=narrow)
+    assert packed.values.dtype == (torch.bfloat16 if narrow else torch.float32)
+    assert torch.equal(packed.values.float(), panels.flatten().float())
