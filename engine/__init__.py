@@ -14,6 +14,8 @@ from engine.engine import Engine
 from engine.errors import (
     ConfigError,
     CorruptWeightsError,
+    EngineAsleepError,
+    EngineBusyError,
     EngineDeadError,
     EngineError,
     InvalidParamsError,
@@ -53,6 +55,8 @@ __all__ = [
     "ConfigError",
     "CorruptWeightsError",
     "Engine",
+    "EngineAsleepError",
+    "EngineBusyError",
     "EngineConfig",
     "EngineDeadError",
     "EngineError",

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,28 +101,25 @@ def build_engine(
     Raises:
         EngineError: as `resolve_config`, and CorruptWeightsError while weights are read.
     """
-    tell: Progress = progress if progress is not None else lambda message, fraction: None
+    tell: Progress = progress or _tell_nobody
     tell("reading the model's config", 0.0)
     folder = find_model(config.model)
     model = ModelConfig.from_folder(folder)
     asked, config = config, resolve_config(config, model, None if allocator is None else allocator.memory())
-    device, dtype = torch.device(config.device), torch_dtype(config)
+    device = torch.device(config.device)
     if device.type == "cuda" and allocator is None:
         allocator = CudaAllocator(device)
     before = device_memory(device) if allocator is None else allocator.memory()
     assert config.num_threads is not None
-    assert config.max_model_len is not None
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads)
     tokenizer = _load_tokenizer(folder, config)
     eos_token_ids = model.eos_token_ids | generation_eos_ids(folder)
     if tokenizer is not None:
         eos_token_ids |= tokenizer.eos_token_ids
-    decoder = Decoder(model, dtype=dtype, device=device, max_positions=config.max_model_len)
-    load(decoder, folder, lambda message, share: tell(message, 0.05 + 0.85 * share))
-    if config.quantization is not None:
-        quantize_decoder(decoder, config.quantization, deterministic=config.deterministic)
-    loaded = _Loaded(asked, config, model, decoder, tokenizer, eos_token_ids)
+    load_decoder = partial(_load_decoder, config, model, folder, load)
+    decoder = load_decoder(lambda message, share: tell(message, 0.05 + 0.85 * share))
+    loaded = _Loaded(asked, config, model, decoder, load_decoder, tokenizer, eos_token_ids)
     engine = _assemble(loaded, allocator, before, tell)
     tell("ready", 1.0)
     return engine
@@ -171,7 +169,8 @@ class _Loaded:
     asked: EngineConfig
     config: EngineConfig
     model: ModelConfig
-    decoder: Decoder
+    decoder: StepDecoder
+    load_decoder: Callable[[Progress], StepDecoder]  # makes another one of it
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
 
@@ -181,12 +180,12 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     config, model, eos_token_ids = loaded.config, loaded.model, loaded.eos_token_ids
     device, dtype = torch.device(config.device), torch_dtype(config)
     kv_spec = make_kv_spec(model, config.block_size, cache_dtype(config.kv_cache_dtype, dtype))
-    decoder = prepare_decoder(loaded.decoder, config)
+    decoder, load_decoder = loaded.decoder, partial(loaded.load_decoder, _tell_nobody)
 
     def make_runner(config: EngineConfig) -> ModelRunner:
         return ModelRunner(
             decoder, make_attention(config), config=config, kv_spec=kv_spec, eos_token_ids=eos_token_ids, device=device,
-            dtype=dtype,
+            dtype=dtype, load_decoder=load_decoder,
         )  # fmt: skip
 
     demand = Demand(decoder_bytes(decoder), workspace_bytes(config, model, dtype, device))
@@ -232,6 +231,24 @@ def _size_again(loaded: _Loaded, demand: Demand, now: DeviceMemory) -> EngineCon
     sizer = PoolSizer(loaded.model, torch.device(config.device), without_weights, Measured(config, demand))
     reopened = replace(config, num_blocks=asked.num_blocks, kv_memory_bytes=asked.kv_memory_bytes)
     return sizer.resolve(reopened, may_clip=asked.max_model_len is None)
+
+
+def _load_decoder(
+    config: EngineConfig, model: ModelConfig, folder: Path, load: Loader, progress: Progress
+) -> StepDecoder:
+    """The model of a folder in the form that runs."""
+    assert config.max_model_len is not None
+    decoder = Decoder(
+        model, dtype=torch_dtype(config), device=torch.device(config.device), max_positions=config.max_model_len
+    )  # fmt: skip
+    load(decoder, folder, progress)
+    if config.quantization is not None:
+        quantize_decoder(decoder, config.quantization, deterministic=config.deterministic)
+    return prepare_decoder(decoder, config)
+
+
+def _tell_nobody(message: str, share: float) -> None:
+    pass
 
 
 def _load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:

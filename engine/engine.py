@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 from engine import admission
@@ -20,7 +20,13 @@ from engine.admission import Limits
 from engine.cache.block_pool import BlockPool
 from engine.cache.sequence_blocks import SequenceBlocks
 from engine.config import EngineConfig
-from engine.errors import ConfigError, EngineDeadError, InvalidRequestError
+from engine.errors import (
+    ConfigError,
+    EngineAsleepError,
+    EngineBusyError,
+    EngineDeadError,
+    InvalidRequestError,
+)
 from engine.outbox import Outbox
 from engine.plan import KVSpec, Runner, StepResult
 from engine.planned_step import PlannedStep
@@ -109,6 +115,7 @@ class Engine:
         self._timings: deque[StepTiming] = deque()  # of the steps in flight
         self._submit_error: Exception | None = None  # of the newest step in flight
         self._dead: str | None = None
+        self._sleep_level = 0  # 0: awake
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -125,9 +132,10 @@ class Engine:
 
         Raises:
             InvalidRequestError, PromptTooLongError: naming value, limit and remedy.
+            EngineAsleepError: it was put to sleep.
             EngineDeadError: nothing can be run any more.
         """
-        self._require_alive()
+        self._require_awake()
         return admission.make_request(
             prompt_token_ids, params, self._limits, self._seeds, request_id=request_id, cache_salt=cache_salt,
             arrival_ns=arrival_ns,
@@ -138,9 +146,10 @@ class Engine:
 
         Raises:
             InvalidRequestError: its id belongs to a request that has not ended.
+            EngineAsleepError: it was put to sleep.
             EngineDeadError: nothing can be run any more.
         """
-        self._require_alive()
+        self._require_awake()
         if request.request_id in self._outbox:
             raise InvalidRequestError(
                 f"request id {request.request_id!r} is in use",
@@ -265,6 +274,62 @@ class Engine:
                 f"the engine takes no requests any more ({self._dead})", remedy="Restart it."
             )
 
+    def _require_awake(self) -> None:
+        self._require_alive()
+        if self._sleep_level:
+            raise EngineAsleepError("the engine sleeps", remedy="Call wake_up() first.")
+
+    # ── sleep ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self._sleep_level > 0
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the device's memory back until `wake_up`; the prefix cache is emptied. Asleep already: nothing happens.
+
+        Level 1 discards the KV cache and keeps the weights in host memory (pinned beside a GPU; on a CPU they are where
+        they were). Level 2 discards both, and `wake_up` loads the weights again. Levels and names are vLLM's.
+
+        Raises:
+            EngineBusyError: there are requests; let them end, or abort them.
+            ConfigError: another level.
+            EngineDeadError: nothing can be run any more.
+        """
+        self._require_alive()
+        if level not in (1, 2):
+            raise ConfigError(f"there is no sleep level {level!r}", value=level, limit="1, 2", param="level")
+        if self.has_work:
+            num_live = len(self._outbox.request_ids)
+            raise EngineBusyError(
+                f"the engine cannot sleep with {num_live} requests", value=num_live, limit=0,
+                remedy="Let them end, or abort them.",
+            )  # fmt: skip
+        if not self._sleep_level:
+            self._on_device(lambda: self._runner.sleep(level))
+            self._scheduler.blocks.forget()
+            self._sleep_level = level
+
+    def wake_up(self) -> None:
+        """Take requests again. Awake already: nothing happens. If it raises, the engine sleeps on, unless it died.
+
+        Raises:
+            OutOfMemoryError: the device does not have the memory any more.
+            ModelLoadError: the weights' files are not what they were.
+            EngineDeadError: the device is broken, or the engine closed.
+        """
+        self._require_alive()
+        if self._sleep_level:
+            self._on_device(self._runner.wake_up)
+            self._sleep_level = 0
+
+    def _on_device(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except EngineDeadError as error:
+            self._die(error)
+            raise
+
     # ── from outside ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def stats(self) -> EngineStats:
@@ -290,13 +355,25 @@ class Engine:
             cached_prompt_tokens=recorder.num_cached_prompt_tokens,
             preemptions=scheduler.num_preemptions,
             finished=dict(recorder.num_finished),
-            memory=self._memory,
+            memory=self._ledger(),
+            is_sleeping=self.is_sleeping,
             dtype=config.dtype,
             device=config.device,
             kv_cache_dtype=config.kv_cache_dtype,
             attention_backend=config.attention_backend,
             deterministic=config.deterministic,
             is_proven_deterministic=self._is_proven_deterministic,
+        )
+
+    def _ledger(self) -> MemoryLedger | None:
+        memory = self._memory
+        if memory is None or not self._sleep_level:
+            return memory
+        is_there = (
+            self._sleep_level == 1 and self.config.device == "cpu"
+        )  # where the host's memory is the device's
+        return replace(
+            memory, weights_bytes=memory.weights_bytes if is_there else 0, kv_bytes=0, graphs_bytes=0
         )
 
     def check_integrity(self) -> None:

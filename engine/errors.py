@@ -11,6 +11,8 @@
     │   └── CorruptWeightsError      missing shard, truncated file, wrong shape
     ├── OutOfMemoryError             the device has fewer bytes than asked for
     ├── StepFailedError              a step raised; its requests failed, the engine goes on
+    ├── EngineBusyError              the engine cannot sleep while requests run
+    ├── EngineAsleepError            the engine takes requests again after wake_up()
     └── EngineDeadError              the engine cannot take requests any more
 
 Boundary: types and their text only. HTTP status codes belong to ``workbench.api``, exit codes to the CLI.
@@ -117,6 +119,18 @@ class StepFailedError(EngineError):
     """A step raised while it computed; the requests in it failed, others go on."""
 
     code = "step_failed"
+
+
+class EngineBusyError(EngineError):
+    """The engine was asked to sleep while it has requests."""
+
+    code = "engine_busy"
+
+
+class EngineAsleepError(EngineError):
+    """The engine gave its device's memory back with ``sleep()`` and takes no requests until ``wake_up()``."""
+
+    code = "engine_asleep"
 
 
 class EngineDeadError(EngineError):

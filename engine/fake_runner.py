@@ -118,6 +118,7 @@ class FakeRunner:
         self.violations: list[str] = []
         self.plans: deque[StepPlan] = deque(maxlen=1024)  # the latest ones, for tests to look at
         self.closed = False
+        self.sleep_level = 0  # 0: awake
         self._max_inflight = max_inflight
         self._verify = verify
         self._kv = np.full(num_blocks * block_size if verify else 0, UNWRITTEN, np.int64)
@@ -145,6 +146,7 @@ class FakeRunner:
     def submit(self, plan: StepPlan) -> None:
         """Compute the step, as a stream would in order, and keep its result until it is collected."""
         assert not self.closed, "the runner is closed"
+        assert not self.sleep_level, "the runner is asleep"
         assert len(self._inflight) < self._max_inflight, f"more than {self._max_inflight} steps in flight"
         if self._fail_submit is not None:
             error, self._fail_submit = self._fail_submit, None
@@ -187,6 +189,15 @@ class FakeRunner:
         self._users.clear()
         self._inflight.clear()
         self._is_broken = False
+
+    def sleep(self, level: int) -> None:
+        """What the KV cache held is gone."""
+        assert not self._inflight, "asleep with steps in flight"
+        self.sleep_level = level
+        self._kv[:] = UNWRITTEN
+
+    def wake_up(self) -> None:
+        self.sleep_level = 0
 
     def close(self) -> None:
         self.closed = True

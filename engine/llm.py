@@ -150,6 +150,25 @@ class LLM:
         """Counters since start and gauges of now."""
         return self.worker.stats()
 
+    def sleep(self, level: int = 1) -> None:
+        """Give the device's memory back until `wake_up`: 1 keeps the weights in host memory, 2 loads them again then.
+
+        Raises:
+            EngineBusyError: requests run.
+            ConfigError: no such level.
+            EngineDeadError: the engine died or is closed.
+        """
+        self.worker.sleep(level)
+
+    def wake_up(self) -> None:
+        """Take requests again after `sleep`.
+
+        Raises:
+            OutOfMemoryError: the device does not have the memory any more; the engine sleeps on.
+            EngineDeadError: the engine died or is closed.
+        """
+        self.worker.wake_up()
+
     def close(self) -> None:
         """Abort what runs, end the thread and give the device's memory back. A second call does nothing."""
         if self._finalizer is not None and self._finalizer.alive:

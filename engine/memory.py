@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.attention.reference import MAX_GATHERED_VALUES
 from engine.config import EngineConfig
@@ -26,6 +26,7 @@ from engine.models.fused_cpu import FusedCpuDecoder
 from engine.plan import KVSpec
 from engine.records import MemoryLedger
 from engine.runner.model_runner import PROMPT_LOGPROB_ROWS
+from engine.runner.parked_weights import storages_of
 
 GPU_FIXED_BYTES = 512 << 20  # kernels, library workspaces, captured graphs
 # Upper bounds of what a step holds at once, in copies; a test compares them with a CPU's resident memory.
@@ -184,14 +185,7 @@ def decoder_bytes(decoder: StepDecoder) -> int:
     if isinstance(decoder, FusedCpuDecoder):
         return decoder.weight_bytes
     assert isinstance(decoder, nn.Module), type(decoder)
-    storages = {}
-    for part in decoder.modules():
-        own = (*part.parameters(recurse=False), *part.buffers(recurse=False), *vars(part).values())
-        for tensor in own:
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()  # tied weights and views have one
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in storages_of(decoder))
 
 
 def make_ledger(

@@ -157,6 +157,14 @@ class Runner(Protocol):
         """Forget every row and every step in flight (after a failed step; the scheduler re-admits what goes on)."""
         ...
 
+    def sleep(self, level: int) -> None:
+        """Give weights and KV cache back, while no step is in flight: 1 keeps the weights in host memory, 2 does not."""
+        ...
+
+    def wake_up(self) -> None:
+        """Be as before `sleep`, but for what the KV cache held. If it raises, the runner sleeps on."""
+        ...
+
     def close(self) -> None:
         """Give the device's memory back. A second call does nothing."""
         ...

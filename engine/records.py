@@ -259,6 +259,7 @@ class EngineStats:
     attention_backend: str = ""
     deterministic: bool = False
     is_proven_deterministic: bool | None = None  # by the needle test on this device; None: not in that mode
+    is_sleeping: bool = False  # weights and KV cache are given back; no requests until it wakes up
 
 
 class HealthState(str, Enum):

@@ -18,11 +18,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from engine.errors import EngineDeadError, EngineError, InvalidRequestError
+from engine.errors import ConfigError, EngineDeadError, EngineError, InvalidRequestError
 from engine.record_log import RecordLog
 from engine.records import (
     EngineEvent,
@@ -58,11 +61,19 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Sleep:
+    """Sleep at a level, or wake up at 0; `ticket` names who waits for the answer."""
+
+    level: int
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     pass
 
 
-Message = Add | Abort | Close
+Message = Add | Abort | Sleep | Close
 
 
 class EngineWorker:
@@ -96,6 +107,8 @@ class EngineWorker:
         self._working_since_ns: int | None = None  # None: idle
         self._last_step_ns: int | None = None
         self._next_stats_ns = 0
+        self._tickets = count()
+        self._answers: dict[int, Future[None]] = {}  # of those who wait for sleep or waking
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -222,6 +235,47 @@ class EngineWorker:
         if request_id in self._hub:
             self._inbox.put(Abort(request_id))
 
+    # ── sleep ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the device's memory back until `wake_up`, and return when that is done. See ``Engine.sleep``.
+
+        Raises:
+            EngineBusyError: there are requests, also those that were submitted just before.
+            ConfigError: no such level.
+            EngineDeadError: the worker is closed or dead.
+        """
+        if not level:
+            raise ConfigError("there is no sleep level 0", value=level, limit="1, 2", param="level")
+        self._ask(level)
+
+    def wake_up(self) -> None:
+        """Take requests again; returns when the engine does. See ``Engine.wake_up``.
+
+        Raises:
+            OutOfMemoryError, ModelLoadError: the engine sleeps on.
+            EngineDeadError: the worker is closed or dead.
+        """
+        self._ask(0)
+
+    def _ask(self, level: int) -> None:
+        answer: Future[None] = Future()
+        with self._lock:
+            self._refuse_if_dead()
+            ticket = next(self._tickets)
+            self._answers[ticket] = answer
+            self._inbox.put(Sleep(level, ticket))
+        if self._death is not None:  # died meanwhile, perhaps without having read the message
+            self._refuse_the_waiting(self._death)
+        answer.result()
+
+    def _refuse_the_waiting(self, reason: str) -> None:
+        while self._answers:
+            with suppress(KeyError, InvalidStateError):  # somebody else answers too
+                self._answers.popitem()[1].set_exception(
+                    EngineDeadError(reason, remedy="Load the model again.")
+                )
+
     def _prompt_ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
         if not isinstance(prompt, str):
             return prompt
@@ -256,7 +310,7 @@ class EngineWorker:
             waited_ns = time.monotonic_ns() - max(since, last or 0)
             if waited_ns > self._stall_after_ns:
                 return Health(HealthState.STALLED, last, f"no step succeeded for {waited_ns / 1e9:.0f} s")
-        return Health(HealthState.HEALTHY, last)
+        return Health(HealthState.HEALTHY, last, "asleep" if self._stats.is_sleeping else "")
 
     def add_sink(self, sink: Sink) -> None:
         """Send every record from now on to `sink`, on the engine thread. One that raises is removed."""
@@ -305,9 +359,27 @@ class EngineWorker:
                     self._hub.end_all(FinishReason.ERROR, str(error), only=[request.request_id])
         elif isinstance(message, Abort):
             engine.abort(message.request_id)
+        elif isinstance(message, Sleep):
+            self._sleep_or_wake(engine, message)
         else:
             return False
         return True
+
+    def _sleep_or_wake(self, engine: Engine, message: Sleep) -> None:
+        answer = self._answers.pop(message.ticket)
+        try:
+            if message.level:
+                engine.sleep(message.level)
+            else:
+                engine.wake_up()
+        except BaseException as error:
+            answer.set_exception(error)
+            if not isinstance(error, EngineError) or isinstance(error, EngineDeadError):
+                raise
+            return
+        self._stats = engine.stats()
+        self._event("asleep" if message.level else "awake", self.config.model)
+        answer.set_result(None)
 
     def _take_in(self, engine: Engine, output: StepOutput) -> None:
         """Hand a step's results out: first to the readers, who wait for them."""
@@ -351,6 +423,7 @@ class EngineWorker:
         running = tuple(self._hub.ids())
         self._death = reason
         self._hub.end_all(FinishReason.ERROR, reason)
+        self._refuse_the_waiting(reason)
         self._event("dead", reason, running)
         if self._on_fatal is not None:
             self._on_fatal(error)
@@ -358,6 +431,7 @@ class EngineWorker:
     def _die_quietly(self, reason: str) -> None:
         self._death = reason
         self._hub.end_all(FinishReason.ABORT, reason)
+        self._refuse_the_waiting(reason)
 
     def _tell(self, record: StepRecord | RequestRecord | EngineEvent) -> None:
         for sink in self._sinks:

@@ -110,6 +110,12 @@ class GatedRunner:
     def reset_rows(self) -> None:
         self._runner.reset_rows()
 
+    def sleep(self, level: int) -> None:
+        self._runner.sleep(level)
+
+    def wake_up(self) -> None:
+        self._runner.wake_up()
+
     def close(self) -> None:
         self._runner.close()
 

@@ -122,6 +122,17 @@ class BlockPool:
         self._matchable[block_id] = 1
         return True
 
+    def forget(self) -> tuple[int, ...]:
+        """Make nothing matchable any more, while nobody holds a block; ids of the blocks that were. O(matchable blocks)."""
+        assert self.num_free == self.num_blocks, "blocks are held"
+        forgotten = tuple(block.block_id for block in self._by_digest.values())
+        for block_id in forgotten:
+            self._blocks[block_id].digest = None
+            self._matchable[block_id] = 0
+        self._by_digest.clear()
+        self.num_cached = 0
+        return forgotten
+
     def release(self, block_ids: Sequence[int]) -> None:
         """Give back one reference on each block of a table, its tail first."""
         blocks = self._blocks

@@ -24,6 +24,9 @@ ACQUIRE, SHARE, PUBLISH, RELEASE = (
 )
 
 
+NOBODY = ""  # the request of events that no request caused
+
+
 class SequenceBlocks:
     """Gives blocks to sequences, shares those that match, takes them back.
 
@@ -144,6 +147,15 @@ class SequenceBlocks:
             self._announced.pop(digest, None)
         if published:
             self.events.append(BlockEvent(PUBLISH, seq.request_id, tuple(published)))
+
+    def forget(self) -> None:
+        """Empty the prefix cache, while no sequence holds a block: what the blocks held is gone."""
+        forgotten = self.pool.forget()
+        if (
+            forgotten
+        ):  # as if someone had taken them and given them back: who follows the events knows no other way
+            self.events.append(BlockEvent(ACQUIRE, NOBODY, forgotten))
+            self.events.append(BlockEvent(RELEASE, NOBODY))
 
     def release(self, seq: Sequence) -> None:
         """Give all blocks of `seq` back; published ones stay matchable until they are reused."""

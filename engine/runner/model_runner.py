@@ -16,19 +16,21 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.attention.interface import AttentionBackend, CapturableAttention
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, OutOfMemoryError
+from engine.errors import ConfigError, EngineDeadError, OutOfMemoryError
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES, cache_dtype
 from engine.models.decoder import LayerCache, StepDecoder
 from engine.plan import KVSpec, StepPlan, StepResult, TokenLogprobs
 from engine.runner.batch import BatchShape, HostRowBatch, RowBatch
+from engine.runner.parked_weights import ParkedWeights
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
 from engine.runner.step_cost import StepCost, StepNeeds
 
@@ -100,15 +102,21 @@ class ModelRunner:
         device: torch.device,
         dtype: torch.dtype,
         replay: Replay | None = None,
+        load_decoder: Callable[[], StepDecoder] | None = None,
     ) -> None:
-        """`replay`: how decode steps are captured; None: as CUDA graphs on a GPU, not at all elsewhere."""
+        """`replay`: how decode steps are captured; None: as CUDA graphs on a GPU, not at all elsewhere. `load_decoder` makes
+        `decoder` anew, for waking up from a sleep that did not keep it."""
         assert config.num_blocks is not None, "the config is not resolved"
         assert config.max_model_len is not None, "the config is not resolved"
         on_device = device.type == "cuda" or replay is not None
         self._decoder: StepDecoder | None = decoder
         self._attention = attention
         self._device = device
+        self._parks_weights = on_device
         self._max_inflight = 2 if on_device and config.async_scheduling else 1
+        self._load_decoder = load_decoder
+        self._parked: ParkedWeights | None = None
+        self._is_asleep = False
         shape = BatchShape(
             config.max_num_seqs,
             config.max_model_len,
@@ -118,28 +126,21 @@ class ModelRunner:
         )
         stored = cache_dtype(config.kv_cache_dtype, dtype)
         self._batch: RowBatch | None
-        self._graphs: DecodeGraphs | None = None
+        self._replay: Replay | None = None
         if on_device:
             # Not at the top: Triton, which they need, is there on Linux alone.
-            from engine.runner.decode_graphs import CudaGraphs, DecodeGraphs
+            from engine.runner.decode_graphs import CudaGraphs
             from engine.runner.device_batch import DeviceRowBatch
 
-            self._caches = allocate_caches(
-                kv_spec, config.num_blocks + 1, stored, device
-            )  # one block for padding
-            self._batch = batch = DeviceRowBatch(shape, device, idle_block=config.num_blocks)
+            self._batch = DeviceRowBatch(shape, device, idle_block=config.num_blocks)
             if not config.enforce_eager and isinstance(attention, CapturableAttention):
-                self._graphs = DecodeGraphs(
-                    decoder,
-                    attention,
-                    self._caches,
-                    batch,
-                    replay or CudaGraphs(),
-                    max_inflight=self._max_inflight,
-                )
+                self._replay = replay or CudaGraphs()
         else:
-            self._caches = allocate_caches(kv_spec, config.num_blocks, stored, device)
             self._batch = HostRowBatch(shape, deterministic=config.deterministic)
+        num_blocks = config.num_blocks + on_device  # one block for padding
+        self._make_caches = partial(allocate_caches, kv_spec, num_blocks, stored, device)
+        self._caches = self._make_caches()
+        self._graphs = self._make_graphs()
         self._cost = StepCost(decoder.config, kv_spec, decoder.step_weights())
         self._inflight: deque[_Started | BaseException] = deque()
 
@@ -171,6 +172,7 @@ class ModelRunner:
         """
         if self._decoder is None or self._batch is None:
             raise EngineDeadError("the model runner is closed", remedy="Build a new engine.")
+        assert not self._is_asleep, "the runner is asleep"
         assert len(self._inflight) < self.max_inflight, "more steps submitted than max_inflight"
         try:
             with self._on_device():
@@ -200,23 +202,95 @@ class ModelRunner:
         if self._batch is not None:
             self._batch.reset()
 
+    def sleep(self, level: int) -> None:
+        """Give weights, KV cache and captured steps back: 1 keeps the weights in host memory, 2 does not.
+
+        On a CPU, whose weights are in host memory, 1 gives the KV cache back alone.
+
+        Raises:
+            ConfigError: level 2 of a runner that cannot load its weights again.
+            EngineDeadError: the device context is broken.
+        """
+        assert self._decoder is not None, "the runner is closed or asleep"
+        assert not self._inflight, "asleep with steps in flight"
+        if level == 2 and self._load_decoder is None:
+            raise ConfigError("these weights cannot be loaded again", value=level, limit=1, param="level")
+        try:
+            if level == 1 and self._parks_weights:
+                assert isinstance(self._decoder, nn.Module)
+                self._parked = ParkedWeights(self._decoder)
+            self._is_asleep = True
+            self._drop_steps()
+            if level == 2:
+                self._decoder = None
+            self._give_back()
+        except Exception as error:
+            raise _as_engine_error(error) from error
+
+    def wake_up(self) -> None:
+        """Be as before `sleep`, but for what the KV cache held. If it raises, the runner sleeps on.
+
+        Raises:
+            OutOfMemoryError: the device does not have the memory any more.
+            CorruptWeightsError: the files are not what they were.
+            EngineDeadError: the device context is broken.
+        """
+        assert self._is_asleep, "the runner is awake or closed"
+        try:
+            self._caches = self._make_caches()
+            if self._decoder is None:
+                assert self._load_decoder is not None
+                self._decoder = self._load_decoder()
+            if self._parked is not None:
+                self._parked.restore()
+                self._parked = None
+            self._graphs = self._make_graphs()  # the captured ones hold addresses that are no more
+            self.capture()
+        except Exception as error:
+            self._drop_steps()
+            self._give_back()
+            raise _as_engine_error(error) from error
+        self._is_asleep = False
+
     def close(self) -> None:
         """Give the device's memory back. A second call does nothing."""
-        if self._decoder is None:
+        if self._batch is None:
             return
         self._inflight.clear()
-        if self._graphs is not None:
-            with suppress(RuntimeError):  # a broken context has nothing left to give back
-                self._graphs.close()
-        self._decoder, self._batch, self._graphs = None, None, None
-        self._caches = []
+        with suppress(RuntimeError):  # a broken context has nothing left to give back
+            self._drop_steps()
+        self._decoder, self._batch, self._parked, self._is_asleep = None, None, None, False
         del self._attention  # and with it the workspace of its kernels
+        with suppress(RuntimeError):
+            self._give_back()
+
+    def _make_graphs(self) -> DecodeGraphs | None:
+        if self._replay is None:
+            return None
+        from engine.runner.decode_graphs import DecodeGraphs
+        from engine.runner.device_batch import DeviceRowBatch
+
+        assert self._decoder is not None
+        assert isinstance(self._batch, DeviceRowBatch)
+        assert isinstance(self._attention, CapturableAttention)
+        return DecodeGraphs(
+            self._decoder, self._attention, self._caches, self._batch, self._replay, max_inflight=self._max_inflight
+        )  # fmt: skip
+
+    def _drop_steps(self) -> None:
+        """Let go of the KV cache and of captured steps."""
+        self._caches.clear()  # in place: a decoder may know the list
+        graphs, self._graphs = self._graphs, None
+        if graphs is not None:
+            graphs.close()
+
+    def _give_back(self) -> None:
+        """Hand to the device what no tensor uses."""
         gc.collect()
         if self._device.type == "cuda":
-            with suppress(RuntimeError):  # a broken context has nothing left to give back
-                torch.cuda.synchronize(self._device)
-                torch._C._cuda_clearCublasWorkspaces()  # torch would keep them for the life of the process
-                torch.cuda.empty_cache()
+            torch.cuda.synchronize(self._device)
+            torch._C._cuda_clearCublasWorkspaces()  # torch would keep them for the life of the process
+            torch.cuda.empty_cache()
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

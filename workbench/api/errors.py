@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from engine.errors import (
     ConfigError,
+    EngineAsleepError,
     EngineDeadError,
     EngineError,
     InvalidRequestError,
@@ -38,6 +39,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (NotReadyError, 503),
     (InvalidRequestError, 400),
     (EngineDeadError, 503),
+    (EngineAsleepError, 503),
     (OutOfMemoryError, 503),
     (StepFailedError, 500),
 )

@@ -49,7 +49,7 @@ def random_decoder(dtype: torch.dtype = torch.float64) -> Decoder:
 def make_runner() -> Callable[..., ModelRunner]:
     """A float64 runner of 4 rows and 24 blocks; `decoder` replaces the tiny random one, `replay` captures decode steps."""
 
-    def make(decoder: Any = None, replay: Any = None) -> ModelRunner:
+    def make(decoder: Any = None, replay: Any = None, load_decoder: Any = None) -> ModelRunner:
         config = EngineConfig(
             model="tiny", dtype="float64", device="cpu", num_blocks=24, block_size=BLOCK_SIZE, max_num_seqs=4,
             max_model_len=40, max_batched_tokens=64, attention_backend="reference",
@@ -58,7 +58,7 @@ def make_runner() -> Callable[..., ModelRunner]:
             decoder or random_decoder(), ReferenceAttention(), config=config,
             kv_spec=make_kv_spec(MODEL, BLOCK_SIZE, torch.float64), eos_token_ids=frozenset({END}),
             device=torch.device("cpu"), dtype=torch.float64,
-            replay=replay,
+            replay=replay, load_decoder=load_decoder,
         )  # fmt: skip
 
     return make

@@ -352,6 +352,39 @@ def test_a_quantized_cache_is_captured_like_any_other(
     )
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_waking_up_captures_anew_and_gives_the_same_tokens(
+    tiny_decoder: Callable[..., Decoder], make_runner: Callable[..., ModelRunner], plans: Any, level: int
+) -> None:
+    replay = GuardedReplay()
+    runner = make_runner(replay=replay, load_decoder=tiny_decoder)
+    runner.capture()
+
+    def tokens(step_id: int) -> list[int]:
+        """A prompt and four decode steps, the last three of them captured."""
+        found = []
+        admitted = [plans.admit(0, [3, 1, 4, 1, 5], [2, 7, 9], num_prompt=5)]
+        for step in range(5):
+            row = (0, 0, 5) if step == 0 else (0, 4 + step, 1)
+            plan = plans.plan_of(step_id + step, [row], samples=[0], admitted=admitted if step == 0 else [],
+                                 finished=[])  # fmt: skip
+            runner.submit(plan)
+            result = runner.collect()
+            assert result.graph_size == (1 if step else 0)
+            found += result.token_ids
+        return found
+
+    before, captured = tokens(0), set(replay.addresses)
+    runner.sleep(level)
+    assert not replay.addresses, "captured work holds addresses that are no more"
+    runner.wake_up()
+    assert set(replay.addresses) == captured
+    num_replays = replay.num_replays
+    assert tokens(10) == before
+    assert replay.num_replays > num_replays
+    runner.close()
+
+
 def test_cache_on_and_off_give_the_same_tokens(run: Callable[..., Ran], alone: Ran) -> None:
     requests = workload()
     ran = run(requests, GuardedReplay(), num_blocks=60, enable_prefix_cache=False)
