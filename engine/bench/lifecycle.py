@@ -1,9 +1,10 @@
-"""The life of an engine at Qwen3-8B's shape: start to first token, another set of weights from host memory, close.
+"""The life of an engine at Qwen3-8B's shape: start to first token, weights from host memory in two ways, close.
 
 - warm start: a new process until its first token from a checkpoint in the page cache, with kernels compiled by a start before it;
   imports, weights, KV cache and the first step are all inside
-- weight swap: an engine is closed and another one of the same shape built from weights in pinned host memory, until its first
-  token. The engine has no swap in place, so this is what a swap costs
+- weight swap: an engine that sleeps, its weights in pinned host memory, is woken up until its first token: copies, a new KV
+  cache, and decode steps captured again. Beside it what came before that: going to sleep, which pins the memory the first time
+- rebuild: an engine is closed and another one of the same shape built from weights in pinned host memory, until its first token
 - close: bytes that torch's allocator holds when all these engines are closed, less those before the first
 
 Adapters are not swapped here: the engine has none. Where the disk does not hold the checkpoint, Qwen3-0.6B's shape is taken.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +64,22 @@ def measure(session: Session, options: argparse.Namespace) -> dict[str, Any]:
         weights = HostWeights()
         with random_engine(shape, session.device, load=weights.fill_and_keep, **LIMITS) as engine:
             _first_token(engine)
-            began = time.perf_counter()
-            engine.close()
-            close_s = time.perf_counter() - began
-        swap_s = _swap_s(session, shape, weights)
+            sleep_s, swap_s = _sleep_and_swap_s(engine)
+            close_s = _seconds(engine.close)
+        rebuild_s = _rebuild_s(session, shape, weights)
         left = _allocated_bytes(session.device) - allocated
         weights.save(shape, folder)
         del weights
         starts = [_start(session, folder) for _ in range(1 if session.is_tiny else 2)]
     rows = [{"start": "first" if i == 0 else "warm"} | start for i, start in enumerate(starts)]
     print_table(f"start to first token, {shape.name}: seconds", rows)
+    swaps = {"sleep_s": sleep_s, "swap_s": swap_s, "rebuild_s": rebuild_s, "close_s": close_s}
+    print_table(f"weights and end, {shape.name}: seconds", [swaps])
     judged = [(START_BAR, starts[-1]["total"]), (SWAP_BAR, swap_s)]
     if session.device.type == "cuda":  # torch does not count on a CPU
         judged.append((CLOSE_BAR, float(left)))
     return {
-        **session.figures(), "shape": shape.name, "starts": rows, "swap_s": swap_s, "close_s": close_s,
+        **session.figures(), "shape": shape.name, "starts": rows, **swaps,
         "bytes_left": left if session.device.type == "cuda" else None,
         "verdicts": [bar.judge(value, is_tiny=session.is_tiny) for bar, value in judged],
     }  # fmt: skip
@@ -126,7 +129,24 @@ def _fitting_shape(folder: Path) -> Shape:
     return QWEN3_8B if free > 2 * 2 * QWEN3_8B.model.num_parameters else QWEN3_600M
 
 
-def _swap_s(session: Session, shape: Shape, weights: HostWeights) -> float:
+def _sleep_and_swap_s(engine: Engine) -> tuple[float, float]:
+    """Seconds to give the device's memory back, and from there to the next first token; of the second time."""
+    for _ in range(2):
+        sleep_s = _seconds(engine.sleep)
+        began = time.perf_counter()
+        engine.wake_up()
+        _first_token(engine)
+        swap_s = time.perf_counter() - began
+    return sleep_s, swap_s
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _rebuild_s(session: Session, shape: Shape, weights: HostWeights) -> float:
     """Seconds from an engine that runs to the first token of the one that takes its place."""
     with random_engine(shape, session.device, load=weights.load, **LIMITS) as engine:
         _first_token(engine)

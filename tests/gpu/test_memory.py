@@ -92,3 +92,35 @@ def test_a_pool_of_all_that_is_free_is_refused_with_advice(folder: Path, device:
     free, _ = torch.cuda.mem_get_info(device)
     with pytest.raises(OutOfMemoryError, match=r"weights .*workspace .*kv_memory_bytes="):
         make_engine(folder, kv_memory_bytes=free)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_asleep_it_gives_weights_and_cache_back_and_wakes_to_the_same_tokens(
+    folder: Path, device: torch.device, level: int
+) -> None:
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
+    engine = make_engine(folder, kv_memory_bytes=1 << 30)
+
+    def answer() -> list[int]:
+        engine.add(engine.make_request([7, 30, 4, 99] * 20, SamplingParams(max_tokens=32, temperature=0.0)))
+        tokens: list[int] = []
+        while engine.has_work:
+            tokens += [token for delta in engine.step().deltas for token in delta.token_ids]
+        return tokens
+
+    try:
+        expected, ledger = answer(), engine.stats().memory
+        assert ledger is not None
+        awake = torch.cuda.memory_allocated(device)
+        for _ in range(2):
+            engine.sleep(level)
+            given_back = awake - torch.cuda.memory_allocated(device)
+            assert given_back >= 0.99 * (ledger.weights_bytes + ledger.kv_bytes)  # less what rounding adds
+            engine.wake_up()
+            assert torch.cuda.memory_allocated(device) <= 1.01 * awake
+            assert answer() == expected
+    finally:
+        engine.close()
+    gc.collect()
+    assert torch.cuda.memory_allocated(device) <= before
