@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -113,12 +114,14 @@ def build_engine(
     assert config.num_threads is not None
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads)
-    tokenizer = _load_tokenizer(folder, config)
     eos_token_ids = model.eos_token_ids | generation_eos_ids(folder)
+    load_decoder = partial(_load_decoder, config, model, folder, load)
+    with ThreadPoolExecutor(1, "tokenizer") as beside:  # most of it is imports, while weights are copied
+        loading = beside.submit(_load_tokenizer, folder, config)
+        decoder = load_decoder(lambda message, share: tell(message, 0.05 + 0.85 * share))
+        tokenizer = loading.result()
     if tokenizer is not None:
         eos_token_ids |= tokenizer.eos_token_ids
-    load_decoder = partial(_load_decoder, config, model, folder, load)
-    decoder = load_decoder(lambda message, share: tell(message, 0.05 + 0.85 * share))
     loaded = _Loaded(asked, config, model, decoder, load_decoder, tokenizer, eos_token_ids)
     engine = _assemble(loaded, allocator, before, tell)
     tell("ready", 1.0)

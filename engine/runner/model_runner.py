@@ -30,6 +30,7 @@ from engine.kernels.kv_quantization import QUANTIZED_DTYPES, cache_dtype
 from engine.models.decoder import LayerCache, StepDecoder
 from engine.plan import KVSpec, StepPlan, StepResult, TokenLogprobs
 from engine.runner.batch import BatchShape, HostRowBatch, RowBatch
+from engine.runner.host_zeros import host_zeros
 from engine.runner.parked_weights import ParkedWeights
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
 from engine.runner.step_cost import StepCost, StepNeeds
@@ -362,7 +363,8 @@ def allocate_caches(
     Scales of int8 are one allocation more; of fp8 they are 1.0 everywhere, so that all layers share theirs.
     """
     shape = (kv_spec.num_layers, 2, num_blocks, kv_spec.num_kv_heads, kv_spec.block_size, kv_spec.head_size)
-    memory = torch.zeros(shape, dtype=dtype, device=device)
+    on_cpu = device.type == "cpu"
+    memory = host_zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
     if dtype not in QUANTIZED_DTYPES:
         return [LayerCache(layer[0], layer[1]) for layer in memory]
     if dtype == torch.int8:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from engine.errors import EngineDeadError, OutOfMemoryError
 from engine.plan import StepPlan, StepResult
+from engine.runner.host_zeros import host_zeros
 from engine.runner.model_runner import ModelRunner
 
 PROMPT = [5, 9, 33, 2, 8, 8, 14, 21, 3, 40, 17]
@@ -198,3 +201,23 @@ def test_a_closed_runner_refuses(make_runner: Make, plans: Any) -> None:
     runner.close()
     with pytest.raises(EngineDeadError):
         runner.submit(plans.plan_of(0, [(0, 0, 1)], admitted=[plans.admit(0, [1], [1])]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_host_zeros_are_zeros_and_take_no_memory_until_they_are_written(dtype: torch.dtype) -> None:
+    def resident() -> int:
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return 1024 * int(found[1])
+
+    shape, size = (64, 1 << 20), (64 << 20) * dtype.itemsize
+    before = resident()
+    zeros = host_zeros(shape, dtype)
+    assert resident() - before < size // 8
+    assert (zeros.shape, zeros.dtype, zeros.untyped_storage().nbytes()) == (shape, dtype, size)
+    assert zeros.data_ptr() % 64 == 0, "vectors of the kernels would lie across two lines of the cache"
+    assert not zeros.view(torch.uint8).any()
+    zeros.view(torch.uint8).fill_(1)
+    assert resident() - before > size - size // 8
+    del zeros
+    assert resident() - before < size // 8
