@@ -22,6 +22,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.kernels import cpu_library
+from engine.kernels.cache_folder import keep_triton_kernels
 from engine.kernels.invariant import find_row_tile
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES, SETTINGS, cache_dtype
 from engine.memory import (
@@ -108,6 +109,8 @@ def build_engine(
     model = ModelConfig.from_folder(folder)
     asked, config = config, resolve_config(config, model, None if allocator is None else allocator.memory())
     device = torch.device(config.device)
+    if device.type == "cuda":
+        keep_triton_kernels()
     if device.type == "cuda" and allocator is None:
         allocator = CudaAllocator(device)
     before = device_memory(device) if allocator is None else allocator.memory()

@@ -4,7 +4,7 @@ The library is one shared object from a few C++ files (paged attention, packed p
 It needs no torch headers: tensors cross as raw pointers, which makes the build seconds and independent of torch's version.
 Its threads are its own (``cpu_team.h``): it brings no OpenMP runtime beside torch's.
 
-Cache: ``$HOME_DIR/cache/kernels`` or the user's cache folder, keyed by sources, compiler, flags and CPU.
+Cache: ``engine.kernels.cache_folder``, keyed by sources, compiler, flags and CPU.
 Boundary: build and load only. Where there is no compiler `load` says why; the callers then use torch.
 """
 
@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from engine.kernels.cache_folder import kernel_cache, writable_folder
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ def unavailable_reason() -> str | None:
 @lru_cache(maxsize=1)
 def _load_once() -> CpuLibrary | BuildError:
     try:
-        return build_and_load(default_cache_folder())
+        return build_and_load(kernel_cache("kernels"))
     except BuildError as error:
         logger.warning("compiled CPU kernels are off, torch is used instead: %s", error)
         return error
@@ -92,15 +94,6 @@ def multiplies_bf16() -> bool:
     return "avx512_bf16" in cpu_flags()
 
 
-def default_cache_folder() -> Path:
-    """Where builds are kept: under HOME_DIR if it is set, else in the user's cache."""
-    home = os.environ.get("HOME_DIR")
-    if home:
-        return Path(home) / "cache" / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "quire" / "kernels"
-
-
 def find_compiler() -> str:
     """Path of the C++ compiler: ``$CXX``, else g++ or c++ on the path."""
     for name in filter(None, (os.environ.get("CXX"), "g++", "c++")):
@@ -113,6 +106,8 @@ def find_compiler() -> str:
 def build_and_load(cache_folder: Path) -> CpuLibrary:
     """Load the library from `cache_folder`, compiling it there first if it is not yet there.
 
+    Where the folder cannot be written, builds are kept with this user's temporary files.
+
     Raises:
         BuildError: no compiler, it failed, or the result does not load.
     """
@@ -120,7 +115,9 @@ def build_and_load(cache_folder: Path) -> CpuLibrary:
     key = _key(compiler)
     path = cache_folder / f"quire_cpu_{key}.so"
     if not path.is_file():
-        path = _build(compiler, _writable(cache_folder) / path.name)
+        path = writable_folder(cache_folder) / path.name
+    if not path.is_file():
+        _build(compiler, path)
     try:
         functions = ctypes.CDLL(str(path))
     except OSError as error:
@@ -139,22 +136,12 @@ def _key(compiler: str) -> str:
     return digest.hexdigest()[:20]
 
 
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="quire-kernels-"))
-
-
-def _build(compiler: str, target: Path) -> Path:
+def _build(compiler: str, target: Path) -> None:
     """Compile to a private name beside the target, then rename: builders at the same time end with one whole file."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as work:
         library = Path(work) / target.name
         _run([compiler, *FLAGS, "-shared", str(MAIN_SOURCE), "-o", str(library)])
         os.replace(library, target)
-    return target
 
 
 def _run(command: Sequence[str]) -> str:

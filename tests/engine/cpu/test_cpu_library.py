@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.attention.cpu import make_cpu_attention
-from engine.kernels import cpu_library
+from engine.kernels import cache_folder, cpu_library
 
 # A compiler that takes its time and counts its calls: builders overlap for certain.
 SLOW_COMPILER = """#!/bin/sh
@@ -25,7 +27,7 @@ exec {real} "$@"
 BUILD = """
 import sys, torch
 from pathlib import Path
-from engine.kernels import cpu_library
+from engine.kernels import cache_folder, cpu_library
 cpu_library.FLAGS = tuple(flag for flag in cpu_library.FLAGS if not flag.startswith("-O"))  # half the time
 print(cpu_library.build_and_load(Path(sys.argv[1])).panel_width)
 """
@@ -33,7 +35,7 @@ FALLBACK = """
 import logging, torch
 logging.basicConfig(format="%(message)s")
 from engine.attention.cpu import make_cpu_attention
-from engine.kernels import cpu_library
+from engine.kernels import cache_folder, cpu_library
 print(make_cpu_attention().name, make_cpu_attention().name)
 print(cpu_library.unavailable_reason())
 """
@@ -94,6 +96,54 @@ def test_a_failing_compiler_is_quoted(library, tmp_path, monkeypatch):
     with pytest.raises(cpu_library.BuildError, match="no such flag"):
         cpu_library.build_and_load(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_home_that_cannot_be_written_gets_a_private_folder_that_the_next_process_finds(
+    library, tmp_path, monkeypatch
+):
+    """The home lies below a file: not even root can make it."""
+    (tmp_path / "file").touch()
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("HOME_DIR", str(tmp_path / "file" / "home"))
+    home, name = cache_folder.kernel_cache("kernels"), library.path.name
+    private = cache_folder.writable_folder(home)
+    assert private.parent == temporary
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    shutil.copy(library.path, private / name)
+    monkeypatch.setattr(cpu_library, "_build", lambda *_: pytest.fail("it is built already"))
+    assert cpu_library.build_and_load(home).path == private / name
+
+    private.chmod(0o777)  # anybody could have put something there
+    other = cache_folder.writable_folder(home)
+    assert other not in (private, home)
+    assert stat.S_IMODE(other.stat().st_mode) == 0o700
+
+
+def test_a_user_without_a_home_keeps_kernels_with_temporary_files(tmp_path, monkeypatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("HOME_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_folder.kernel_cache("kernels").parent == tmp_path
+
+
+def test_triton_keeps_its_kernels_under_home_dir_unless_it_was_told_where(tmp_path, monkeypatch):
+    for name in ("HOME_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    cache_folder.keep_triton_kernels()
+    assert "TRITON_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("HOME_DIR", str(tmp_path))
+    cache_folder.keep_triton_kernels()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    cache_folder.keep_triton_kernels()
+    assert os.environ["TRITON_CACHE_DIR"] == "/mine"
 
 
 def test_the_key_follows_sources_and_flags(library, monkeypatch):
