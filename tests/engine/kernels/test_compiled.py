@@ -3,7 +3,8 @@
 Proves: attention uses matrix units (wgmma on sm_90 where a tile fills a warpgroup, else mma.sync), no registers are
 spilled but a few bytes in a form named below, shared memory and registers fit one multiprocessor, memory is read and
 written 16 bytes at a time.
-Does not prove speed.
+Does not prove speed. Seen under Triton 3.7.1 and 3.6.0; another one than the installed runs with its folder first on PYTHONPATH
+(AGENTS.md, commands).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from engine.kernels.attention_tiles import AttentionShape, Mode, Variant, combine_variant, tile_for, variant
 from engine.kernels.invariant_linear import invariant_linear_kernel, linear_constants, linear_options
@@ -27,6 +29,7 @@ from engine.kernels.rotary import (
 from engine.kernels.silu_and_mul import SILU_BLOCK, SILU_WARPS, silu_and_mul_kernel
 from engine.kernels.store_kv import STORE_WARPS, store_constants, store_kv_kernel
 
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 CompileKernel = Callable[..., Any]
 
@@ -94,10 +97,12 @@ def test_attention_compiles_to_matrix_instructions_and_fits(
     form = variant(shape, mode, deterministic)
     built = compile_kernel(capability, *_attention_arguments(form, shape.dtype))
     # Prefill over heads of 128 fills a thread's 255 registers on sm_80. What has more to keep, a second accumulator for the
-    # split or the window's bounds, spills 72 and 0 bytes under Triton 3.7, 80 and 32 under 3.6.
+    # split or the window's bounds, spills 72 and 0 bytes under Triton 3.7, 80 and 32 under 3.6. Decode over heads of 64 in
+    # bfloat16 spills two registers under 3.6, deterministic, and none under 3.7.
     more_to_keep = mode is Mode.PREFILL and (deterministic or shape.window is not None)
     tight = capability == 80 and more_to_keep and shape.head_size == 128
-    built.assert_fits(spilled_bytes=128 if tight else 0)
+    two_over = capability == 80 and mode is Mode.DECODE and deterministic and TRITON < (3, 7)
+    built.assert_fits(spilled_bytes=128 if tight else 8 if two_over else 0)
     whole_warpgroup = tile_for(shape, mode, deterministic).block_m >= 64
     products = {"wgmma": built.ptx.count("wgmma.mma_async"), "mma": built.ptx.count("mma.sync")}
     assert products["wgmma" if capability == 90 and whole_warpgroup else "mma"] > 0, products
