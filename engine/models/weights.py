@@ -1,7 +1,6 @@
 """Fill a decoder from safetensors files: one file, or shards with an index.
 
-Each tensor is copied from the mapped file straight into its place in the merged parameter, so that the weights exist
-once. Strict: every parameter is filled exactly once, shapes must agree, and a tensor that the decoder has no place for is
+Each tensor is copied from the mapped file into its place in the merged parameter, so that the weights exist once. Strict: every parameter is filled exactly once, shapes must agree, and a tensor that the decoder has no place for is
 an error, because it would be a part of the model that is not computed.
 
 Boundary: no pickle formats, no quantized formats, no download.
@@ -13,12 +12,12 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import CorruptWeightsError, ModelNotFoundError, UnsupportedModelError
 from engine.models.decoder import Decoder
+from engine.models.weight_copies import WeightCopies
 
 Progress = Callable[[str, float], None]
 INDEX_NAME = "model.safetensors.index.json"
@@ -29,7 +28,7 @@ AGAIN = "Download the file again, or point to an intact copy of the model."
 def load_weights(decoder: Decoder, folder: Path | str, progress: Progress | None = None) -> None:
     """Fill every parameter of the decoder from the folder's safetensors, converting to the decoder's dtype.
 
-    `progress` gets a message and the share of tensors done, in [0, 1].
+    `progress` gets a message and the share of tensors whose copy was started, in [0, 1].
 
     Raises:
         ModelNotFoundError: the folder holds no weights.
@@ -39,8 +38,10 @@ def load_weights(decoder: Decoder, folder: Path | str, progress: Progress | None
     targets = dict(decoder.weight_targets())
     ignored = {"lm_head.weight"} if decoder.config.tie_embeddings else set()
     filled: dict[str, Path] = {}
-    for path in weight_files(Path(folder)):
-        _load_file(path, targets, ignored, filled, progress)
+    files = weight_files(Path(folder))
+    with WeightCopies(decoder.embedding.device) as copies:
+        for path in files:
+            _load_file(path, targets, ignored, filled, copies, progress)
     missing = sorted(targets.keys() - filled.keys())
     if missing:
         raise CorruptWeightsError(
@@ -118,6 +119,7 @@ def _load_file(
     targets: dict[str, Tensor],
     ignored: set[str],
     filled: dict[str, Path],
+    copies: WeightCopies,
     progress: Progress | None,
 ) -> None:
     try:
@@ -126,7 +128,9 @@ def _load_file(
                 if name in ignored or name.endswith(".rotary_emb.inv_freq"):
                     continue
                 _check_place(path, name, targets, filled)
-                _copy(path, name, file.get_tensor(name), targets[name])
+                source = file.get_tensor(name)
+                _check_values(path, name, source, targets[name])
+                copies.copy(source, targets[name])
                 filled[name] = path
                 if progress is not None:
                     progress(f"loading {path.name}", len(filled) / len(targets))
@@ -156,8 +160,7 @@ def _check_place(path: Path, name: str, targets: Iterable[str], filled: dict[str
         )
 
 
-@torch.no_grad()
-def _copy(path: Path, name: str, source: Tensor, target: Tensor) -> None:
+def _check_values(path: Path, name: str, source: Tensor, target: Tensor) -> None:
     if source.shape != target.shape:
         raise CorruptWeightsError(
             f"{path.name}: {name} has shape {tuple(source.shape)}, config.json asks for {tuple(target.shape)}",
@@ -173,4 +176,3 @@ def _copy(path: Path, name: str, source: Tensor, target: Tensor) -> None:
             param="model",
             remedy="Use the unquantized checkpoint of the model.",
         )
-    target.copy_(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from engine.config import EngineConfig
 from engine.errors import CorruptWeightsError, ModelLoadError, ModelNotFoundError, UnsupportedModelError
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.models.weight_copies import WeightCopies
 from engine.models.weights import load_weights
 from engine.sampling_params import SamplingParams
 
@@ -83,6 +85,38 @@ def test_weights_are_converted_to_the_compute_dtype(tiny: Any) -> None:
     decoder = decoder_for(tiny.folder, torch.bfloat16)
     load_weights(decoder, tiny.folder)
     assert torch.equal(decoder.embedding, tiny.reference.state_dict()["model.embed_tokens.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_in_pieces_by_threads_fill_every_place(dtype: torch.dtype) -> None:
+    """Pieces of 64 bytes: more than may wait, tensors that end within one, and views of one matrix."""
+    sizes = [(1,), (16,), (17, 3), (0, 5), (40, 40), (2, 3, 4)]
+    sources = [torch.randn(size) for size in sizes]
+    merged = torch.full((90, 40), float("nan"), dtype=dtype)
+    targets = [torch.full(size, float("nan"), dtype=dtype) for size in sizes]
+    with WeightCopies(CPU, num_threads=3, piece_bytes=64) as copies:
+        for source, target in zip(sources, targets, strict=True):
+            copies.copy(source, target)
+        copies.copy(sources[4], merged[10:50])
+    for source, target in zip(sources, targets, strict=True):
+        assert torch.equal(target, source.to(dtype))
+    assert torch.equal(merged[10:50], sources[4].to(dtype))
+    assert merged[:10].isnan().all()
+    assert merged[50:].isnan().all()
+
+
+@pytest.mark.parametrize("num_after", [0, 100])
+def test_a_copy_that_fails_is_told_and_no_thread_stays(num_after: int) -> None:
+    before = threading.active_count()
+    with (
+        pytest.raises(RuntimeError, match="meta tensor"),
+        WeightCopies(CPU, num_threads=2, piece_bytes=64) as copies,
+    ):
+        meta = torch.empty(16, device="meta")
+        copies.copy(meta, torch.empty(16))  # cannot be read
+        for _ in range(num_after):
+            copies.copy(torch.ones(16), torch.empty(16))
+    assert threading.active_count() == before
 
 
 def test_progress_rises_to_one(tiny: Any) -> None:
