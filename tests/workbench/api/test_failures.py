@@ -86,6 +86,17 @@ def test_a_dead_engine_is_unhealthy_and_refuses(serve: Any, eventually: Any) -> 
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_error")
 
 
+def test_a_sleeping_engine_is_healthy_and_asks_to_try_again(serve: Any) -> None:
+    with serve(partial(fake_worker, delay_s=0.0)) as server:
+        server.worker.sleep()
+        assert server.http.get("/healthz").status_code == 200
+        refused = server.post(max_tokens=4)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_asleep")
+        assert refused.headers["retry-after"]
+        server.worker.wake_up()
+        assert server.post(max_tokens=4).status_code == 200
+
+
 def test_while_loading_it_is_alive_but_not_ready(serve: Any) -> None:
     gate = threading.Event()
 
