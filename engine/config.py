@@ -31,6 +31,7 @@ class EngineConfig:
     block_size: int = 16  # tokens a KV block
     num_blocks: int | None = None  # KV blocks in the pool; None: from kv_memory_bytes or the free memory
     kv_memory_bytes: int | None = None
+    swap_space_bytes: int = 0  # host memory for cached KV blocks that the pool gave up (host tier); 0: none
     max_batched_tokens: int | None = None  # token budget of one step
     max_num_seqs: int = 256  # rows: sequences that run at once
     max_model_len: int | None = None  # prompt and output tokens of one sequence; None: the model's own
@@ -61,6 +62,15 @@ class EngineConfig:
             _one_of("quantization", self.quantization, QUANTIZATIONS)
         for name in ("block_size", "max_num_seqs", "record_seconds"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("swap_space_bytes", self.swap_space_bytes, 0)
+        if self.swap_space_bytes and not self.enable_prefix_cache:
+            raise ConfigError(
+                f"swap_space_bytes is {self.swap_space_bytes} without a prefix cache, which alone finds what is kept there",
+                value=self.swap_space_bytes,
+                limit=0,
+                param="swap_space_bytes",
+                remedy="Set enable_prefix_cache=True, or swap_space_bytes=0.",
+            )
         for name in ("num_blocks", "kv_memory_bytes", "max_batched_tokens", "max_model_len", "num_threads"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)

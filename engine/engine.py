@@ -18,6 +18,7 @@ from random import Random
 from engine import admission
 from engine.admission import Limits
 from engine.cache.block_pool import BlockPool
+from engine.cache.host_tier import HostTier
 from engine.cache.sequence_blocks import SequenceBlocks
 from engine.config import EngineConfig
 from engine.errors import (
@@ -98,8 +99,9 @@ class Engine:
             max_model_len, num_blocks * config.block_size, vocab_size, tokenizer is not None
         )
         self._seeds = Random(config.seed)
+        num_slots = kv_spec.num_blocks_in(config.swap_space_bytes)
         blocks = SequenceBlocks(
-            BlockPool(num_blocks),
+            BlockPool(num_blocks, HostTier(num_slots) if num_slots else None),
             config.block_size,
             version_digest=config.version_digest,
             enable_prefix_cache=config.enable_prefix_cache,
@@ -344,6 +346,10 @@ class Engine:
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free,
             num_cached_blocks=pool.num_cached,
+            num_host_blocks=0 if pool.tier is None else pool.tier.num_slots,
+            num_cached_host_blocks=0 if pool.tier is None else pool.tier.num_cached,
+            blocks_out=recorder.num_blocks_out,
+            blocks_back=recorder.num_blocks_back,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_model_len=limits.max_model_len,

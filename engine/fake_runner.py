@@ -3,7 +3,7 @@
 FakeRunner computes tokens that anybody can work out by hand (`next_token`), answers as late as a device does, and checks
 each plan as strictly as a device would punish it: tables must cover positions, slots must be written before they are read,
 nobody writes to a block that others use. Its KV cache holds one number per slot that depends on the whole past, so that a
-wrongly shared or reused block changes the tokens that follow. FakeTokenizer, whose tokens are bytes, goes with it.
+wrongly shared or reused block changes the tokens that follow; so has its host tier. FakeTokenizer, whose tokens are bytes, goes with it.
 
 Boundary: no torch, no randomness. Sampling parameters other than log-probabilities are ignored.
 """
@@ -15,9 +15,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.fake_tokenizer import FakeTokenizer
-from engine.plan import RowAdmission, StepPlan, StepResult, TokenLogprobs
+from engine.plan import NO_COPIES, BlockCopies, RowAdmission, StepPlan, StepResult, TokenLogprobs
 
 __all__ = [
     "FakeRunner", "FakeTokenizer", "PlanViolation", "expected_tokens", "fake_logprobs", "next_state", "next_token", "scripted",
@@ -88,6 +89,7 @@ class FakeRunner:
 
     Args:
         num_blocks, block_size: the KV cache; plans may not leave it.
+        num_host_blocks: slots of the host tier.
         vocab_size: output tokens are below it.
         max_inflight: steps that may be submitted before one is collected.
         delay_s: how long a step takes on this device, after the step before it.
@@ -102,6 +104,7 @@ class FakeRunner:
         num_blocks: int,
         block_size: int = 16,
         *,
+        num_host_blocks: int = 0,
         vocab_size: int = 256,
         max_inflight: int = 2,
         delay_s: float = 0.0,
@@ -122,9 +125,11 @@ class FakeRunner:
         self._max_inflight = max_inflight
         self._verify = verify
         self._kv = np.full(num_blocks * block_size if verify else 0, UNWRITTEN, np.int64)
+        self._host = np.full((num_host_blocks, block_size), UNWRITTEN, np.int64)
         self._rows: dict[int, _Row] = {}
         self._users: Counter[int] = Counter()  # rows whose table holds a block
         self._inflight: deque[tuple[float, StepResult | Exception]] = deque()
+        self._copying: deque[BlockCopies] = deque()  # of the steps in flight
         self._device_free_at = 0.0
         self._fail_submit: Exception | None = None
         self._fail_collect: Exception | None = None
@@ -153,7 +158,9 @@ class FakeRunner:
             self._is_broken = True
             raise error
         self._device_free_at = max(self._device_free_at, time.monotonic()) + self.delay_s
-        self._inflight.append((self._device_free_at, self._run(plan)))
+        result = self._run(plan)
+        self._inflight.append((self._device_free_at, result))
+        self._copying.append(plan.copies)
 
     def _run(self, plan: StepPlan) -> StepResult | Exception:
         failure = self.fail_at.pop(plan.step_id, None) or self._fail_collect
@@ -168,8 +175,10 @@ class FakeRunner:
         return failure
 
     def _scribble(self, plan: StepPlan) -> None:
-        """What a step that dies half-way may leave behind: garbage in every slot that it was to write."""
+        """What a step that dies half-way may leave behind: garbage in every place that it was to write."""
         self._apply_row_events(plan)
+        self._host[plan.copies.out[:, 1]] = STATE_MODULUS
+        self._blocks()[plan.copies.back[:, 1]] = STATE_MODULUS
         for row_id, start, count in zip(
             plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True
         ):
@@ -178,6 +187,7 @@ class FakeRunner:
     def collect(self) -> StepResult:
         """The oldest step's result, not before the device is done with it."""
         ready_at, result = self._inflight.popleft()
+        self._copying.popleft()
         if self.delay_s and (wait := ready_at - time.monotonic()) > 0:
             time.sleep(wait)
         if isinstance(result, Exception):
@@ -188,6 +198,7 @@ class FakeRunner:
         self._rows.clear()
         self._users.clear()
         self._inflight.clear()
+        self._copying.clear()
         self._is_broken = False
 
     def sleep(self, level: int) -> None:
@@ -231,6 +242,7 @@ class FakeRunner:
             self._check(row is not None, f"row {row_id} finished but was never admitted")
             if row is not None:
                 self._users.subtract(row.blocks)
+        self._copy(plan.copies)
         for admission in plan.admitted:
             self._check(admission.row not in self._rows, f"row {admission.row} admitted twice")
             row = self._rows[admission.row] = _Row(admission)
@@ -243,6 +255,35 @@ class FakeRunner:
             self._check(row_id in self._rows, f"row {row_id} computes but was never admitted")
             if offsets[i + 1] > offsets[i]:
                 self._extend(self._rows[row_id], ids[offsets[i] : offsets[i + 1]])
+
+    def _copy(self, copies: BlockCopies) -> None:
+        """Blocks to host slots, then slots to blocks; what is copied and what is overwritten must be nobody's."""
+        if copies is NO_COPIES:
+            return
+        blocks, (sources, filled), (slots, targets) = self._blocks(), copies.out.T, copies.back.T
+        for ids, limit in (
+            (sources, len(blocks)),
+            (targets, len(blocks)),
+            (filled, len(self._host)),
+            (slots, len(self._host)),
+        ):
+            self._check(bool(((ids >= 0) & (ids < limit)).all()), f"copies {ids} outside of 0 … {limit - 1}")
+        for ids in (sources, targets, filled):
+            self._check(len(set(ids.tolist())) == len(ids), f"a place twice in the copies of a step: {ids}")
+        used = [block for block in (*sources.tolist(), *targets.tolist()) if self._users[block]]
+        self._check(not used, f"copies blocks {used}, which rows use")
+        read = {slot for earlier in self._copying for slot in earlier.back[:, 0].tolist()}
+        self._check(
+            read.isdisjoint(filled.tolist()), f"slots {filled} are written and a step in flight reads {read}"
+        )
+        self._check(bool((blocks[sources] != UNWRITTEN).all()), f"saves blocks {sources} that are not full")
+        self._host[filled] = blocks[sources]
+        self._check(bool((self._host[slots] != UNWRITTEN).all()), f"brings slots {slots} that hold nothing")
+        blocks[targets] = self._host[slots]
+
+    def _blocks(self) -> NDArray[np.int64]:
+        """The KV cache block by block: [num_blocks, block_size], a view."""
+        return self._kv.reshape(-1, self.block_size)
 
     def _extend(self, row: _Row, block_ids: Iterable[int]) -> None:
         new = list(block_ids)

@@ -52,6 +52,26 @@ class KVSpec:
         """All that a pool of so many blocks takes."""
         return num_blocks * self.bytes_per_block + self.shared_scale_bytes
 
+    def num_blocks_in(self, num_bytes: int) -> int:
+        """Whole blocks that fit in so much memory."""
+        return num_bytes // self.bytes_per_block
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopies:
+    """KV blocks that a step copies before it computes: first all of `out` to host memory, then all of `back` from it.
+
+    A slot occurs in `out` once at most, so does a block in each; a slot may be written and read by one step.
+    """
+
+    out: Int32  # [n, 2]: device block, host slot
+    back: Int32  # [n, 2]: host slot, device block
+
+
+_NO_PAIRS = np.zeros((0, 2), np.int32)
+_NO_PAIRS.flags.writeable = False
+NO_COPIES = BlockCopies(_NO_PAIRS, _NO_PAIRS)  # the one object of all steps that copy nothing
+
 
 @dataclass(frozen=True, slots=True)
 class RowAdmission:
@@ -77,7 +97,7 @@ class StepPlan:
 
     Row ``rows[i]`` computes tokens at positions ``start[i] … start[i] + num_tokens[i] - 1``. `logit_rows` are the
     indices i whose last position is the sequence's last token: they sample one token, written by the runner at position
-    ``start[i] + num_tokens[i]`` of that row. Order within a step: `finished`, `admitted`, `new_block_ids`, compute. Rows that
+    ``start[i] + num_tokens[i]`` of that row. Order within a step: `finished`, `copies`, `admitted`, `new_block_ids`, compute. Rows that
     compute one token (decode) come first, rows that compute several (prefill) after them.
     """
 
@@ -93,6 +113,7 @@ class StepPlan:
     new_block_ids: tuple[Int32, ...]
     admitted: tuple[RowAdmission, ...] = ()
     finished: tuple[int, ...] = ()  # rows given back before this step; their buffers may be reused
+    copies: BlockCopies = NO_COPIES
 
     @property
     def num_rows(self) -> int:

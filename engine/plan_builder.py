@@ -51,6 +51,7 @@ class PlanBuilder:
             new_block_ids=(block_ids,),
             admitted=tuple(admitted),
             finished=tuple(finished_rows),
+            copies=step.copies,
         )
 
     def _block_arrays(self, step: PlannedStep, num_rows: int) -> tuple[Int32, Int32]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from engine.decode_rows import NO_ROWS, DecodeRows
-from engine.plan import Int32, TokenLogprobs
+from engine.plan import NO_COPIES, BlockCopies, Int32, TokenLogprobs
 from engine.request import FinishReason, Sequence
 
 
@@ -37,6 +37,7 @@ class PlannedStep:
     chunks: list[Chunk] = field(default_factory=list)  # the other rows, in order
     # (row index, blocks appended to its table), ascending.
     growth: list[tuple[int, list[int]]] = field(default_factory=list)
+    copies: BlockCopies = NO_COPIES
     num_decode_tokens: int = 0  # tokens behind the prompt, one a row
     preempted: list[Sequence] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from engine.plan import StepResult
+from engine.plan import NO_COPIES, StepResult
 from engine.planned_step import PlannedStep
 from engine.records import BlockKeyframe, StepRecord
 from engine.request import FinishReason
@@ -38,6 +38,8 @@ class Recorder:
         self.num_prompt_tokens = 0
         self.num_cached_prompt_tokens = 0
         self.num_output_tokens = 0
+        self.num_blocks_out = 0
+        self.num_blocks_back = 0
         self.num_finished: Counter[str] = Counter()
 
     def count_prompt(self, num_tokens: int, num_cached_tokens: int) -> None:
@@ -65,6 +67,9 @@ class Recorder:
         events = scheduler.blocks.take_events()
         self.num_steps += 1
         self.num_step_errors += error is not None
+        copies = step.copies if error is None else NO_COPIES
+        self.num_blocks_out += len(copies.out)
+        self.num_blocks_back += len(copies.back)
         return StepRecord(
             step_id=step.step_id,
             started_ns=timing.started_ns,
@@ -80,6 +85,8 @@ class Recorder:
             num_running=len(scheduler.running),
             num_free_blocks=pool.num_free,
             num_cached_blocks=pool.num_cached,
+            num_blocks_out=len(copies.out),
+            num_blocks_back=len(copies.back),
             preempted=tuple(seq.request_id for seq in step.preempted),
             prefix_hits=tuple(step.prefix_hits),
             finished=finished,

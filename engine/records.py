@@ -177,6 +177,8 @@ class StepRecord:
     weight_bytes: int = 0  # of bytes_needed; the others are of keys and values
     attention_flops: int = 0  # of flops_needed: with keys and values; the others are with weights
     error: str | None = None
+    num_blocks_out: int = 0  # copied to the host tier before they were reused
+    num_blocks_back: int = 0  # copied from there instead of being computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +220,13 @@ class MemoryLedger:
     device: str
     graphs_bytes: int = 0  # captured graphs
     other_bytes: int = 0  # what was taken before this engine was built: other processes, other engines
+    host_tier_bytes: int = 0  # KV blocks in host memory, which on a CPU is the device's own
 
     @property
     def engine_bytes(self) -> int:
-        """What this engine takes in all."""
-        return self.weights_bytes + self.kv_bytes + self.workspace_bytes + self.graphs_bytes
+        """What this engine takes of the device in all."""
+        own = self.weights_bytes + self.kv_bytes + self.workspace_bytes + self.graphs_bytes
+        return own + self.host_tier_bytes if self.device == "cpu" else own
 
     @property
     def free_bytes(self) -> int:
@@ -260,6 +264,10 @@ class EngineStats:
     deterministic: bool = False
     is_proven_deterministic: bool | None = None  # by the needle test on this device; None: not in that mode
     is_sleeping: bool = False  # weights and KV cache are given back; no requests until it wakes up
+    num_host_blocks: int = 0  # that the host tier can keep
+    num_cached_host_blocks: int = 0  # that it keeps: matchable
+    blocks_out: int = 0  # copied to the host tier
+    blocks_back: int = 0  # copied from it
 
 
 class HealthState(str, Enum):

@@ -22,7 +22,7 @@ from itertools import islice
 
 import numpy as np
 
-from engine.cache.sequence_blocks import SequenceBlocks
+from engine.cache.sequence_blocks import Match, SequenceBlocks
 from engine.decode_rows import DecodeRows, without
 from engine.plan import RowAdmission, StepPlan, StepResult
 from engine.plan_builder import PlanBuilder
@@ -134,6 +134,7 @@ class Scheduler:
             return None
         self._next_step_id += 1
         self._preempted = []
+        step.copies = self.blocks.take_copies()
         self.inflight.append(step)
         finished_rows, self._finished_rows = self._finished_rows, []
         return self._builder.build(step, admitted, finished_rows)
@@ -223,16 +224,16 @@ class Scheduler:
         for seq in list(islice(self.waiting.values(), len(self._free_rows) + MAX_DEFERRED)):
             if not budget or not self._free_rows or not self.blocks.pool.num_free:
                 break
-            matched = [] if self.blocks.awaits(seq) else self.blocks.match(seq)
-            if self.blocks.awaits(seq) or self.blocks.look_out(seq, len(matched)):
+            match = Match([], []) if self.blocks.awaits(seq) else self.blocks.match(seq)
+            if self.blocks.awaits(seq) or self.blocks.look_out(seq, len(match)):
                 deferred += 1
                 if deferred > MAX_DEFERRED:
                     break
                 continue
-            if not self._fits(seq, matched):
+            if not self._fits(seq, match.blocks):
                 self._blocked = (seq.request_id, self.blocks.pool.num_free)
                 break
-            admitted.append(self._admit(seq, matched, step, budget))
+            admitted.append(self._admit(seq, match, step, budget))
             budget -= step.chunks[-1].num_tokens
         return admitted
 
@@ -252,17 +253,19 @@ class Scheduler:
         missing = self.blocks.num_missing(seq, len(seq.token_ids)) - len(matched)
         return missing <= pool.num_free - pool.count_free(matched)
 
-    def _admit(self, seq: Sequence, matched: list[int], step: PlannedStep, budget: int) -> RowAdmission:
+    def _admit(self, seq: Sequence, match: Match, step: PlannedStep, budget: int) -> RowAdmission:
         """Give `seq` a row, its matched blocks and its first chunk."""
-        num_cached = len(matched) * self.blocks.block_size
+        num_cached = len(match) * self.blocks.block_size
         tokens = list(seq.token_ids)
         num_tokens = min(len(tokens) - num_cached, budget)
-        self.blocks.admit(seq, matched, num_cached + num_tokens)
+        self.blocks.admit(seq, match, num_cached + num_tokens)
         del self.waiting[seq.request_id]
         self.running.append(seq)
         seq.status = SequenceStatus.RUNNING
         seq.row = self._free_rows.pop()
-        seq.num_computed = num_cached
+        seq.num_computed = (
+            len(match.blocks) * self.blocks.block_size
+        )  # what comes from the host comes with the step
         self._max_total_tokens[seq.row] = seq.max_total_tokens
         if not seq.epoch:
             seq.num_cached_tokens = num_cached
@@ -296,6 +299,7 @@ class Scheduler:
         sampling = [chunk.seq for chunk in step.chunks if chunk.samples]
         expected = num_decoding + len(sampling)
         assert len(token_ids) == expected, f"{len(token_ids)} tokens for {expected} rows that sample"
+        self.blocks.release_copies(step.copies)
         commit = Commit(step)
         self._commit_decoding(commit, token_ids[:num_decoding] if sampling else token_ids)
         if step.chunks:
@@ -338,8 +342,10 @@ class Scheduler:
             sampled = [next(tokens)] if chunk.samples else []
             if seq in step.dropped:
                 continue
+            self.blocks.publish(
+                seq, seq.num_computed, end
+            )  # with the blocks that came from the host before the chunk
             seq.num_computed = end
-            self.blocks.publish(seq, chunk.start, end)
             for token in sampled:
                 seq.token_ids.append(token)
                 commit.sequences.append(seq)
@@ -378,6 +384,7 @@ class Scheduler:
         The other running ones return to the front of the queue in their order; the runner must forget all rows too.
         """
         lost = [seq for seq in step.sequences() if seq not in step.dropped]
+        self.blocks.withdraw_copies([lost_step.copies for lost_step in self.inflight])
         self.inflight.clear()
         for seq in lost:
             self.finish(seq, FinishReason.ERROR)

@@ -3,7 +3,7 @@
 Each block is in exactly one of three states:
 
     held     ref_count > 0: in the block table of that many sequences
-    cached   ref_count = 0 with a digest: free, and matchable until it is reused
+    cached   ref_count = 0 with a digest: free, and matchable until it is reused; then a HostTier may keep its content
     empty    ref_count = 0 without a digest: free, holds nothing that anybody may read
 
 Free blocks (cached and empty) form one doubly linked list through the blocks themselves, reused from its head: empty
@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+
+from engine.cache.host_tier import HostTier
 
 
 class KVBlock:
@@ -34,13 +36,23 @@ class KVBlock:
 
 
 class BlockPool:
-    """`num_blocks` KV blocks, ids 0 … num_blocks - 1."""
+    """`num_blocks` KV blocks, ids 0 … num_blocks - 1. `tier` is told of each cached block that is reused."""
 
-    __slots__ = ("_blocks", "_by_digest", "_ends", "_matchable", "num_blocks", "num_cached", "num_free")
+    __slots__ = (
+        "_blocks",
+        "_by_digest",
+        "_ends",
+        "_matchable",
+        "num_blocks",
+        "num_cached",
+        "num_free",
+        "tier",
+    )
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, tier: HostTier | None = None) -> None:
         assert num_blocks > 0, f"a pool needs at least one block, got {num_blocks}"
         self.num_blocks = num_blocks
+        self.tier = tier
         self.num_free = num_blocks  # cached and empty blocks: what can be allocated
         self.num_cached = 0  # free blocks that can be matched
         self._blocks = [KVBlock(i) for i in range(num_blocks)]
@@ -91,7 +103,7 @@ class BlockPool:
             block.ref_count += 1
 
     def allocate(self) -> int:
-        """Take the free block that is cheapest to lose; what was cached in it is gone."""
+        """Take the free block that is cheapest to lose; what was cached in it is the tier's to keep, or gone."""
         ends = self._ends
         block = ends.next
         assert block is not ends, "no free block: check num_free first"
@@ -107,6 +119,8 @@ class BlockPool:
             block.digest = None
             self._matchable[block.block_id] = 0
             self.num_cached -= 1
+            if self.tier is not None:
+                self.tier.keep(digest, block.block_id)
         block.ref_count = 1
         self.num_free -= 1
         return block.block_id
@@ -206,6 +220,8 @@ class BlockPool:
             assert block.digest == digest, (
                 f"the prefix map names block {block.block_id} by a digest it does not have"
             )
+        if self.tier is not None:
+            self.tier.check_integrity()
 
     def _check_free_list(self) -> set[int]:
         seen: set[int] = set()

@@ -10,9 +10,11 @@ decision.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from engine.cache.block_hash import block_digest, extend_chain, root_digest
 from engine.cache.block_pool import BlockPool
+from engine.plan import NO_COPIES, BlockCopies
 from engine.records import BlockEvent, BlockEventKind
 from engine.request import Sequence, SequenceStatus
 
@@ -25,6 +27,17 @@ ACQUIRE, SHARE, PUBLISH, RELEASE = (
 
 
 NOBODY = ""  # the request of events that no request caused
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Where the KV of a sequence's beginning is: in blocks of the pool, then in slots of its host tier."""
+
+    blocks: list[int]
+    slots: list[int]
+
+    def __len__(self) -> int:
+        return len(self.blocks) + len(self.slots)
 
 
 class SequenceBlocks:
@@ -56,13 +69,27 @@ class SequenceBlocks:
         self._awaited: dict[Sequence, bytes] = {}  # who waits for one of those
         self._roots: dict[str, bytes] = {"": root_digest(version_digest, "", block_size)}
 
-    def match(self, seq: Sequence) -> list[int]:
-        """Matchable blocks that hold the beginning of `seq`, leaving at least one token to compute."""
+    def match(self, seq: Sequence) -> Match:
+        """What is known of the beginning of `seq`, leaving at least one token to compute."""
         if not self._reads_cache(seq):
-            return []
+            return Match([], [])
         limit = (len(seq.token_ids) - 1) // self.block_size
         self._hash_until(seq, limit)
-        return self.pool.match(seq.block_hashes, limit)
+        blocks = self.pool.match(seq.block_hashes, limit)
+        return Match(blocks, self._match_host(seq.block_hashes[len(blocks) : limit]))
+
+    def _match_host(self, digests: list[bytes]) -> list[int]:
+        """Slots of the longest run that starts `digests`, up to a block that a running sequence brings or computes."""
+        slots: list[int] = []
+        tier = self.pool.tier
+        if tier is None:
+            return slots
+        for digest in digests:
+            slot = tier.find(digest)
+            if slot is None or digest in self._announced:
+                break  # an announced one is awaited: a second copy of it would take a second block
+            slots.append(slot)
+        return slots
 
     def awaits(self, seq: Sequence) -> bool:
         """Whether blocks that `seq` was found to await (`look_out`) are still being computed. O(1)."""
@@ -82,9 +109,13 @@ class SequenceBlocks:
             self._awaited[seq] = digest
         return seq in self._awaited
 
-    def admit(self, seq: Sequence, matched: list[int], num_tokens: int) -> None:
-        """Start the table of `seq`: the matched blocks, then fresh ones up to `num_tokens` tokens."""
+    def admit(self, seq: Sequence, match: Match, num_tokens: int) -> None:
+        """Start the table of `seq`: the matched blocks, then fresh ones up to `num_tokens` tokens.
+
+        The first of the fresh ones take what was matched in the host tier; they are published with what `seq` computes.
+        """
         assert not seq.block_ids, f"{seq.request_id} already has blocks"
+        matched = match.blocks
         if matched:
             self.pool.share(matched)
             seq.block_ids.extend(matched)
@@ -93,7 +124,26 @@ class SequenceBlocks:
             self._hash_until(seq, len(seq.token_ids) // self.block_size)
             for digest in seq.block_hashes[len(matched) :]:
                 self._announced.setdefault(digest, seq)
+        tier = self.pool.tier
+        if tier is not None and match.slots:
+            tier.hold(match.slots)  # before blocks are taken, which gives slots to others
         self.grow(seq, num_tokens)
+        if tier is not None and match.slots:
+            tier.bring(match.slots, seq.block_ids[len(matched) : len(match)])
+
+    def take_copies(self) -> BlockCopies:
+        """The copies to and from the host tier that the next step makes."""
+        return NO_COPIES if self.pool.tier is None else self.pool.tier.take_copies()
+
+    def release_copies(self, copies: BlockCopies) -> None:
+        """The step that made these copies was collected."""
+        if self.pool.tier is not None:
+            self.pool.tier.release(copies)
+
+    def withdraw_copies(self, copies: Iterable[BlockCopies]) -> None:
+        """No step is in flight any more, after a failure; these are the copies of those that were."""
+        if self.pool.tier is not None:
+            self.pool.tier.withdraw(copies)
 
     def num_missing(self, seq: Sequence, num_tokens: int) -> int:
         """Blocks that `seq` lacks to hold `num_tokens` tokens; negative when it has more."""

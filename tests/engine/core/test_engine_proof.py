@@ -41,6 +41,7 @@ class Shape:
     max_num_seqs: int
     max_inflight: int
     enable_prefix_cache: bool = True
+    num_host_blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,18 @@ class Harness:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.runner = FakeRunner(
-            shape.num_blocks, shape.block_size, vocab_size=VOCAB_SIZE, max_inflight=shape.max_inflight
+            shape.num_blocks,
+            shape.block_size,
+            num_host_blocks=shape.num_host_blocks,
+            vocab_size=VOCAB_SIZE,
+            max_inflight=shape.max_inflight,
         )
+        kv_spec = KVSpec(1, 1, 8, shape.block_size, 4)
         config = EngineConfig(
             model="fake",
             block_size=shape.block_size,
             num_blocks=shape.num_blocks,
+            swap_space_bytes=shape.num_host_blocks * kv_spec.bytes_per_block,
             max_batched_tokens=shape.max_batched_tokens,
             max_num_seqs=shape.max_num_seqs,
             max_model_len=MAX_MODEL_LEN,
@@ -109,7 +116,7 @@ class Harness:
         self.engine = Engine(
             config,
             self.runner,
-            kv_spec=KVSpec(1, 1, 8, shape.block_size, 4),
+            kv_spec=kv_spec,
             eos_token_ids=frozenset({EOS}),
             vocab_size=VOCAB_SIZE,
             tokenizer=FakeTokenizer(),
@@ -237,6 +244,10 @@ class Harness:
             self.seen.add("preemption")
         if record.prefix_hits:
             self.seen.add("prefix hit")
+        if record.num_blocks_back:
+            self.seen.add("host tier hit")
+            hits = sum(num_tokens for _, num_tokens in record.prefix_hits)
+            assert record.num_blocks_back * self.shape.block_size <= hits
         if record.num_prefill_tokens and record.num_decode_tokens:
             self.seen.add("mixed step")
         assert record.num_prefill_tokens + record.num_decode_tokens == sum(n for _, n in record.rows)
@@ -274,6 +285,7 @@ class Harness:
         assert not self.expected
         stats = self.engine.stats()
         assert stats.num_free_blocks == self.shape.num_blocks, "blocks are lost"
+        assert stats.num_cached_host_blocks <= stats.num_host_blocks == self.shape.num_host_blocks
         assert stats.num_running == stats.num_waiting == 0
         assert sum(stats.finished.values()) == self.num_added == self.num_finished
 
@@ -281,12 +293,13 @@ class Harness:
 SHAPES = st.builds(
     Shape,
     num_blocks=st.integers(2, 14),
+    num_host_blocks=st.sampled_from([0, 0, 1, 2, 5, 20]),
     block_size=st.sampled_from([1, 2, 4]),
     max_batched_tokens=st.integers(1, 16),
     max_num_seqs=st.integers(1, 5),
     max_inflight=st.integers(1, 3),
     enable_prefix_cache=st.sampled_from([True, True, True, False]),
-)
+).filter(lambda shape: shape.enable_prefix_cache or not shape.num_host_blocks)
 TOKENS = st.integers(0, 3)
 STOP_TEXTS = st.lists(st.text("\x00\x01\x02\x03\x04\x05", min_size=1, max_size=2), max_size=2)
 
@@ -379,7 +392,9 @@ def random_prompt(rng: random.Random, known: list[list[int]]) -> list[int]:
     return ending
 
 
-def drive(seed: int, num_operations: int, operations_per_engine: int = 400) -> set[str]:
+def drive(
+    seed: int, num_operations: int, operations_per_engine: int = 400, *, with_tier: bool = False
+) -> set[str]:
     """`num_operations` random operations, over engines of random shapes; returns what has happened on the way."""
     rng = random.Random(seed)
     seen: set[str] = set()
@@ -392,7 +407,8 @@ def drive(seed: int, num_operations: int, operations_per_engine: int = 400) -> s
                 max_batched_tokens=rng.randint(1, 20),
                 max_num_seqs=rng.randint(1, 6),
                 max_inflight=rng.randint(1, 3),
-                enable_prefix_cache=rng.random() < 0.85,
+                enable_prefix_cache=rng.random() < 0.85 or with_tier,
+                num_host_blocks=rng.randint(1, 24) if with_tier else 0,
             )
         )
         for _ in range(operations_per_engine):
@@ -428,6 +444,18 @@ EVERYTHING = {
 
 def test_random_operations_reach_every_kind_of_event() -> None:
     assert drive(seed=1, num_operations=8_000) == EVERYTHING
+
+
+def test_random_operations_with_a_host_tier() -> None:
+    assert drive(seed=2, num_operations=10_000, with_tier=True) == {*EVERYTHING, "host tier hit"}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_a_hundred_thousand_operations_with_a_host_tier() -> None:
+    seed = int(os.environ.get("QUIRE_PROOF_SEED", time.time_ns() % 2**32))
+    print(f"QUIRE_PROOF_SEED={seed}")
+    assert drive(seed, 100_000, with_tier=True) == {*EVERYTHING, "host tier hit"}
 
 
 @pytest.mark.full
