@@ -48,9 +48,14 @@ def find_needle(engine: Engine, vocab_size: int) -> Proof:
     pool = config.num_blocks * config.block_size
     length = max(1, min(PROMPT_TOKENS, config.max_model_len - OUTPUT_TOKENS, pool - OUTPUT_TOKENS))
     prompt = [random.randrange(vocab_size) for _ in range(length)]
-    # The others fit beside the needle, and their prompts fill more than a step, so that the needle's is cut elsewhere.
+    # The others fit beside the needle and in the context; their prompts fill more than a step, so that the needle's is cut
+    # elsewhere.
     each = OUTPUT_TOKENS + config.block_size  # what one of them takes beside its prompt, at most
-    room = min((pool - length - each) // OTHERS - each, 2 * config.max_batched_tokens // OTHERS)
+    room = min(
+        (pool - length - each) // OTHERS - each,
+        2 * config.max_batched_tokens // OTHERS,
+        config.max_model_len - OUTPUT_TOKENS,
+    )
     others = [[random.randrange(vocab_size) for _ in range(room - i)] for i in range(OTHERS) if room > i]
     alone = _run(engine, prompt, [], salt="alone")
     for name, beside, salt in (

@@ -46,6 +46,11 @@ def test_deterministic_mode_holds(make_engine: Callable[..., Any], backend: str)
     engine.close()
 
 
+def test_a_context_shorter_than_a_share_of_the_step_is_proven_too(make_engine: Callable[..., Any]) -> None:
+    engine = make_engine(deterministic=True, attention_backend="reference", max_model_len=20)
+    assert engine.stats().is_proven_deterministic
+
+
 def test_others_in_the_batch_that_change_a_bit_are_found(
     make_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
