@@ -30,6 +30,7 @@ from engine.memory import (
     CudaAllocator,
     Demand,
     DeviceMemory,
+    check_swap_space,
     decoder_bytes,
     device_memory,
     make_kv_spec,
@@ -85,7 +86,10 @@ def resolve_config(
         )
     threads = config.num_threads or available_cores()
     config = replace(config, attention_backend=backend, max_batched_tokens=batched, num_threads=threads)
-    return PoolSizer(model, device, memory or device_memory(device)).resolve(config)
+    memory = memory or device_memory(device)
+    host = memory if device.type == "cpu" else device_memory(torch.device("cpu"))
+    check_swap_space(config, make_kv_spec(model, config.block_size, dtype), host)
+    return PoolSizer(model, device, memory).resolve(config)
 
 
 def build_engine(

@@ -63,6 +63,7 @@ class _Fit:
     demand: Demand
     left: int  # bytes for the KV cache
     block_bytes: int
+    host_tier_bytes: int  # of the same memory: 0 beside a GPU
     num_blocks: int  # asked for, or what the budget gives
     needed: int  # blocks that one sequence of max_model_len takes; 1 where that follows the pool
 
@@ -132,9 +133,11 @@ class PoolSizer:
         stored = cache_dtype(config.kv_cache_dtype, _dtype(config))
         kv_spec = make_kv_spec(self._model, config.block_size, stored)
         block_bytes = kv_spec.bytes_per_block
-        left = free_bytes - demand.num_bytes - kv_spec.shared_scale_bytes
+        host_tier_bytes = config.swap_space_bytes if self._device.type == "cpu" else 0
+        left = free_bytes - demand.num_bytes - kv_spec.shared_scale_bytes - host_tier_bytes
         needed = 1 if config.max_model_len is None else -(-config.max_model_len // config.block_size)
-        return _Fit(demand, left, block_bytes, self._num_blocks(config, left, block_bytes), needed)
+        num_blocks = self._num_blocks(config, left, block_bytes)
+        return _Fit(demand, left, block_bytes, host_tier_bytes, num_blocks, needed)
 
     def _num_blocks(self, config: EngineConfig, left: int, block_bytes: int) -> int:
         if config.num_blocks is not None:
@@ -193,6 +196,7 @@ class PoolSizer:
             value = _largest(partial(self._fits_with, config, setting), low, now)
             if value is not None:
                 yield Remedy(setting, value)
+        yield from self._host_tier_remedies(config)
         for dtype in NARROWER.get(config.dtype, ()):
             if self._fits_with(config, "dtype", dtype):
                 yield Remedy("dtype", dtype)
@@ -208,12 +212,19 @@ class PoolSizer:
         has_bfloat16 = self._device.type == "cpu" and config.kv_cache_dtype == "float32"
         return ("bfloat16", *NARROWER_KV) if has_bfloat16 else NARROWER_KV
 
+    def _host_tier_remedies(self, config: EngineConfig) -> Iterator[Remedy]:
+        fit = self._weigh(config, self._memory.free_bytes)
+        fits = partial(self._fits_with, config, "swap_space_bytes")
+        value = _largest(lambda n: fits(n * fit.block_bytes), 0, fit.host_tier_bytes // fit.block_bytes)
+        if fit.host_tier_bytes and value is not None:
+            yield Remedy("swap_space_bytes", value * fit.block_bytes)
+
     def _pool_error(self, config: EngineConfig, fit: _Fit) -> OutOfMemoryError:
         demand, memory, num_blocks = fit.demand, self._memory, max(fit.num_blocks, 1)
         return OutOfMemoryError(
             f"the engine does not fit on {self._device}: weights {in_units(demand.weights_bytes)}, workspace "
             f"{_workspace(demand)}, KV cache {in_units(num_blocks * fit.block_bytes)} ({num_blocks} blocks "
-            f"of {config.block_size} tokens), and {in_units(memory.free_bytes)} of {in_units(memory.total_bytes)} are free",
+            f"of {config.block_size} tokens){_host_tier(fit)}, and {in_units(memory.free_bytes)} of {in_units(memory.total_bytes)} are free",
             value=num_blocks * fit.block_bytes,
             limit=max(0, fit.left),
             remedy=self._advice(config),
@@ -225,7 +236,7 @@ class PoolSizer:
             f"max_model_len {config.max_model_len} needs {fit.needed} KV blocks "
             f"({in_units(fit.needed * fit.block_bytes)}), the pool has {fit.num_blocks} "
             f"({in_units(fit.num_blocks * fit.block_bytes)}, {fit.block_bytes // config.block_size} bytes a token): "
-            f"weights {in_units(fit.demand.weights_bytes)} and workspace {_workspace(fit.demand)} leave "
+            f"weights {in_units(fit.demand.weights_bytes)}{_host_tier(fit)} and workspace {_workspace(fit.demand)} leave "
             f"{in_units(fit.left)} of {in_units(self._memory.free_bytes)}",
             value=config.max_model_len,
             limit=fit.num_blocks * config.block_size,
@@ -251,6 +262,10 @@ def _dtype(config: EngineConfig) -> torch.dtype:
     dtype = getattr(torch, config.dtype)
     assert isinstance(dtype, torch.dtype), config.dtype
     return dtype
+
+
+def _host_tier(fit: _Fit) -> str:
+    return f", host tier {in_units(fit.host_tier_bytes)}" if fit.host_tier_bytes else ""
 
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:

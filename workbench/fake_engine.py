@@ -35,13 +35,15 @@ def build_fake_engine(
         attention_backend="reference",
         num_threads=1,
     )
+    kv_spec = KVSpec(1, 1, 1, resolved.block_size, 8)
     runner = FakeRunner(
-        blocks, resolved.block_size, delay_s=delay_s, choose=scripted(answer, tokenizer.EOS), fail_at=fail_at
-    )
+        blocks, resolved.block_size, num_host_blocks=kv_spec.num_blocks_in(resolved.swap_space_bytes), delay_s=delay_s,
+        choose=scripted(answer, tokenizer.EOS), fail_at=fail_at,
+    )  # fmt: skip
     return Engine(
         resolved,
         runner,
-        kv_spec=KVSpec(1, 1, 1, resolved.block_size, 8),
+        kv_spec=kv_spec,
         eos_token_ids=tokenizer.eos_token_ids,
         vocab_size=tokenizer.vocab_size,
         tokenizer=tokenizer,

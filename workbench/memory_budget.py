@@ -38,6 +38,7 @@ class _Needs:
 
     weights: int
     workspace: int
+    host_tier: int  # of the same memory: 0 beside a GPU
     block: int  # one KV block
     blocks_a_context: int
     useful_blocks: int  # more could never be used at once
@@ -45,7 +46,7 @@ class _Needs:
 
     @property
     def fixed(self) -> int:
-        return self.weights + self.workspace
+        return self.weights + self.workspace + self.host_tier
 
 
 def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> EngineConfig:
@@ -77,6 +78,7 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     needs = _Needs(
         model.num_parameters * dtype.itemsize,
         workspace_bytes(replace(resolved, max_model_len=context), model, dtype, device),
+        config.swap_space_bytes if device.type == "cpu" else 0,
         spec.bytes_per_block,
         blocks,
         config.max_num_seqs * blocks,
@@ -125,7 +127,7 @@ def _no_room(
     holders = ", ".join(f"{name} {in_units(ledger.engine_bytes)}" for name, ledger in others.items())
     return OutOfMemoryError(
         f"{config.model} does not fit beside what is resident: it needs {wanted} bytes ({in_units(wanted)}: weights "
-        f"{in_units(needs.weights)}, workspace {in_units(needs.workspace)}, KV cache at least {in_units(wanted - needs.fixed)}), "
+        f"{in_units(needs.weights)}, workspace {in_units(needs.workspace)}, host tier {in_units(needs.host_tier)}, KV cache at least {in_units(wanted - needs.fixed)}), "
         f"{max(0, left)} ({in_units(max(0, left))}) are left. Resident: {holders}",
         value=wanted,
         limit=max(0, left),

@@ -49,6 +49,7 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(default=256, ge=1)
     max_model_len: int | None = Field(default=None, ge=1)
     num_blocks: int | None = Field(default=None, ge=1)
+    swap_space_bytes: int = Field(default=0, ge=0)  # host memory for cached KV blocks; 0: none
     deterministic: bool = False
     enable_prefix_cache: bool = True
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)  # of one API request
@@ -101,6 +102,7 @@ class Settings(BaseSettings):
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.max_model_len,
             num_blocks=self.num_blocks,
+            swap_space_bytes=self.swap_space_bytes,
             deterministic=self.deterministic,
             enable_prefix_cache=self.enable_prefix_cache,
         )

@@ -30,6 +30,7 @@ from engine.kernels.kv_quantization import QUANTIZED_DTYPES, cache_dtype
 from engine.models.decoder import LayerCache, StepDecoder
 from engine.plan import KVSpec, StepPlan, StepResult, TokenLogprobs
 from engine.runner.batch import BatchShape, HostRowBatch, RowBatch
+from engine.runner.host_blocks import HostBlocks, by_block
 from engine.runner.host_zeros import host_zeros
 from engine.runner.parked_weights import ParkedWeights
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
@@ -140,7 +141,9 @@ class ModelRunner:
             self._batch = HostRowBatch(shape, deterministic=config.deterministic)
         num_blocks = config.num_blocks + on_device  # one block for padding
         self._make_caches = partial(allocate_caches, kv_spec, num_blocks, stored, device)
+        self._num_slots = kv_spec.num_blocks_in(config.swap_space_bytes)
         self._caches = self._make_caches()
+        self._host = self._make_host()
         self._graphs = self._make_graphs()
         self._cost = StepCost(decoder.config, kv_spec, decoder.step_weights())
         self._inflight: deque[_Started | BaseException] = deque()
@@ -239,6 +242,7 @@ class ModelRunner:
         assert self._is_asleep, "the runner is awake or closed"
         try:
             self._caches = self._make_caches()
+            self._host = self._make_host()
             if self._decoder is None:
                 assert self._load_decoder is not None
                 self._decoder = self._load_decoder()
@@ -265,6 +269,9 @@ class ModelRunner:
         with suppress(RuntimeError):
             self._give_back()
 
+    def _make_host(self) -> HostBlocks | None:
+        return HostBlocks(self._num_slots, by_block(self._caches)) if self._num_slots else None
+
     def _make_graphs(self) -> DecodeGraphs | None:
         if self._replay is None:
             return None
@@ -279,7 +286,10 @@ class ModelRunner:
         )  # fmt: skip
 
     def _drop_steps(self) -> None:
-        """Let go of the KV cache and of captured steps."""
+        """Let go of the KV cache, on the device and in host memory, and of captured steps."""
+        host, self._host = self._host, None
+        if host is not None:
+            host.close()
         self._caches.clear()  # in place: a decoder may know the list
         graphs, self._graphs = self._graphs, None
         if graphs is not None:
@@ -303,6 +313,8 @@ class ModelRunner:
     def _start(self, plan: StepPlan, decoder: StepDecoder, batch: RowBatch) -> _Started:
         began = time.perf_counter()
         clock = _Clock(self._device)
+        if self._host is not None:
+            self._host.copy(plan.copies)
         batch.apply(plan)
         size = self._graphs.size_for(plan) if self._graphs is not None else 0
         prompt: tuple[tuple[int, int, LogprobTensors], ...] = ()

@@ -20,6 +20,7 @@ import numpy as np
 from engine.config import EngineConfig
 from engine.memory import Allocator
 from engine.plan import KVSpec, RowAdmission, StepPlan
+from engine.runner.host_blocks import STAGING_BYTES
 from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 
@@ -48,7 +49,9 @@ def measure_steps(
     """
     allocator.reset_peak()
     before, graphs_before = allocator.held_bytes(), allocator.graph_bytes()
-    runner = make_runner(replace(config, num_blocks=PROFILE_BLOCKS))
+    # Of a host tier only what it takes on the device.
+    swap_space_bytes = min(config.swap_space_bytes, STAGING_BYTES)
+    runner = make_runner(replace(config, num_blocks=PROFILE_BLOCKS, swap_space_bytes=swap_space_bytes))
     try:
         for plan in largest_steps(config, vocab_size):
             runner.submit(plan)

@@ -10,7 +10,7 @@ import torch
 
 from engine.build import resolve_config
 from engine.config import EngineConfig
-from engine.errors import OutOfMemoryError
+from engine.errors import EngineError, OutOfMemoryError
 from engine.memory import Demand, DeviceMemory, estimate_demand
 from engine.models.config import ModelConfig
 from engine.pool_size import Measured, PoolSizer
@@ -49,7 +49,8 @@ def needs(config: EngineConfig) -> int:
     resolved = resolve(config, 1 << 50)
     demand = estimate_demand(resolved, MODEL, getattr(torch, resolved.dtype), CPU)
     assert resolved.kv_memory_bytes is not None
-    return demand.weights_bytes + demand.workspace_bytes + resolved.kv_memory_bytes
+    taken = demand.weights_bytes + demand.workspace_bytes + resolved.swap_space_bytes
+    return taken + resolved.kv_memory_bytes
 
 
 def test_a_narrower_cache_is_a_remedy_and_takes_its_scales_along() -> None:
@@ -71,6 +72,9 @@ CASES = {
     ),
     "a pool in bytes, a little too large": (
         {**BUSY, "kv_memory_bytes": 8 * GIB}, -(1 << 28), {"kv_memory_bytes", "max_num_seqs", "max_batched_tokens"},
+    ),
+    "a pool and a host tier, together a little too large": (
+        {**BUSY, "num_blocks": 4096, "swap_space_bytes": 4 * GIB}, -(1 << 28), {"num_blocks", "swap_space_bytes", "max_num_seqs"},
     ),
     "many long rows": (
         {"max_num_seqs": 8192, "max_batched_tokens": 512, "max_model_len": 131072, "num_blocks": 8192}, -GIB, {"max_num_seqs"},
@@ -126,6 +130,24 @@ def test_a_refusal_says_what_takes_the_bytes() -> None:
     assert "100000 blocks" in error.message
     assert "32 GiB of 64 GiB are free" in error.message
     assert error.value == 100_000 * BLOCK_BYTES["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "free", "limit"), [(40 * GIB + 1, 40 * GIB, 40 * GIB), (100, 64 * GIB, 2 << 20)]
+)
+def test_a_host_tier_that_the_host_cannot_hold_or_that_holds_nothing_is_refused(
+    asked: int, free: int, limit: int
+) -> None:
+    with pytest.raises(EngineError) as caught:
+        resolve(config_of(swap_space_bytes=asked), free)
+    assert (caught.value.param, caught.value.value, caught.value.limit) == ("swap_space_bytes", asked, limit)
+    assert f"swap_space_bytes={limit} or {'less' if asked > limit else 'more'}" in str(caught.value)
+
+
+def test_on_a_cpu_the_host_tier_is_taken_from_the_same_memory() -> None:
+    error = refusal(config_of(num_blocks=4096, swap_space_bytes=30 * GIB), 40 * GIB)
+    assert "host tier 30 GiB" in error.message
+    resolve(config_of(num_blocks=4096), 40 * GIB)
 
 
 def test_a_refused_context_says_what_takes_the_bytes() -> None:

@@ -385,6 +385,17 @@ def test_waking_up_captures_anew_and_gives_the_same_tokens(
     runner.close()
 
 
+def test_blocks_that_return_from_the_host_give_the_same_tokens(run: Callable[..., Ran], alone: Ran) -> None:
+    """Copies are made beside the captured work, which finds everything where it was."""
+    replay, requests = GuardedReplay(), workload()
+    ran = run(requests, replay, num_blocks=20, swap_space_bytes=1 << 20)
+    assert_same(requests, ran, alone)
+    assert ran.graph_sizes >= {0, 1, 2, 4}
+    assert replay.num_replays >= 10
+    assert any(record.num_blocks_out and record.graph_size for record in ran.records)
+    assert sum(record.num_blocks_back for record in ran.records) > 0
+
+
 def test_cache_on_and_off_give_the_same_tokens(run: Callable[..., Ran], alone: Ran) -> None:
     requests = workload()
     ran = run(requests, GuardedReplay(), num_blocks=60, enable_prefix_cache=False)
