@@ -2,8 +2,9 @@
 
 FakeRunner computes tokens that anybody can work out by hand (`next_token`), answers as late as a device does, and checks
 each plan as strictly as a device would punish it: tables must cover positions, slots must be written before they are read,
-nobody writes to a block that others use. Its KV cache holds one number per slot that depends on the whole past, so that a
-wrongly shared or reused block changes the tokens that follow; so has its host tier. FakeTokenizer, whose tokens are bytes, goes with it.
+nobody writes to a block that others use. Its KV cache and its host tier hold one number per slot that depends on the whole
+past, so that a wrongly shared, copied or reused block changes the tokens that follow. FakeTokenizer, whose tokens are bytes,
+goes with it.
 
 Boundary: no torch, no randomness. Sampling parameters other than log-probabilities are ignored.
 """
@@ -261,13 +262,8 @@ class FakeRunner:
         if copies is NO_COPIES:
             return
         blocks, (sources, filled), (slots, targets) = self._blocks(), copies.out.T, copies.back.T
-        for ids, limit in (
-            (sources, len(blocks)),
-            (targets, len(blocks)),
-            (filled, len(self._host)),
-            (slots, len(self._host)),
-        ):
-            self._check(bool(((ids >= 0) & (ids < limit)).all()), f"copies {ids} outside of 0 … {limit - 1}")
+        for ids, places in ((sources, blocks), (targets, blocks), (filled, self._host), (slots, self._host)):
+            self._check(bool(((ids >= 0) & (ids < len(places))).all()), f"copies {ids} outside of the cache")
         for ids in (sources, targets, filled):
             self._check(len(set(ids.tolist())) == len(ids), f"a place twice in the copies of a step: {ids}")
         used = [block for block in (*sources.tolist(), *targets.tolist()) if self._users[block]]

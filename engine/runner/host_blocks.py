@@ -64,11 +64,17 @@ class HostBlocks:
             return
         current = torch.cuda.current_stream(self._blocks.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            done = self._save(copies.out)
-            if len(copies.back):
-                self._load(copies.back)
-                done = self._stream.record_event()
+        try:
+            with torch.cuda.stream(self._stream):
+                done = self._save(copies.out)
+                if len(copies.back):
+                    self._load(copies.back)
+                    done = self._stream.record_event()
+        except Exception:
+            current.wait_stream(
+                self._stream
+            )  # what was started must not write to blocks that are somebody else's by then
+            raise
         if done is not None:
             current.wait_event(done)
 

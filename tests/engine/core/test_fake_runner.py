@@ -16,7 +16,7 @@ from engine.fake_runner import (
     next_state,
     next_token,
 )
-from engine.plan import RowAdmission, StepPlan
+from engine.plan import BlockCopies, RowAdmission, StepPlan
 from engine.sampling_params import SamplingParams
 
 
@@ -104,6 +104,71 @@ def test_a_wrong_plan_is_named(runner: FakeRunner, wrong: StepPlan, complaint: s
 def test_a_shared_block_may_be_read(runner: FakeRunner) -> None:
     runner.submit(plan(1, [(1, 4, 1)], [admission(1, [1, 2, 3, 4, 9], [0, 2], 4)]))
     assert runner.collect().token_ids == expected_tokens([1, 2, 3, 4, 9], 1, 256)
+
+
+PAST = [1, 2, 3, 4, 5, 6]
+
+
+def with_copies(step: StepPlan, out: list[tuple[int, int]], back: list[tuple[int, int]]) -> StepPlan:
+    """`out`: (block, slot); `back`: (slot, block)."""
+    return replace(
+        step, copies=BlockCopies(*(np.array(pairs, np.int32).reshape(-1, 2) for pairs in (out, back)))
+    )
+
+
+@pytest.fixture
+def tiered() -> FakeRunner:
+    """Row 0's block 0 was saved to slot 1 when row 1 came, whose own first block went to slot 2. Both rows have ended."""
+    fake = FakeRunner(8, 4, num_host_blocks=4, max_inflight=4)
+    fake.submit(plan(0, [(0, 0, 6)], [admission(0, PAST, [0, 1])]))
+    fake.submit(with_copies(plan(1, [(1, 0, 5)], [admission(1, [9, 9, 9, 9, 9], [2, 3])], [0]), [(0, 1)], []))
+    fake.submit(with_copies(plan(2, [(2, 0, 1)], [admission(2, [1], [0])], [1]), [(2, 2)], []))
+    for _ in range(3):
+        fake.collect()
+    return fake
+
+
+def returning(out: list[tuple[int, int]], back: list[tuple[int, int]], blocks: list[int]) -> StepPlan:
+    """Row 0's text again, its first four tokens in the first of `blocks`."""
+    return with_copies(plan(3, [(0, 4, 2)], [admission(0, PAST, blocks, 4)]), out, back)
+
+
+def test_a_block_that_was_saved_serves_again_elsewhere(tiered: FakeRunner) -> None:
+    tiered.submit(returning([], [(1, 5)], [5, 6]))
+    assert tiered.collect().token_ids == expected_tokens(PAST, 1, 256)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        (returning([], [(2, 5)], [5, 6]), "not its own past"),  # another's slot
+        (
+            returning([(2, 1)], [(1, 5)], [5, 6]),
+            "not its own past",
+        ),  # given on in this step, before it is read
+        (returning([], [(1, 4)], [5, 6]), "not its own past"),  # into another block
+        (returning([], [(3, 5)], [5, 6]), "hold nothing"),
+        (returning([], [(1, 0)], [5, 6]), "which rows use"),
+        (returning([(0, 3)], [(1, 5)], [5, 6]), "which rows use"),
+        (returning([(7, 3)], [(1, 5)], [5, 6]), "not full"),
+        (returning([(2, 3), (1, 3)], [(1, 5)], [5, 6]), "twice"),
+        (returning([], [(1, 5), (2, 5)], [5, 6]), "twice"),
+        (returning([], [(4, 5)], [5, 6]), "outside"),
+        (returning([(8, 3)], [(1, 5)], [5, 6]), "outside"),
+    ],
+)
+def test_a_wrong_copy_is_named(tiered: FakeRunner, wrong: StepPlan, complaint: str) -> None:
+    with pytest.raises(PlanViolation, match=complaint):
+        tiered.submit(wrong)
+
+
+def test_a_slot_is_not_written_while_a_step_in_flight_reads_it(tiered: FakeRunner) -> None:
+    tiered.submit(returning([], [(1, 5)], [5, 6]))
+    overwriting = with_copies(plan(4, [(2, 1, 1)]), [(2, 1)], [])
+    with pytest.raises(PlanViolation, match="are written"):
+        tiered.submit(overwriting)
+    tiered.collect()
+    tiered.submit(overwriting)
 
 
 def test_a_step_that_fails_leaves_garbage_and_spoils_what_follows(runner: FakeRunner) -> None:
