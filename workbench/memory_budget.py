@@ -38,11 +38,11 @@ class _Needs:
 
     weights: int
     workspace: int
-    host_tier: int  # of the same memory: 0 beside a GPU
     block: int  # one KV block
     blocks_a_context: int
     useful_blocks: int  # more could never be used at once
     context: int
+    host_tier: int = 0  # of the same memory: nothing beside a GPU
 
     @property
     def fixed(self) -> int:
@@ -78,11 +78,11 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     needs = _Needs(
         model.num_parameters * dtype.itemsize,
         workspace_bytes(replace(resolved, max_model_len=context), model, dtype, device),
-        config.swap_space_bytes if device.type == "cpu" else 0,
         spec.bytes_per_block,
         blocks,
         config.max_num_seqs * blocks,
         context,
+        config.swap_space_bytes if device.type == "cpu" else 0,
     )
     memory = device_memory(device)
     if not others:

@@ -223,6 +223,14 @@ def test_ledger_shows_graphs_others_and_what_is_free_over_the_whole_device():
     assert "6.00 GiB in all, 60.0 % of 10.0 GiB on cuda:0" in re.sub("<[^>]*>", "", shown)
 
 
+def test_a_host_tier_is_in_the_bar_where_it_is_in_the_devices_memory():
+    on_cpu = memory_ledger.as_html(MemoryLedger(2, 2, 2, 16, "cpu", host_tier_bytes=4))
+    assert [float(part.split("%")[0]) for part in on_cpu.split("width:")[1:]] == [12.5, 12.5, 25, 12.5, 37.5]
+    beside_gpu = memory_ledger.as_html(MemoryLedger(2, 2, 2, 8, "cuda:0", host_tier_bytes=2**26))
+    assert [float(part.split("%")[0]) for part in beside_gpu.split("width:")[1:]] == [25, 25, 25, 25]
+    assert "host tier 64.0 MiB in host memory" in re.sub("<[^>]*>", "", beside_gpu)
+
+
 def test_everything_foreign_is_escaped():
     nasty = "<b a=\"1\" c='2'>&"
     for shown in (

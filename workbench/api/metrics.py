@@ -232,6 +232,8 @@ def _stats_families(model: str, worker: EngineWorker) -> Iterator[Metric]:
         ),
         ("kv_cache_blocks", stats.num_blocks, "KV blocks in the pool"),
         ("kv_cache_cached_blocks", stats.num_cached_blocks, "Free blocks that can still be matched"),
+        ("kv_cache_host_blocks", stats.num_host_blocks, "KV blocks that host memory can keep"),
+        ("kv_cache_cached_host_blocks", stats.num_cached_host_blocks, "KV blocks that are kept there"),
         ("engine_healthy", float(worker.health().ok), "1 while the engine is healthy"),
     )
     counters = (
@@ -239,6 +241,8 @@ def _stats_families(model: str, worker: EngineWorker) -> Iterator[Metric]:
         ("generation_tokens", stats.output_tokens, "Output tokens"),
         ("prefix_cache_queries", stats.prompt_tokens, "Prompt tokens looked up in the prefix cache"),
         ("prefix_cache_hits", stats.cached_prompt_tokens, "Prompt tokens taken from the prefix cache"),
+        ("kv_cache_blocks_out", stats.blocks_out, "KV blocks copied to host memory"),
+        ("kv_cache_blocks_back", stats.blocks_back, "KV blocks copied from host memory"),
         ("num_preemptions", stats.preemptions, "Preemptions"),
         ("engine_steps", stats.steps, "Steps"),
         ("engine_step_errors", stats.step_errors, "Steps that failed"),

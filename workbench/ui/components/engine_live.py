@@ -76,10 +76,11 @@ _NO_STEP = markup.panel(
 
 def _tiles(stats: EngineStats) -> list[Tile]:
     held = stats.num_blocks - stats.num_free_blocks
+    kept = f", {stats.num_cached_host_blocks:,} in host memory" if stats.num_host_blocks else ""
     return [
         Tile("Running", f"{stats.num_running:,} of {stats.max_num_seqs:,}", "slots"),
         Tile(term("queue", "Queue"), f"{stats.num_waiting:,}", "waiting requests"),
-        Tile(term("KV block", "Blocks held"), f"{held:,} of {stats.num_blocks:,}", f"{stats.num_cached_blocks:,} cached"),
+        Tile(term("KV block", "Blocks held"), f"{held:,} of {stats.num_blocks:,}", f"{stats.num_cached_blocks:,} cached{kept}"),
         Tile(term("prefix cache", "Prefix hits"), formats.percent(stats.cached_prompt_tokens, stats.prompt_tokens),
              f"{stats.cached_prompt_tokens:,} of {stats.prompt_tokens:,} prompt tokens"),
         Tile(term("preemption", "Preemptions"), f"{stats.preemptions:,}", "since the start"),

@@ -20,9 +20,11 @@ def as_html(ledger: MemoryLedger | None, kv_cache_dtype: str = "") -> str:
     """The bar and its key, or a sentence when the engine keeps none. Parts of no bytes are left out."""
     if ledger is None:
         return '<p class="q-muted">This engine keeps no ledger: it has no device memory of its own.</p>'
+    is_own = ledger.device == "cpu"  # the host tier is in the device's own memory
     parts = [
         ("weights", ledger.weights_bytes, "var(--q-c0)"),
         (f"KV cache {markup.text(kv_cache_dtype)}".rstrip(), ledger.kv_bytes, "var(--q-c2)"),
+        ("host tier", ledger.host_tier_bytes if is_own else 0, "var(--q-c4)"),
         ("workspace", ledger.workspace_bytes, "var(--q-c1)"),
         ("graphs", ledger.graphs_bytes, "var(--q-c3)"),
         ("others", ledger.other_bytes, "var(--q-cached)"),
@@ -39,6 +41,8 @@ def as_html(ledger: MemoryLedger | None, kv_cache_dtype: str = "") -> str:
     )
     used, total = ledger.engine_bytes, ledger.total_bytes
     text = f"{formats.bytes_of(used)} in all, {formats.percent(used, total)} of {formats.bytes_of(total)}"
+    if ledger.host_tier_bytes and not is_own:
+        key += f"<span>host tier <b>{formats.bytes_of(ledger.host_tier_bytes)}</b> in host memory</span>"
     return (
         f'<div class="q-ledger" role="img" aria-label="{markup.text(text)}">{bar}</div>'
         f'<div class="q-key">{key}<em class="q-muted">{markup.text(text)} on {markup.text(ledger.device)}</em></div>'

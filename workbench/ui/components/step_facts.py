@@ -37,6 +37,7 @@ def show(records: RecordLog, columns: StepColumns, at_ns: int, now_ns: int) -> S
 def _tiles(step: StepRecord, now_ns: int) -> list[Tile]:
     total = step.schedule_ms + step.prepare_ms + step.forward_ms + step.sample_ms
     hits = sum(n for _, n in step.prefix_hits)
+    back = f", {step.num_blocks_back} blocks from host memory" if step.num_blocks_back else ""
     return [
         Tile(
             term("step", "Step"),
@@ -47,7 +48,9 @@ def _tiles(step: StepRecord, now_ns: int) -> list[Tile]:
         Tile(term("decode", "Decode"), f"{step.num_decode_tokens:,}", "tokens"),
         Tile("CPU time", formats.milliseconds(total), f"forward {formats.significant(step.forward_ms)} ms"),
         Tile(term("queue", "Queue"), f"{step.num_waiting:,}", f"{step.num_running:,} running"),
-        Tile(term("prefix cache", "Prefix hits"), f"{hits:,}", f"tokens; {len(step.preempted)} preempted"),
+        Tile(
+            term("prefix cache", "Prefix hits"), f"{hits:,}", f"tokens{back}; {len(step.preempted)} preempted"
+        ),
     ]
 
 
