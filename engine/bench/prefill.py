@@ -4,7 +4,8 @@ A prefill multiplies: its floor is 2·P·T for the weights and 4·L·H·D for ev
 over the matrix rate measured in this run. A warm prompt computes its new tenth only, over the keys of all of it, and its time to
 first token is held against that. Each request asks for one token.
 
-Ablation: the warm prompt without the prefix cache.
+Ablations: the warm prompt without the prefix cache; and in a pool that holds one prompt, where a second one drives the first
+out before it comes again: with a host tier its blocks return from host memory, without one they are computed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ WARM_BAR = Bar(
 )
 ROUNDS = 3
 CACHED_SHARE = 0.9
+BLOCK_SIZE = 16
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -62,9 +64,12 @@ def measure(session: Session, options: argparse.Namespace) -> dict[str, Any]:
             runs, none = _run_warm(session, engine, longest)
         assert none == 0, f"{none} tokens came from a prefix cache that is off"
         rows.append(_row("warm, prefix cache off", runs, longest.num_input_tokens, floor_s, session))
+    returned: dict[str, Any] = {}
+    if not options.no_ablations and session.has_room("ablation 'host tier'", 60):
+        returned = _measure_return(session, shape, longest, cost, rows)
     print_table(f"prefill at {shape.name}'s shape", rows)
     return {
-        **session.figures(), "shape": shape.name, "cases": rows, "cached_tokens": cached, "verdicts": verdicts,
+        **session.figures(), "shape": shape.name, "cases": rows, "cached_tokens": cached, "verdicts": verdicts, **returned,
     }  # fmt: skip
 
 
@@ -88,6 +93,48 @@ def _run_warm(session: Session, engine: Engine, case: Workload) -> tuple[list[Ru
     found = {run.requests[0].num_cached_tokens for run in runs}
     assert found in ({0}, {shared}), f"of {shared} shared tokens {found} came from the cache"
     return runs, found.pop()
+
+
+def _measure_return(
+    session: Session, shape: Shape, case: Workload, cost: ModelCost, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A prompt that was driven out of the pool comes again, with and without a host tier; adds their rows."""
+    blocks = -(-case.max_model_len // BLOCK_SIZE)
+    settings: dict[str, Any] = {
+        "max_num_seqs": 1, "max_model_len": case.max_model_len, "block_size": BLOCK_SIZE, "num_blocks": blocks,
+    }  # fmt: skip
+    seconds = {}
+    for name, slots in (("returns from the host", 2 * blocks), ("returns, host tier off", 0)):
+        with random_engine(
+            shape, session.device, **settings, swap_space_bytes=slots * BLOCK_SIZE * cost.kv_token_bytes
+        ) as engine:
+            warm_up(engine, case)
+            runs = _run_return(session, engine, case)
+        cached = runs[0].requests[0].num_cached_tokens
+        computed = case.num_input_tokens - cached
+        floor_s = cost.prefill_s(session.limits, [(cached, computed)])
+        rows.append(_row(name, runs, computed, floor_s, session))
+        seconds[name] = rows[-1]["longest_ttft_s"]
+    from_host, computed_again = seconds.values()
+    return {"returned_over_computed": round(from_host / computed_again, 4)}
+
+
+def _run_return(session: Session, engine: Engine, case: Workload) -> list[Run]:
+    """Rounds of one prompt, each after another that took its blocks."""
+    run_workload(engine, case, ends_at=session.ends_at)
+    runs = []
+    for number in range(1 if session.is_tiny else ROUNDS):
+        run_workload(engine, case.with_other_tokens(200 + number), ends_at=session.ends_at)
+        runs.append(run_workload(engine, case, ends_at=session.ends_at))
+    whole = (case.num_input_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+    for run in runs:
+        found = run.requests[0].num_cached_tokens
+        # The pool has room for the last token's block, so that one of the prompt's may have stayed in it.
+        is_right = found == whole if engine.stats().num_host_blocks else found <= BLOCK_SIZE
+        assert is_right, (
+            f"{found} tokens were found of {whole}, with a tier of {engine.stats().num_host_blocks} blocks"
+        )
+    return runs
 
 
 def _row(name: str, runs: list[Run], tokens: int, floor_s: float, session: Session) -> dict[str, Any]:

@@ -91,8 +91,11 @@ def test_a_precision_that_the_engine_has_not_is_a_row_that_says_so(capsys):
 def test_prefill_computes_the_new_tenth_of_a_warm_prompt_only(capsys):
     figures, _ = run_tiny("prefill", capsys)
     assert [(case["case"], case["tokens"]) for case in figures["cases"]] == [
-        ("1 × 96", 96), ("4 × 32", 128), ("warm", 16), ("warm, prefix cache off", 96),
+        ("1 × 96", 96), ("4 × 32", 128), ("warm", 16), ("warm, prefix cache off", 96), ("returns from the host", 16),
+        ("returns, host tier off", 80),
     ]  # fmt: skip
+    returned, computed = (case["longest_ttft_s"] for case in figures["cases"][-2:])
+    assert figures["returned_over_computed"] == pytest.approx(returned / computed, abs=1e-4)
     assert figures["cached_tokens"] == 80  # whole blocks of 16 in 90 % of 96
     for case in figures["cases"]:
         assert case["of_floor"] == pytest.approx(case["floor_s"] / case["seconds"], abs=1e-4)
