@@ -78,7 +78,7 @@ class RowAdmission:
     """A sequence takes a row: everything the runner must know of it, sent once.
 
     `token_ids` are all tokens known now (the prompt and, after a preemption, the outputs so far); positions below
-    `num_computed` are already in the blocks (prefix cache).
+    `num_computed` are already in the blocks (prefix cache), or come with the step's copies.
     """
 
     row: int

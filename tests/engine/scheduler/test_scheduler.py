@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from engine.cache.block_pool import BlockPool
+from engine.cache.host_tier import HostTier
 from engine.cache.sequence_blocks import SequenceBlocks
-from engine.plan import StepPlan, StepResult
+from engine.plan import NO_COPIES, StepPlan, StepResult
 from engine.request import FinishReason, Request, Sequence, SequenceStatus
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Commit, Scheduler
@@ -25,10 +26,10 @@ class Bench:
         budget: int = 64,
         max_num_seqs: int = 8,
         cache: bool = True,
+        num_slots: int = 0,
     ) -> None:
-        blocks = SequenceBlocks(
-            BlockPool(num_blocks), block_size, version_digest="v", enable_prefix_cache=cache
-        )
+        pool = BlockPool(num_blocks, HostTier(num_slots) if num_slots else None)
+        blocks = SequenceBlocks(pool, block_size, version_digest="v", enable_prefix_cache=cache)
         self.scheduler = Scheduler(
             blocks, max_batched_tokens=budget, max_num_seqs=max_num_seqs, eos_token_ids=frozenset({EOS})
         )
@@ -517,3 +518,74 @@ def test_a_result_out_of_order_is_refused() -> None:
     bench.plan()
     with pytest.raises(AssertionError, match="result of step 1"):
         bench.scheduler.commit(StepResult(1, [5]))
+
+
+# ── the host tier ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PROMPT = list(range(1, 14))  # three full blocks and a token
+
+
+def driven_out(num_blocks: int = 4) -> Bench:
+    """`PROMPT` was answered with one token, then another prompt took all blocks but the one of its head."""
+    bench = Bench(num_blocks=num_blocks, num_slots=8)
+    bench.add("first", PROMPT, max_tokens=1)
+    assert bench.plan().copies is NO_COPIES
+    bench.commit()
+    bench.add("other", [50] * (4 * (num_blocks - 1) - 3), max_tokens=1)
+    assert bench.plan().copies.out.tolist() == [[2, 0], [1, 1]], "the tail goes first"
+    bench.commit()
+    return bench
+
+
+def test_a_prompt_that_was_driven_out_returns_by_copies_and_is_matchable_when_they_are_made() -> None:
+    bench = driven_out()
+    seq = bench.add("again", PROMPT)
+    plan = bench.plan()
+    assert plan is not None
+    (admission,) = plan.admitted
+    assert (admission.num_computed, seq.num_cached_tokens, counts(plan)) == (12, 12, [1])
+    assert bench.scheduler.inflight[-1].prefix_hits == [("again", 12)]
+    table = admission.block_ids[0]
+    assert table[0] == 0, "the head had stayed in the pool"
+    assert plan.copies.back.tolist() == [[1, table[1]], [0, table[2]]]
+    assert [bench.pool.is_published(block) for block in table] == [True, False, False, False]
+    bench.commit()
+    assert [bench.pool.is_published(block) for block in table] == [True, True, True, False]
+    assert bench.plan().copies is NO_COPIES
+
+
+def test_what_one_sequence_brings_another_awaits_and_shares() -> None:
+    bench = driven_out(num_blocks=8)
+    a, b = bench.add("a", PROMPT, max_tokens=2), bench.add("b", PROMPT[:12], max_tokens=2)
+    assert [admission.request_id for admission in bench.plan().admitted] == ["a"]
+    assert bench.plan() is not None
+    assert not bench.plans[-1].admitted, "b waits for blocks that are on their way"
+    bench.commit()
+    assert b.status is SequenceStatus.WAITING
+    bench.commit()
+    plan = bench.plan()
+    assert plan is not None
+    assert not len(plan.copies.back)
+    assert b.num_cached_tokens == 8
+    assert a.status is SequenceStatus.FINISHED
+
+
+def test_after_a_failed_step_what_it_saved_is_gone_and_what_it_read_is_there() -> None:
+    bench = driven_out()
+    seq = bench.add("again", PROMPT)
+    plan = bench.plan()
+    assert plan is not None
+    saved = set(plan.copies.out[:, 1].tolist())
+    assert len(saved) == 2, "the other prompt's blocks"
+    tier = bench.pool.tier
+    assert tier is not None
+    assert tier.num_cached == 4
+    assert bench.scheduler.fail(bench.scheduler.inflight[0]) == [seq]
+    bench.plans.clear()
+    bench.scheduler.check_integrity()
+    assert tier.num_cached == 2
+    bench.add("once more", PROMPT)
+    plan = bench.plan()
+    assert plan is not None
+    assert plan.admitted[0].num_computed == 12
+    assert len(plan.copies.back) == 2
