@@ -30,7 +30,6 @@ from engine.memory import (
     CudaAllocator,
     Demand,
     DeviceMemory,
-    check_swap_space,
     decoder_bytes,
     device_memory,
     make_kv_spec,
@@ -45,7 +44,7 @@ from engine.models.layers import Linear
 from engine.models.quantized import check_quantization, quantize_decoder
 from engine.models.weights import load_weights
 from engine.needle import find_needle
-from engine.pool_size import Measured, PoolSizer
+from engine.pool_size import Measured, PoolSizer, check_swap_space
 from engine.runner.model_runner import ModelRunner
 from engine.runner.profile_run import measure_steps
 from engine.tokenizer import Tokenizer

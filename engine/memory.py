@@ -19,7 +19,6 @@ from torch import nn
 
 from engine.attention.reference import MAX_GATHERED_VALUES
 from engine.config import EngineConfig
-from engine.errors import ConfigError, OutOfMemoryError
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES
 from engine.models.config import ModelConfig
 from engine.models.decoder import StepDecoder
@@ -218,33 +217,6 @@ def make_ledger(
         other_bytes=other_bytes,
         host_tier_bytes=kv_spec.num_blocks_in(config.swap_space_bytes) * kv_spec.bytes_per_block,
     )
-
-
-def check_swap_space(config: EngineConfig, kv_spec: KVSpec, host: DeviceMemory) -> None:
-    """Refuse a host tier that holds no block, or that the host's free memory cannot hold.
-
-    Raises:
-        ConfigError, OutOfMemoryError: naming value, limit and remedy.
-    """
-    asked, block_bytes = config.swap_space_bytes, kv_spec.bytes_per_block
-    if 0 < asked < block_bytes:
-        raise ConfigError(
-            f"swap_space_bytes {asked} holds no KV block, which takes {block_bytes}",
-            value=asked,
-            limit=block_bytes,
-            param="swap_space_bytes",
-            remedy=f"Set swap_space_bytes={block_bytes} or more, or 0 for no host tier.",
-        )
-    if asked > host.free_bytes:
-        most = kv_spec.num_blocks_in(host.free_bytes) * block_bytes
-        raise OutOfMemoryError(
-            f"a host tier of {in_units(asked)} does not fit in the host's memory, of which {in_units(host.free_bytes)} of "
-            f"{in_units(host.total_bytes)} are free",
-            value=asked,
-            limit=most,
-            param="swap_space_bytes",
-            remedy=f"Set swap_space_bytes={most} or less.",
-        )
 
 
 def in_units(num_bytes: int) -> str:

@@ -97,8 +97,8 @@ class StepPlan:
 
     Row ``rows[i]`` computes tokens at positions ``start[i] … start[i] + num_tokens[i] - 1``. `logit_rows` are the
     indices i whose last position is the sequence's last token: they sample one token, written by the runner at position
-    ``start[i] + num_tokens[i]`` of that row. Order within a step: `finished`, `copies`, `admitted`, `new_block_ids`, compute. Rows that
-    compute one token (decode) come first, rows that compute several (prefill) after them.
+    ``start[i] + num_tokens[i]`` of that row. Order within a step: `finished`, `copies`, `admitted`, `new_block_ids`, compute.
+    Rows that compute one token (decode) come first, rows that compute several (prefill) after them.
     """
 
     step_id: int

@@ -21,6 +21,7 @@ from engine.errors import ConfigError, OutOfMemoryError
 from engine.kernels.kv_quantization import SETTINGS, cache_dtype
 from engine.memory import Demand, DeviceMemory, estimate_demand, in_units, make_kv_spec, workspace_bytes
 from engine.models.config import ModelConfig
+from engine.plan import KVSpec
 
 CPU_KV_BYTES = 1 << 30  # default KV cache on a CPU: this much,
 CPU_KV_SHARE = 0.25  # or this share of what is left if that is less
@@ -256,6 +257,33 @@ class PoolSizer:
 def _workspace(demand: Demand) -> str:
     graphs = f" and captured graphs {in_units(demand.graphs_bytes)}" if demand.graphs_bytes else ""
     return in_units(demand.workspace_bytes) + graphs
+
+
+def check_swap_space(config: EngineConfig, kv_spec: KVSpec, host: DeviceMemory) -> None:
+    """Refuse a host tier that holds no block, or that the host's free memory cannot hold.
+
+    Raises:
+        ConfigError, OutOfMemoryError: naming value, limit and remedy.
+    """
+    asked, block_bytes = config.swap_space_bytes, kv_spec.bytes_per_block
+    if 0 < asked < block_bytes:
+        raise ConfigError(
+            f"swap_space_bytes {asked} holds no KV block, which takes {block_bytes}",
+            value=asked,
+            limit=block_bytes,
+            param="swap_space_bytes",
+            remedy=f"Set swap_space_bytes={block_bytes} or more, or 0 for no host tier.",
+        )
+    if asked > host.free_bytes:
+        most = kv_spec.num_blocks_in(host.free_bytes) * block_bytes
+        raise OutOfMemoryError(
+            f"a host tier of {in_units(asked)} does not fit in the host's memory, of which {in_units(host.free_bytes)} of "
+            f"{in_units(host.total_bytes)} are free",
+            value=asked,
+            limit=most,
+            param="swap_space_bytes",
+            remedy=f"Set swap_space_bytes={most} or less.",
+        )
 
 
 def _dtype(config: EngineConfig) -> torch.dtype:

@@ -263,9 +263,8 @@ class Scheduler:
         self.running.append(seq)
         seq.status = SequenceStatus.RUNNING
         seq.row = self._free_rows.pop()
-        seq.num_computed = (
-            len(match.blocks) * self.blocks.block_size
-        )  # what comes from the host comes with the step
+        # What comes from the host is there, and published, when the step is committed.
+        seq.num_computed = len(match.blocks) * self.blocks.block_size
         self._max_total_tokens[seq.row] = seq.max_total_tokens
         if not seq.epoch:
             seq.num_cached_tokens = num_cached
@@ -342,9 +341,7 @@ class Scheduler:
             sampled = [next(tokens)] if chunk.samples else []
             if seq in step.dropped:
                 continue
-            self.blocks.publish(
-                seq, seq.num_computed, end
-            )  # with the blocks that came from the host before the chunk
+            self.blocks.publish(seq, seq.num_computed, end)
             seq.num_computed = end
             for token in sampled:
                 seq.token_ids.append(token)

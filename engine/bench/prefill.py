@@ -115,7 +115,7 @@ def _measure_return(
         floor_s = cost.prefill_s(session.limits, [(cached, computed)])
         rows.append(_row(name, runs, computed, floor_s, session))
         seconds[name] = rows[-1]["longest_ttft_s"]
-    from_host, computed_again = seconds.values()
+    from_host, computed_again = seconds.values()  # to first token
     return {"returned_over_computed": round(from_host / computed_again, 4)}
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from engine.plan import NO_COPIES, BlockCopies
+from engine.plan import NO_COPIES, BlockCopies, Int32
 
 
 class HostTier:
@@ -139,5 +139,5 @@ class HostTier:
         self._digests[slot] = None
 
 
-def _pairs(pairs: list[tuple[int, int]]) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+def _pairs(pairs: list[tuple[int, int]]) -> Int32:
     return np.array(pairs, np.int32).reshape(-1, 2)

@@ -10,7 +10,7 @@ Boundary: bytes. Which block goes where is the plan's (``engine.plan.BlockCopies
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,12 @@ from engine.models.decoder import LayerCache
 from engine.plan import NO_COPIES, BlockCopies, Int32
 
 STAGING_BYTES = 64 << 20  # blocks that are copied at once; more take turns
+AS_INTEGERS = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}  # not every dtype can be gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +39,40 @@ class _Run:
     slot: int
 
 
+class _Part:
+    """One tensor of the cache, block by block, with its host memory and its share of the staging buffer."""
+
+    __slots__ = ("blocks", "host", "staging")
+
+    def __init__(self, blocks: Tensor, num_slots: int, num_staged: int) -> None:
+        self.blocks = blocks.view(AS_INTEGERS[blocks.itemsize])
+        shape, dtype = blocks.shape[1:], self.blocks.dtype
+        self.host = torch.empty(num_slots, *shape, dtype=dtype)
+        self.staging = torch.empty(num_staged, *shape, dtype=dtype, device=blocks.device)
+
+
 class HostBlocks:
-    """`num_slots` blocks in host memory, each all layers' K and V of one device block.
+    """`num_slots` blocks in host memory, each all that the device's cache holds of one block.
 
     Args:
-        blocks: the device's KV cache, block by block: [num_blocks, …], contiguous or not (`by_block`).
+        parts: the tensors of the device's cache, block by block: each [num_blocks, …], contiguous or not (`by_block`).
 
     Raises:
         OutOfMemoryError: beside a GPU: the system does not let so much memory be pinned.
     """
 
-    def __init__(self, num_slots: int, blocks: Tensor, *, staging_bytes: int = STAGING_BYTES) -> None:
-        shape, device = blocks.shape[1:], blocks.device
-        num_staged = min(num_slots, max(1, staging_bytes // (shape.numel() * blocks.itemsize)))
-        self._blocks = blocks
-        self._host = torch.empty(num_slots, *shape, dtype=blocks.dtype)
-        self._staging = torch.empty(num_staged, *shape, dtype=blocks.dtype, device=device)
+    def __init__(
+        self, num_slots: int, parts: Sequence[Tensor], *, staging_bytes: int = STAGING_BYTES
+    ) -> None:
+        block_bytes = sum(part[0].nbytes for part in parts)
+        self._num_staged = min(num_slots, max(1, staging_bytes // block_bytes))
+        self._parts = [_Part(part, num_slots, self._num_staged) for part in parts]
+        self._device = parts[0].device
         self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            _pin(self._host)
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if self._device.type == "cuda":
+            for part in self._parts:
+                _pin(part.host)
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def copy(self, copies: BlockCopies) -> None:
         """Start the copies, between the steps launched so far and what is launched from now on."""
@@ -62,7 +82,7 @@ class HostBlocks:
             self._save(copies.out)
             self._load(copies.back)
             return
-        current = torch.cuda.current_stream(self._blocks.device)
+        current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
             with torch.cuda.stream(self._stream):
@@ -71,9 +91,8 @@ class HostBlocks:
                     self._load(copies.back)
                     done = self._stream.record_event()
         except Exception:
-            current.wait_stream(
-                self._stream
-            )  # what was started must not write to blocks that are somebody else's by then
+            # What was started must not write to blocks that are somebody else's by then.
+            current.wait_stream(self._stream)
             raise
         if done is not None:
             current.wait_event(done)
@@ -82,34 +101,39 @@ class HostBlocks:
         """Wait for copies under way, and give the host's memory back. The caches may go after that."""
         if self._stream is not None:
             self._stream.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr())  # type: ignore[no-untyped-call]
-        del self._host, self._staging, self._blocks
+            for part in self._parts:
+                torch.cuda.cudart().cudaHostUnregister(part.host.data_ptr())  # type: ignore[no-untyped-call]
+        self._parts = []
 
     def _save(self, pairs: Int32) -> torch.cuda.Event | None:
         """Blocks to slots. The event: the blocks have been read."""
         gathered = None
         for blocks, slots in self._pieces(pairs[:, 1], pairs[:, 0]):
-            staged = self._staging[: len(slots)]
-            torch.index_select(self._blocks, 0, self._index(blocks), out=staged)
+            index = self._index(blocks)
+            for part in self._parts:
+                torch.index_select(part.blocks, 0, index, out=part.staging[: len(slots)])
             if self._stream is not None:
                 gathered = self._stream.record_event()
             for run in _runs(slots):
-                host = self._host[run.slot : run.slot + run.end - run.first]
-                host.copy_(staged[run.first : run.end], non_blocking=True)
+                for part in self._parts:
+                    host = part.host[run.slot : run.slot + run.end - run.first]
+                    host.copy_(part.staging[run.first : run.end], non_blocking=True)
         return gathered
 
     def _load(self, pairs: Int32) -> None:
         """Slots to blocks."""
         for blocks, slots in self._pieces(pairs[:, 0], pairs[:, 1]):
-            staged = self._staging[: len(slots)]
             for run in _runs(slots):
-                host = self._host[run.slot : run.slot + run.end - run.first]
-                staged[run.first : run.end].copy_(host, non_blocking=True)
-            self._blocks.index_copy_(0, self._index(blocks), staged)
+                for part in self._parts:
+                    host = part.host[run.slot : run.slot + run.end - run.first]
+                    part.staging[run.first : run.end].copy_(host, non_blocking=True)
+            index = self._index(blocks)
+            for part in self._parts:
+                part.blocks.index_copy_(0, index, part.staging[: len(slots)])
 
     def _pieces(self, slots: Int32, blocks: Int32) -> Iterator[tuple[Int32, Int32]]:
         """(blocks, slots) by ascending slot, in pieces that the staging buffer holds."""
-        order, size = np.argsort(slots, kind="stable"), len(self._staging)
+        order, size = np.argsort(slots, kind="stable"), self._num_staged
         for begin in range(0, len(order), size):
             piece = order[begin : begin + size]
             yield blocks[piece], slots[piece]
@@ -117,17 +141,26 @@ class HostBlocks:
     def _index(self, blocks: Int32) -> Tensor:
         index = torch.from_numpy(blocks.astype(np.int64))
         if self._stream is not None:
-            return index.pin_memory().to(self._blocks.device, non_blocking=True)
+            return index.pin_memory().to(self._device, non_blocking=True)
         return index
 
 
-def by_block(caches: list[LayerCache]) -> Tensor:
-    """The KV cache of all layers as [num_blocks, L, 2, K, block_size, D]: a view, as they lie in one allocation."""
-    first, last = caches[0].k, caches[-1].v
+def by_block(caches: list[LayerCache]) -> list[Tensor]:
+    """What the caches hold, block by block: views of K and V of all layers, [num_blocks, L, 2, K, block_size, D], and of the
+    scales of int8. Those of fp8 are the same for all blocks."""
+    first, last = caches[0], caches[-1]
+    parts = [_by_block(first.k, last.v, len(caches))]
+    if first.k_scale is not None and last.v_scale is not None and first.k.dtype == torch.int8:
+        parts.append(_by_block(first.k_scale, last.v_scale, len(caches)))
+    return parts
+
+
+def _by_block(first: Tensor, last: Tensor, num_layers: int) -> Tensor:
+    """[num_blocks, L, 2, …] of the 2 L tensors [num_blocks, …] that lie one behind the other from `first` to `last`."""
     num_blocks, *block = first.shape
     half, cell = first.numel(), first[0].numel()
     view = first.as_strided(
-        (num_blocks, len(caches), 2, *block),
+        (num_blocks, num_layers, 2, *block),
         (cell, 2 * half, half, *first.stride()[1:]),
         first.storage_offset(),
     )

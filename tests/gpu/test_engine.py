@@ -231,6 +231,33 @@ def test_preemption(checkpoint: Callable[[str], Path], device: torch.device) -> 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["captured", "eager"])
+def test_blocks_that_return_from_host_memory_have_every_bit(
+    checkpoint: Callable[[str], Path], enforce_eager: bool
+) -> None:
+    """Four requests in turn, three of them twice, in a pool for little more than two of them at once."""
+    first = {f"r{i}": prompt(300 + 40 * i, i) for i in range(3)}
+    prompts = first | {f"{name} again": tokens for name, tokens in first.items()} | {"late": prompt(200, 9)}
+    arrive_at = {name: 8 * i for i, name in enumerate(prompts)}
+    params = greedy(24).with_(logprobs=0)
+    tight: dict[str, Any] = {
+        "num_blocks": 50,
+        "max_model_len": 512,
+        "deterministic": True,
+        "enforce_eager": enforce_eager,
+    }
+    runs = []
+    for settings in (tight | {"swap_space_bytes": 1 << 24}, tight | {"num_blocks": 400}):
+        engine = make_engine(checkpoint("qwen3"), **settings)
+        runs.append(drive(engine, prompts, params, arrive_at))
+        engine.close()
+    tier, roomy = runs
+    assert sum(record.num_blocks_back for record in tier.records) > 0
+    assert any(record.num_blocks_out and record.graph_size for record in tier.records) != enforce_eager
+    assert tier.tokens == roomy.tokens
+    assert tier.logprobs == roomy.logprobs
+
+
 def test_deterministic_mode_gives_the_same_bits_alone_batched_and_in_other_chunks(
     dtype: str, checkpoint: Callable[[str], Path]
 ) -> None:

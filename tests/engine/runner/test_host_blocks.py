@@ -34,6 +34,16 @@ def copies(out: list[tuple[int, int]], back: list[tuple[int, int]]) -> BlockCopi
     return BlockCopies(*arrays)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_every_dtype_goes_and_comes_back_with_what_lies_beside_it(dtype: torch.dtype) -> None:
+    values = torch.arange(48).view(4, 3, 4).to(dtype)
+    blocks, scales = values.clone(), torch.arange(8.0).view(4, 2)
+    host = HostBlocks(2, [blocks, scales], staging_bytes=1)
+    host.copy(copies([(1, 0), (3, 1)], [(1, 0), (0, 2)]))
+    assert torch.equal(blocks.float(), values[[3, 1, 1, 3]].float())
+    assert scales.tolist() == [[6, 7], [2, 3], [2, 3], [6, 7]]
+
+
 @pytest.mark.parametrize("num_staged", [1, 2, 64])
 def test_blocks_come_back_as_they_went(caches: list[LayerCache], num_staged: int) -> None:
     before = [content(caches, block) for block in range(NUM_BLOCKS)]
