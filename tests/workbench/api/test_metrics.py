@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,6 +66,22 @@ def test_gauges_show_what_runs(serve: Any, eventually: Any) -> None:
         assert eventually(lambda: value(scrape(server), "num_requests_running") == 1)
         assert value(scrape(server), "kv_cache_usage_perc") > 0
         stream.close()
+
+
+def test_blocks_that_go_to_host_memory_and_come_back_are_counted(serve: Any) -> None:
+    def tight(config: Any, **hooks: Any) -> Any:
+        return fake_worker(
+            replace(config, num_blocks=12, max_model_len=192, swap_space_bytes=1 << 20), delay_s=0, **hooks
+        )
+
+    with serve(tight) as server:
+        for letter in "aba":
+            server.post("/v1/completions", prompt=letter * 150, max_tokens=4)
+        metrics, stats = scrape(server), server.worker.stats()
+    assert value(metrics, "kv_cache_blocks_out_total") == stats.blocks_out > 0
+    assert value(metrics, "kv_cache_blocks_back_total") == stats.blocks_back > 0
+    assert value(metrics, "kv_cache_cached_host_blocks") == stats.num_cached_host_blocks > 0
+    assert value(metrics, "kv_cache_host_blocks") == stats.num_host_blocks
 
 
 def test_before_a_model_is_there_the_page_is_empty_and_valid(serve: Any) -> None:
