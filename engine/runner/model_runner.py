@@ -252,8 +252,9 @@ class ModelRunner:
             self._graphs = self._make_graphs()  # the captured ones hold addresses that are no more
             self.capture()
         except Exception as error:
-            self._drop_steps()
-            self._give_back()
+            with suppress(RuntimeError):  # a broken context has nothing left to give back
+                self._drop_steps()
+                self._give_back()
             raise _as_engine_error(error) from error
         self._is_asleep = False
 
@@ -302,6 +303,7 @@ class ModelRunner:
             torch.cuda.synchronize(self._device)
             torch._C._cuda_clearCublasWorkspaces()  # torch would keep them for the life of the process
             torch.cuda.empty_cache()
+            torch._C._host_emptyCache()  # pinned memory: of parked weights, and of what loaded them
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
