@@ -1,7 +1,8 @@
 """Paged attention on a CPU through the compiled kernel (``cpu_paged.cpp``); torch's reference where it cannot serve.
 
-Compiled: float32, and bfloat16 storage with float32 sums; either over a quantized cache, float32 also over one in bfloat16. Other dtypes (float64 of the parity
-tests, float16), soft caps and ALiBi go to the reference. A token's result has the same bits whatever shares the batch, however the prompt was cut, for every block size
+Compiled: float32, also over a cache in bfloat16, and bfloat16 with float32 sums; either over a quantized cache, which takes
+less memory and more time: each tile is widened first. Other dtypes (float64 of the parity tests, float16), soft caps and
+ALiBi go to the reference. A token's result has the same bits whatever shares the batch, however the prompt was cut, for every block size
 and number of threads: the kernel needs no deterministic mode of its own.
 
 Boundary: implements ``AttentionBackend``; `make_cpu_attention` picks and its `name` says what runs.

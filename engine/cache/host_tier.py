@@ -112,6 +112,16 @@ class HostTier:
             self._forget(slot)
             self._free.append(slot)
 
+    def forget(self) -> None:
+        """Hold nothing any more, with no step in flight: the memory behind the slots goes."""
+        assert not self._back, "blocks are to be brought back"
+        assert not any(self._num_readers), "slots are being read"
+        self._out.clear()
+        self._kept.clear()
+        for slot in list(self._slots.values()):
+            self._forget(slot)
+            self._free.append(slot)
+
     def check_integrity(self) -> None:
         """Prove the accounting, O(slots).
 

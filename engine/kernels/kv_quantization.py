@@ -12,6 +12,9 @@ On random tokens int8 was the more accurate, also where every 16th channel is te
 (``tests/engine/kernels/test_kv_quantization.py``); it costs four bytes more a token and head. A scale per token and not per block: a block's largest value is not
 known when its first tokens are stored, and rounding those again would make a token's bits depend on what follows it.
 
+No device needs fp8 arithmetic for either: values are rounded by integer operations, widened to the compute dtype as they are
+read, and multiplied in that. Where a checkpoint brings scales for its keys and values, they are not read: fp8's are 1.0.
+
 Boundary: finite values; not-a-number is not kept. Nothing here allocates a cache or launches.
 Source: e4m3 as in Micikevicius et al. 2022, ties to even.
 """

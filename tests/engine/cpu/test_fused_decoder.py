@@ -127,8 +127,11 @@ def test_bfloat16_logits_are_as_near_to_float64_as_those_of_the_torch_decoder_in
     assert (found - exact).square().mean() < 1.2 * (by_torch - exact).square().mean()
 
 
-@pytest.mark.parametrize("stored", QUANTIZED_DTYPES, ids=QUANTIZED_DTYPES.values())
-@pytest.mark.parametrize("name", ["qwen3-head-norm", "llama-uneven"])
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [("qwen3-head-norm", torch.int8), ("llama-uneven", torch.float8_e4m3fn)],
+    ids=["int8", "fp8"],
+)
 def test_over_a_quantized_cache_logits_match_the_torch_decoder_in_float64(library, name, stored):
     """A key that float32 moves over the middle between two stored numbers becomes the other one: few do, hence the mean."""
     exact, plain = (stacked(run(make_decoder(name), dtype)) for dtype in (stored, torch.float64))

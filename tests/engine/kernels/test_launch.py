@@ -75,7 +75,7 @@ def _layer() -> DecoderLayer:
 
 @pytest.mark.parametrize(
     "cache_dtype",
-    [None, torch.int8, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.full)],
+    [None, *(pytest.param(dtype, marks=pytest.mark.full) for dtype in (torch.int8, torch.float8_e4m3fn))],
     ids=["plain", "int8", "fp8"],
 )
 def test_steps_of_any_shape_use_the_same_compiled_kernels_and_nine_launches_a_layer(

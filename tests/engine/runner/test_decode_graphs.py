@@ -328,7 +328,7 @@ def test_late_results_and_captured_steps_give_the_same_tokens(
     assert {ran.reasons["stops"], ran.reasons["later"]} == {FinishReason.STOP}
 
 
-@pytest.mark.parametrize("stored", ["int8", "fp8"])
+@pytest.mark.parametrize("stored", ["int8", pytest.param("fp8", marks=pytest.mark.full)])
 def test_a_quantized_cache_is_captured_like_any_other(
     run: Callable[..., Ran], alone: Ran, stored: str
 ) -> None:
