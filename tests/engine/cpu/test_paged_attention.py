@@ -9,7 +9,7 @@ import torch
 
 from engine.attention.cpu import CpuPagedAttention
 from engine.attention.reference import ReferenceAttention
-from engine.kernels.kv_quantization import new_scales
+from engine.kernels.kv_quantization import new_scales, quantized_int8
 
 # Of the largest deviation from float64, for values of variance 1: float32 sums of a few hundred terms; bfloat16 has 8 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -203,6 +203,22 @@ def test_float32_over_a_bfloat16_cache_is_exact_over_what_it_holds(
     assert out.dtype == torch.float32
     assert (out.double() - want).abs().max() < TOLERANCE[torch.float32]
     assert torch.equal(out, run(attention, one_token_rows(narrow), window))
+
+
+def test_int8_is_rounded_after_the_product_and_not_with_it(attention, make_step):
+    """Values so near the middle of two codes that a product contracted with the sum behind it would take the other."""
+    step = make_step([(0, 4)], heads=2, kv_heads=2, size=64, block_size=16)
+    largest = torch.tensor([1.6212530136108398, 1.3784139156341553, 1.5657756328582764, 1.431149959564209])
+    x = torch.tensor([1.4106178283691406, 0.8411580920219421, 0.9678219556808472, 1.2564820051193237])
+    k = step.k.clamp(-1, 1)
+    k[:, :, 0], k[:, :, 1] = largest[:, None], x[:, None]
+    values, scale = quantized_int8(k)
+    contracted = (x.double() * (torch.full_like(largest, 127.0) / largest).double()).round()
+    assert (contracted != values[:, 0, 1]).all()
+    k_cache, _, k_scale, _ = _stored(attention, k, step.v, step, torch.int8)
+    slots = step.meta.slot_mapping
+    assert torch.equal(k_cache[slots // 16, :, slots % 16], values)
+    assert torch.equal(k_scale[slots // 16, :, slots % 16], scale)
 
 
 def _stored(attention, k, v, step, dtype):
