@@ -25,9 +25,8 @@ from engine.plan import KVSpec
 
 CPU_KV_BYTES = 1 << 30  # default KV cache on a CPU: this much,
 CPU_KV_SHARE = 0.25  # or this share of what is left if that is less
-GPU_SHARE = (
-    0.92  # of what a GPU has left by estimate; the rest is for fragmentation and the allocator's rounding
-)
+# Of what a GPU has left by estimate; the rest is for fragmentation and the allocator's rounding.
+GPU_SHARE = 0.92
 # Of what it has left once the largest step and its graphs were measured. The rest is for what no reading tells: the driver's
 # own part of each graph, partial results that attention reserves as the pool grows, and fragmentation.
 GPU_MEASURED_SHARE = 0.96

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 QUANTIZED_DTYPES = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}  # and the kernels' words for them
+# Values of ``EngineConfig.kv_cache_dtype`` that quantize.
 SETTINGS = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 FP8_MAX = 448.0
 INT8_MAX = 127.0
