@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from random import Random
 from uuid import uuid4
@@ -37,6 +37,16 @@ class Limits:
                 remedy="Use stop_token_ids.",
                 param="stop",
             )
+        if params.n != 1:
+            raise InvalidRequestError(
+                f"a request is one completion, n is {params.n}", value=params.n, limit=1, param="n",
+                remedy="Submit each of params.each(), as LLM.generate does.",
+            )  # fmt: skip
+        self._check_vocabulary("logit_bias", params.logit_bias or ())
+        self._check_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
+        for word in params.bad_words:
+            assert not isinstance(word, str), "bad words were not tokenized"
+            self._check_vocabulary("bad_words", word)
         if params.max_tokens is not None:
             total = min(len(prompt) + params.max_tokens, self.max_model_len)
             if total - 1 > self.num_slots:
@@ -78,13 +88,18 @@ class Limits:
                 param="prompt",
                 remedy="Shorten the prompt, or raise num_blocks.",
             )
-        low, high = min(prompt), max(prompt)
+        self._check_vocabulary("prompt", prompt)
+
+    def _check_vocabulary(self, param: str, token_ids: Collection[int]) -> None:
+        if not token_ids:
+            return
+        low, high = min(token_ids), max(token_ids)
         if low < 0 or high >= self.vocab_size:
             raise InvalidRequestError(
                 f"token id {low if low < 0 else high} is outside the vocabulary",
                 value=low if low < 0 else high,
                 limit=self.vocab_size - 1,
-                param="prompt",
+                param=param,
                 remedy=f"Use ids from 0 to {self.vocab_size - 1}.",
             )
 

@@ -17,6 +17,7 @@ from random import Random
 
 from engine import admission
 from engine.admission import Limits
+from engine.bad_words import with_bad_word_ids
 from engine.cache.block_pool import BlockPool
 from engine.cache.host_tier import HostTier
 from engine.cache.sequence_blocks import SequenceBlocks
@@ -139,7 +140,7 @@ class Engine:
         """
         self._require_awake()
         return admission.make_request(
-            prompt_token_ids, params, self._limits, self._seeds, request_id=request_id, cache_salt=cache_salt,
+            prompt_token_ids, with_bad_word_ids(params, self.tokenizer), self._limits, self._seeds, request_id=request_id, cache_salt=cache_salt,
             arrival_ns=arrival_ns,
         )  # fmt: skip
 

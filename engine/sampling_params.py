@@ -7,19 +7,36 @@ may trust them. The sampling itself is in ``engine.runner.sampler``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import InvalidParamsError
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_CHOICES = 16
+# What a row holds on a device has fixed sizes: tokens with a bias, bad words, their tokens, stop tokens under min_tokens.
+MAX_LOGIT_BIASES = 1024
+MAX_BAD_WORDS = 256  # a text may be two: at the beginning of a text, and behind a space
+MAX_BAD_WORD_TOKENS = 16
+MAX_LATE_STOPS = 256
 SEED_LIMIT = 2**63
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling and stopping rules of one request.
+
+    What changes logits acts in vLLM's order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty,
+    frequency_penalty, presence_penalty; then temperature and the filters min_p, top_k, top_p. With c(t) the number of times
+    that t is in the output, and z its logit:
+
+        repetition_penalty r    z / r where z > 0, else z * r, for each t of prompt or output
+        frequency_penalty f     z - f * c(t)
+        presence_penalty p      z - p where c(t) > 0
+
+    Source: vLLM's SamplingParams and sampler (frequency and presence are OpenAI's, repetition is CTRL's, Keskar 2019).
 
     Raises:
         InvalidParamsError: naming the parameter, its value and its range.
@@ -30,6 +47,13 @@ class SamplingParams:
     top_k: int = 0  # keep the k most likely tokens; 0 or -1: all
     top_p: float = 1.0  # keep the smallest set whose probability reaches top_p
     min_p: float = 0.0  # drop tokens less likely than min_p times the most likely one
+    presence_penalty: float = 0.0  # -2 … 2
+    frequency_penalty: float = 0.0  # -2 … 2
+    repetition_penalty: float = 1.0  # above 0; above 1 discourages what was there, below encourages it
+    logit_bias: dict[int, float] | None = field(default=None, hash=False)  # by token id, -100 … 100
+    bad_words: tuple[str | tuple[int, ...], ...] = ()  # texts or token ids that the output must not hold
+    allowed_token_ids: tuple[int, ...] | None = None  # None: all; others are never chosen
+    n: int = 1  # completions of the prompt; one after the other with the seed, the seed plus 1, …
     seed: int | None = None  # None: the engine draws one and records it
     stop: tuple[str, ...] = ()  # texts that end the output; never part of it unless asked for below
     stop_token_ids: tuple[int, ...] = ()
@@ -51,6 +75,8 @@ class SamplingParams:
         _check_int("top_k", self.top_k, 0, None)
         _check_float("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
         _check_float("min_p", self.min_p, 0.0, 1.0)
+        self._check_controls()
+        _check_int("n", self.n, 1, MAX_CHOICES)
         if self.seed is not None:
             _check_int("seed", self.seed, -SEED_LIMIT, SEED_LIMIT - 1)
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
@@ -63,6 +89,33 @@ class SamplingParams:
                 limit=MAX_STOP_STRINGS,
                 param="stop",
             )
+
+    def _check_controls(self) -> None:
+        """What changes logits: in plain form, within range."""
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, exclude_low=True)
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _as_biases(self.logit_bias))
+        object.__setattr__(self, "bad_words", _as_bad_words(self.bad_words))
+        if self.allowed_token_ids is not None:
+            allowed = _as_tuple("allowed_token_ids", self.allowed_token_ids, int)
+            if not allowed:
+                raise InvalidParamsError(
+                    "allowed_token_ids is empty: nothing could be chosen", value=allowed, param="allowed_token_ids"
+                )  # fmt: skip
+            object.__setattr__(self, "allowed_token_ids", allowed)
+        if self.min_tokens:
+            _check_count("stop_token_ids", self.stop_token_ids, MAX_LATE_STOPS)
+
+    def each(self) -> list[SamplingParams]:
+        """The parameters of each of the n completions: n is 1, and completion i has the seed plus i, where there is a seed."""
+        if self.n == 1:
+            return [self]
+        if self.seed is None:
+            return [replace(self, n=1)] * self.n
+        seeds = ((self.seed + i + SEED_LIMIT) % (2 * SEED_LIMIT) - SEED_LIMIT for i in range(self.n))
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
     @property
     def is_greedy(self) -> bool:
@@ -82,6 +135,43 @@ def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
             f"{name} must hold only {kind.__name__} values, got {value!r}", value=value, param=name
         )
     return items
+
+
+def _as_biases(value: Any) -> dict[int, float]:
+    """Token ids may come as JSON has them: as decimal texts."""
+    if not isinstance(value, Mapping):
+        raise InvalidParamsError(
+            f"logit_bias must map token ids to biases, got {value!r}", value=value, param="logit_bias"
+        )
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        token = int(key) if isinstance(key, str) and key.isdecimal() else key
+        _check_int("logit_bias", token, 0, None)
+        _check_float("logit_bias", bias, -100.0, 100.0)
+        biases[token] = float(bias)
+    _check_count("logit_bias", biases, MAX_LOGIT_BIASES)
+    return biases
+
+
+def _as_bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    words: list[str | tuple[int, ...]] = []
+    for word in (value,) if isinstance(value, str) else value or ():
+        words.append(word if isinstance(word, str) else _as_tuple("bad_words", word, int))
+        if not words[-1] or (isinstance(word, str) and not word.strip()):
+            raise InvalidParamsError(
+                f"bad_words must not hold an empty one, got {word!r}", value=word, param="bad_words"
+            )
+        if not isinstance(word, str):
+            _check_count("bad_words", words[-1], MAX_BAD_WORD_TOKENS, "tokens in one of them")
+    _check_count("bad_words", words, MAX_BAD_WORDS)
+    return tuple(words)
+
+
+def _check_count(name: str, values: Sized, most: int, what: str = "entries") -> None:
+    if len(values) > most:
+        raise InvalidParamsError(
+            f"{name} must have at most {most} {what}, got {len(values)}", value=len(values), limit=most, param=name
+        )  # fmt: skip
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None) -> None:

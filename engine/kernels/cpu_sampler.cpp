@@ -18,13 +18,23 @@ constexpr int64_t FEW = 256;                // most likely tokens that top_p loo
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // logits of a step from which threads share its rows
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
+// How one row's logits change before anything else; engine/runner/sampler.py's LogitEdits.
+struct Edit {
+    int64_t row;
+    const float* bias;     // [vocab], or none
+    const int16_t* marks;  // [vocab], or none: bit 0 for the prompt, above it the count of the output
+    double repetition, frequency, presence;
+    const int64_t* banned;  // [num_banned]
+    int64_t num_banned;
+};
+
 struct Sampling {
     const float* logits;  // [rows, vocab]
     int64_t rows, vocab;
     const double *temperature, *top_p, *min_p;     // [rows]; a temperature of 0 is greedy
     const int64_t *top_k, *seed, *position;        // [rows]; a top_k of 0 keeps all
-    const int64_t *banned_rows, *banned_ids;       // [num_banned]
-    int64_t num_banned, num_threads;
+    const Edit* edits;                             // [num_edits], at most one a row
+    int64_t num_edits, num_threads;
     int64_t* chosen;  // [rows]
 };
 
@@ -189,6 +199,22 @@ inline int64_t draw(const float* scaled, int64_t size, const NoiseKeys& keys, co
     return chosen;
 }
 
+inline void apply(const Edit& edit, float* x, int64_t size) {
+    if (edit.bias)
+        for (int64_t i = 0; i < size; i++) x[i] += edit.bias[i];
+    if (edit.marks) {
+        const float repetition = float(edit.repetition), frequency = float(edit.frequency);
+        const float presence = float(edit.presence);
+        for (int64_t i = 0; i < size; i++) {
+            const int mark = edit.marks[i];
+            if (!mark) continue;
+            x[i] = x[i] > 0 ? x[i] / repetition : x[i] * repetition;
+            if (mark >> 1) x[i] = x[i] - frequency * float(mark >> 1) - presence;
+        }
+    }
+    for (int64_t i = 0; i < edit.num_banned; i++) x[edit.banned[i]] = NOTHING;
+}
+
 inline void sample_row(const Sampling& s, int64_t row, std::vector<float>& scratch, std::vector<Candidate>& found) {
     const float* logits = s.logits + row * s.vocab;
     const double temperature = s.temperature[row];
@@ -197,10 +223,10 @@ inline void sample_row(const Sampling& s, int64_t row, std::vector<float>& scrat
         if (!is_copied) scratch.assign(logits, logits + s.vocab);
         is_copied = true;
     };
-    for (int64_t i = 0; i < s.num_banned; i++) {
-        if (s.banned_rows[i] != row) continue;
+    for (int64_t i = 0; i < s.num_edits; i++) {
+        if (s.edits[i].row != row) continue;
         copy();
-        scratch[size_t(s.banned_ids[i])] = NOTHING;
+        apply(s.edits[i], scratch.data(), s.vocab);
     }
     if (temperature <= 0.0) {
         const float* x = is_copied ? scratch.data() : logits;

@@ -13,6 +13,7 @@ Boundary: one KV group. No model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention.interface import AttentionMetadata
+from engine.kernels.penalties import FULL, ONE_OUTPUT
 from engine.plan import RowAdmission, StepPlan
+from engine.runner.controls import Controls, controls_of
 from engine.runner.cpu_sampler import make_sampler
-from engine.runner.sampler import Sampled, SampleSettings
+from engine.runner.sampler import LogitEdits, Sampled, SampleSettings
 
 Int64 = NDArray[np.int64]
 
@@ -70,8 +73,8 @@ class RowBatch(ABC):
         self.num_prompt_tokens = np.zeros(rows, dtype=np.int64)
         self.num_logprobs = np.full(rows, -1, dtype=np.int64)
         self.wants_prompt_logprobs = np.zeros(rows, dtype=bool)
-        self.min_length = np.zeros(rows, dtype=np.int64)  # positions before it must not hold a stop token
-        self.stop_ids: dict[int, tuple[int, ...]] = {}  # of rows with a min_length
+        self.controls: dict[int, Controls] = {}  # of rows that ask for any
+        self._control_end = np.zeros(rows, dtype=np.int64)  # positions from it on are free of them
 
     def apply(self, plan: StepPlan) -> None:
         """Rows given back, rows taken, blocks appended: in this order."""
@@ -112,12 +115,12 @@ class RowBatch(ABC):
     def _append_blocks(self, rows: Int64, columns: Int64, ids: Int64) -> None:
         """Write block ids to their places in the tables."""
 
-    def banned(self, plan: StepPlan) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """(index into the rows that sample, token ids) where a stop token must not come yet."""
+    def controlled(self, plan: StepPlan) -> Int64:
+        """Which of the rows that sample have controls that change this step's logits."""
         picked = plan.logit_rows
-        rows = plan.rows[picked]
-        early = np.nonzero(plan.start[picked] + plan.num_tokens[picked] < self.min_length[rows])[0]
-        return tuple((int(i), self.stop_ids[int(rows[i])]) for i in early)
+        return np.nonzero(
+            plan.start[picked] + plan.num_tokens[picked] < self._control_end[plan.rows[picked]]
+        )[0]
 
     def _note(self, admission: RowAdmission) -> None:
         row, params = admission.row, admission.params
@@ -125,18 +128,17 @@ class RowBatch(ABC):
         self.num_prompt_tokens[row] = admission.num_prompt_tokens
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.wants_prompt_logprobs[row] = params.prompt_logprobs
-        if params.min_tokens:
-            stops = set(params.stop_token_ids) | (set() if params.ignore_eos else self.shape.eos_token_ids)
-            self.stop_ids[row] = tuple(sorted(i for i in stops if 0 <= i < self.shape.vocab_size))
-            if self.stop_ids[row]:
-                self.min_length[row] = admission.num_prompt_tokens + params.min_tokens
+        controls = controls_of(admission, self.shape.eos_token_ids, self.shape.vocab_size)
+        if controls is not None:
+            self.controls[row] = controls
+            self._control_end[row] = controls.end
 
     def _clear(self, row: int) -> None:
         self.num_blocks[row] = 0
-        self.min_length[row] = 0
         self.num_logprobs[row] = -1
         self.wants_prompt_logprobs[row] = False
-        self.stop_ids.pop(row, None)
+        self._control_end[row] = 0
+        self.controls.pop(row, None)
 
 
 class HostRowBatch(RowBatch):
@@ -153,6 +155,8 @@ class HostRowBatch(RowBatch):
         self._top_p = np.ones(rows)
         self._min_p = np.zeros(rows)
         self._seed = np.zeros(rows, dtype=np.int64)
+        self._marks: dict[int, NDArray[np.int16]] = {}  # [V], of rows with penalties
+        self._biases: dict[int, NDArray[np.float32]] = {}  # [V], -inf where a token is not allowed
         self._sample = make_sampler(torch.device("cpu"), deterministic=deterministic)
 
     def step_inputs(self, plan: StepPlan) -> StepInputs:
@@ -188,6 +192,7 @@ class HostRowBatch(RowBatch):
         picked = plan.logit_rows
         rows = plan.rows[picked]
         position = (plan.start[picked] + plan.num_tokens[picked]).astype(np.int64)
+        controlled = self.controlled(plan)
         settings = SampleSettings(
             temperature=self._temperature[rows],
             top_k=self._top_k[rows],
@@ -196,11 +201,26 @@ class HostRowBatch(RowBatch):
             seed=self._seed[rows],
             position=position,
             num_logprobs=self.num_logprobs[rows],
-            banned=self.banned(plan),
+            edits=tuple(self._edits(i, int(rows[i]), int(position[i])) for i in controlled.tolist()),
         )
         sampled = self._sample(logits, settings)
         self._tokens[rows, position] = sampled.token_ids.numpy()
+        for i in controlled.tolist():
+            marks = self._marks.get(int(rows[i]))
+            if marks is not None and marks[token := int(sampled.token_ids[i])] < FULL:
+                marks[token] += ONE_OUTPUT
         return sampled
+
+    def _edits(self, index: int, row: int, position: int) -> LogitEdits:
+        """How the logits of `row` change at `position`."""
+        controls = self.controls[row]
+        return LogitEdits(
+            index,
+            self._biases.get(row),
+            self._marks.get(row),
+            (controls.repetition, controls.frequency, controls.presence),
+            tuple(controls.banned(self._tokens[row], position)),
+        )
 
     def _admit(self, admission: RowAdmission) -> None:
         row, params, blocks = admission.row, admission.params, admission.block_ids[0]
@@ -208,6 +228,25 @@ class HostRowBatch(RowBatch):
         self._tables[row, : len(blocks)] = blocks
         self._temperature[row], self._seed[row] = params.temperature, admission.seed
         self._top_k[row], self._top_p[row], self._min_p[row] = params.top_k, params.top_p, params.min_p
+        if row in self.controls:
+            self._admit_controls(row, self.controls[row], admission.token_ids)
+
+    def _admit_controls(self, row: int, controls: Controls, token_ids: Sequence[int]) -> None:
+        vocab = self.shape.vocab_size
+        if controls.counts_tokens:
+            ids, values = controls.marks(token_ids)
+            self._marks[row] = marks = np.zeros(vocab, dtype=np.int16)
+            marks[ids] = values
+        if controls.biases or controls.allowed is not None:
+            is_limited = controls.allowed is not None
+            self._biases[row] = biases = np.full(vocab, -np.inf if is_limited else 0.0, dtype=np.float32)
+            biases[list(controls.allowed or ())] = 0.0
+            biases[list(controls.biases)] += np.array(list(controls.biases.values()), dtype=np.float32)
+
+    def _clear(self, row: int) -> None:
+        super()._clear(row)
+        self._marks.pop(row, None)
+        self._biases.pop(row, None)
 
     def _append_blocks(self, rows: Int64, columns: Int64, ids: Int64) -> None:
         self._tables[rows, columns] = ids

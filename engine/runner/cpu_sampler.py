@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.kernels import cpu_library
 from engine.kernels.cpu_library import CpuLibrary
-from engine.runner.sampler import LogprobTensors, Sampled, SampleSettings, sample
+from engine.runner.sampler import LogitEdits, LogprobTensors, Sampled, SampleSettings, sample
 
 Sampler = Callable[[Tensor, SampleSettings], Sampled]
 
@@ -39,11 +39,25 @@ class _Sampling(ctypes.Structure):
         ("top_k", ctypes.c_void_p),
         ("seed", ctypes.c_void_p),
         ("position", ctypes.c_void_p),
-        ("banned_rows", ctypes.c_void_p),
-        ("banned_ids", ctypes.c_void_p),
-        ("num_banned", ctypes.c_int64),
+        ("edits", ctypes.c_void_p),
+        ("num_edits", ctypes.c_int64),
         ("num_threads", ctypes.c_int64),
         ("chosen", ctypes.c_void_p),
+    ]
+
+
+class _Edit(ctypes.Structure):
+    """``quire::Edit`` of cpu_sampler.cpp."""
+
+    _fields_ = [
+        ("row", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("marks", ctypes.c_void_p),
+        ("repetition", ctypes.c_double),
+        ("frequency", ctypes.c_double),
+        ("presence", ctypes.c_double),
+        ("banned", ctypes.c_void_p),
+        ("num_banned", ctypes.c_int64),
     ]
 
 
@@ -85,13 +99,15 @@ class CpuSampler:
         logits = logits.contiguous()
         rows, vocab = logits.shape
         chosen = np.empty(rows, dtype=np.int64)
-        banned = [(row, token) for row, ids in settings.banned for token in ids]
-        banned_rows, banned_ids = np.array(banned, dtype=np.int64).reshape(-1, 2).T.copy()
+        banned = [
+            np.array(edit.banned, dtype=np.int64) for edit in settings.edits
+        ]  # live until the call is over
+        edits = (_Edit * len(banned))(*map(_edit_of, settings.edits, banned))
         call = _Sampling(
             logits.data_ptr(), rows, vocab,
             _of(settings.temperature, np.float64), _of(settings.top_p, np.float64), _of(settings.min_p, np.float64),
             _of(settings.top_k, np.int64), _of(settings.seed, np.int64), _of(settings.position, np.int64),
-            _of(banned_rows, np.int64), _of(banned_ids, np.int64), len(banned), torch.get_num_threads(),
+            ctypes.addressof(edits), len(edits), torch.get_num_threads(),
             _of(chosen, np.int64),
         )  # fmt: skip
         self._functions.quire_sample(ctypes.byref(call))
@@ -114,6 +130,12 @@ class CpuSampler:
         return LogprobTensors(
             *(torch.from_numpy(each) for each in (ids, logprobs, rank, top_ids, top_logprobs))
         )
+
+
+def _edit_of(edit: LogitEdits, banned: NDArray[np.int64]) -> _Edit:
+    bias = None if edit.bias is None else _of(edit.bias, np.float32)
+    marks = None if edit.marks is None else _of(edit.marks, np.int16)
+    return _Edit(edit.row, bias, marks, *edit.penalties, _of(banned, np.int64), len(banned))
 
 
 def _of(array: NDArray[Any], kind: type[np.generic]) -> int:

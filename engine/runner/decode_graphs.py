@@ -2,12 +2,13 @@
 
 A step in which every row computes one token is padded to the next size. Its inputs come in one copy to a place that never
 moves; everything else (tokens, tables, settings, caches, weights) stays on the device. The forward pass and the sampler are
-captured apart, so that a mask that needs the last token can be uploaded between them.
+captured apart, so that a mask that needs the last token can be uploaded between them. Rows with controls (penalties, biases,
+bans) have a sampler of their own, which is captured when such a row first decodes in a step of that size.
 
 `Replay` is the seam: CudaGraphs makes CUDA graphs. Work that is captured may not wait for the device, may not look at
 host values that change, and may not read memory that another step allocates.
 
-Boundary: decode steps without admissions and without banned tokens; the runner makes all others operation by operation.
+Boundary: decode steps without admissions; the runner makes all others operation by operation.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class DecodeGraphs:
             or int(plan.num_tokens.max()) > 1
         ):
             return 0
-        if batch.wants_prompt_logprobs[plan.rows].any() or batch.banned(plan):
+        if batch.wants_prompt_logprobs[plan.rows].any():
             return 0
         if not self._attention.fits_captured(plan.start + 1):
             return 0
@@ -140,7 +141,10 @@ class DecodeGraphs:
     def choose(self, plan: StepPlan, size: int) -> Sampled:
         """Sample from the logits of this step, and put the tokens behind their rows' last ones."""
         batch, rows = self._batch, plan.num_rows
-        self._run_sampler(size, is_filtered=batch.is_filtered(plan))
+        is_controlled = bool(len(batch.controlled(plan)))
+        self._run_sampler(
+            size, is_filtered=is_controlled or batch.is_filtered(plan), is_controlled=is_controlled
+        )
         wanted = self._columns(size)[3, : len(batch.wanted(plan))]
         return batch.sampled(self._logits[:rows], self._token_ids[:rows], plan, wanted)
 
@@ -168,8 +172,11 @@ class DecodeGraphs:
         longest = self._short if is_short else self._batch.shape.max_model_len
         self._replay(("forward", size, longest), lambda: self._forward(size, longest))
 
-    def _run_sampler(self, size: int, *, is_filtered: bool) -> None:
-        self._replay(("sampler", size, is_filtered), lambda: self._sample(size, is_filtered))
+    def _run_sampler(self, size: int, *, is_filtered: bool, is_controlled: bool = False) -> None:
+        self._replay(
+            ("sampler", size, is_filtered, is_controlled),
+            lambda: self._sample(size, is_filtered, is_controlled),
+        )
 
     def _forward(self, size: int, longest: int) -> None:
         """The captured forward pass of `size` rows whose contexts hold at most `longest` tokens."""
@@ -195,12 +202,13 @@ class DecodeGraphs:
         )
         self._logits[:size] = self._decoder.logits(hidden)
 
-    def _sample(self, size: int, is_filtered: bool) -> None:
+    def _sample(self, size: int, is_filtered: bool, is_controlled: bool) -> None:
         """The captured sampler of `size` rows."""
         rows, positions, *_ = self._columns(size)
         self._batch.draw(
-            self._logits[:size], rows, positions + 1, self._token_ids[:size], is_filtered=is_filtered
-        )
+            self._logits[:size], rows, positions + 1, self._token_ids[:size], is_filtered=is_filtered,
+            is_controlled=is_controlled,
+        )  # fmt: skip
 
 
 def captured_sizes(max_num_seqs: int) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from engine.kernels import logprobs, sampling
 from engine.kernels.sampling import RowSettings
 from engine.plan import RowAdmission, StepPlan
 from engine.runner.batch import BatchShape, Int64, RowBatch, StepInputs, flat_layout, num_decode_rows
+from engine.runner.device_controls import DeviceControls
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
 
 ALIGNMENT = 4  # int32 values in 16 bytes: a kernel is compiled anew for an address that is less aligned
@@ -30,12 +31,10 @@ Int32 = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Of a step whose inputs were made: the rows that sample [L], where their tokens go, what must not come, who wants more."""
+    """Of a step whose inputs were made: the rows that sample [L], where their tokens go, who wants more."""
 
     rows: Tensor
     positions: Tensor
-    banned_rows: Tensor  # indices into the L rows, beside `banned_ids`
-    banned_ids: Tensor
     wanted: Tensor  # indices of the rows that want log-probabilities
 
 
@@ -60,6 +59,7 @@ class DeviceRowBatch(RowBatch):
             seed_low=seed_low,
             seed_high=seed_high,
         )
+        self._device_controls: DeviceControls | None = None  # made for the first row that asks
         self._is_filtered = np.zeros(shape.max_num_seqs, dtype=bool)  # by top_k, top_p or min_p
         self._admitted: list[RowAdmission] = []  # since the last upload
         self._table_entries: list[tuple[Int64, Int64, Int64]] = []  # likewise: rows, columns, block ids
@@ -68,10 +68,9 @@ class DeviceRowBatch(RowBatch):
     def step_inputs(self, plan: StepPlan) -> StepInputs:
         """The flat tensors of the plan that was applied last, by one copy to the device."""
         layout, picked = flat_layout(plan), plan.logit_rows
-        banned = [(index, token) for index, ids in self.banned(plan) for token in ids]
         row_at, at, rows, starts, seq_lens, logit_index, *rest = self._upload(
             layout.row_of, layout.positions, plan.rows, layout.query_start, layout.seq_lens, layout.logit_index,
-            plan.rows[picked], layout.seq_lens[picked], [row for row, _ in banned], [token for _, token in banned], self.wanted(plan),
+            plan.rows[picked], layout.seq_lens[picked], self.wanted(plan),
         )  # fmt: skip
         size, max_seq_len, wide = self.shape.block_size, int(layout.seq_lens.max()), at.long()
         meta = AttentionMetadata(
@@ -91,18 +90,30 @@ class DeviceRowBatch(RowBatch):
         assert self._choice is not None, "the step's inputs were not made"
         choice, self._choice = self._choice, None
         raw = logits.float()
-        allowed = raw
-        if len(choice.banned_ids):
-            never = torch.full(choice.banned_ids.shape, float("-inf"), device=self.device)
-            allowed = raw.index_put((choice.banned_rows, choice.banned_ids), never)
         token_ids = torch.empty(len(raw), dtype=torch.int32, device=self.device)
-        self.draw(allowed, choice.rows, choice.positions, token_ids, is_filtered=self.is_filtered(plan))
+        self.draw(
+            raw, choice.rows, choice.positions, token_ids, is_filtered=self.is_filtered(plan),
+            is_controlled=bool(len(self.controlled(plan))),
+        )  # fmt: skip
         return self.sampled(raw, token_ids, plan, choice.wanted)
 
     def draw(
-        self, logits: Tensor, rows: Tensor, positions: Tensor, out: Tensor, *, is_filtered: bool
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        out: Tensor,
+        *,
+        is_filtered: bool,
+        is_controlled: bool,
     ) -> None:
-        """Write the tokens drawn from float32 logits [n, V] to `out` [n], and to these positions of these rows."""
+        """Write the tokens drawn from float32 logits [n, V] to `out` [n], and to these positions of these rows.
+
+        `is_controlled`: some of the rows have controls, and theirs are applied.
+        """
+        if is_controlled:
+            assert self._device_controls is not None, "no row ever asked for controls"
+            logits = self._device_controls.apply(logits, rows, positions, self.tokens)
         on_gpu = self.device.type == "cuda"
         sample_tokens = sampling.sample_tokens if on_gpu else sampling.sample_tokens_ref
         sample_tokens(logits, rows, positions, self.settings, out, is_filtered=is_filtered)
@@ -145,6 +156,8 @@ class DeviceRowBatch(RowBatch):
     def _admit(self, admission: RowAdmission) -> None:
         params, blocks = admission.params, np.asarray(admission.block_ids[0], dtype=np.int64)
         self._is_filtered[admission.row] = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+        if self._device_controls is None and admission.row in self.controls:
+            self._device_controls = DeviceControls(self.idle_row + 1, self.shape.vocab_size, self.device)
         self._admitted.append(admission)
         self._append_blocks(np.full(len(blocks), admission.row), np.arange(len(blocks)), blocks)
 
@@ -162,16 +175,24 @@ class DeviceRowBatch(RowBatch):
                 np.stack([_settings_of(a) for a in admitted], axis=1),
             ]
             deltas += [np.asarray(a.token_ids) for a in admitted]
+        tables = self._device_controls
+        controls = [tables.parts(self.controls.get(a.row), a.token_ids) for a in admitted] if tables else []
+        deltas += [part for parts_of_row in controls for part in parts_of_row]
         sent = upload((*parts, *deltas), self.device)
         news = sent[len(parts) :]
         if entries:
             rows, columns, blocks, *news = news
             self.tables[rows, columns] = blocks
         if admitted:
-            rows, settings, *prompts = news
+            rows, settings, *news = news
             self._settings.index_copy_(1, rows.long(), settings.view(len(self._settings), -1))
-            for admission, tokens in zip(admitted, prompts, strict=True):
+            for admission in admitted:
+                tokens, *news = news
                 self.tokens[admission.row, : len(tokens)] = tokens
+        if tables is not None:
+            for admission, own in zip(admitted, controls, strict=True):
+                tables.put(admission.row, news[: len(own)])
+                news = news[len(own) :]
         return sent[: len(parts)]
 
 

@@ -76,9 +76,10 @@ def largest_steps(config: EngineConfig, vocab_size: int) -> tuple[StepPlan, Step
     assert config.max_model_len is not None
     num_rows = min(config.max_num_seqs, config.max_batched_tokens)
     longest = config.max_model_len
-    # Banned tokens, every filter over nearly the whole vocabulary, and the most log-probabilities that may be asked for.
+    # Controls of all kinds, every filter over nearly the whole vocabulary, and the most log-probabilities that may be asked for.
     params = SamplingParams(
         top_k=max(1, vocab_size - 1), top_p=0.99, min_p=1e-6, min_tokens=1, stop_token_ids=(0,), logprobs=MAX_LOGPROBS,
+        presence_penalty=1.0,
     )  # fmt: skip
     wide = _spread(config.max_batched_tokens, num_rows, max(1, longest - 1))
     last = params.with_(prompt_logprobs=True)

@@ -14,9 +14,9 @@ Small u are the likely winners, and small floats are finely spaced: that is why 
 Source: mix is "lowbias32" (Wellons, hash-prospector, 2018); argmax of logits plus Gumbel noise samples the softmax
 (Gumbel 1954; Maddison et al. 2014).
 
-Filters act in this order, as in vLLM: temperature, min_p, top_k, top_p. Work that no row asks for is not done: a greedy
-batch is one argmax, rows are sorted only for top_p, and where few are kept only their most likely tokens. Log-probabilities are those of the raw
-logits.
+A row's edits (biases, penalties, banned tokens) come first. Then filters, in this order, as in vLLM: temperature, min_p,
+top_k, top_p. Work that no row asks for is not done: a greedy batch is one argmax, rows are sorted only for top_p, and where
+few are kept only their most likely tokens. Log-probabilities are those of the raw logits.
 
 Boundary: logits and settings in, tokens and log-probabilities out, on the host (`engine.kernels.sampling` is for devices);
 no rows, no plan, no stop rules.
@@ -33,9 +33,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels.gumbel import MIN_TEMPERATURE, gumbel_noise, mix_keys
+from engine.kernels.penalties import penalized
 from engine.plan import TokenLogprobs
 
 FEW = 256  # tokens looked at first where a filter keeps few: sorting and hashing them is cheap
+
+
+@dataclass(frozen=True, slots=True)
+class LogitEdits:
+    """How one row's logits change before anything else: biases, then penalties by marks, then what must not come."""
+
+    row: int  # which of the L rows
+    bias: NDArray[np.float32] | None  # [V]; -inf: never
+    marks: NDArray[np.int16] | None  # [V], as ``engine.kernels.penalties`` has them
+    penalties: tuple[float, float, float] = (1.0, 0.0, 0.0)  # repetition, frequency, presence
+    banned: tuple[int, ...] = ()  # token ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +61,7 @@ class SampleSettings:
     seed: NDArray[np.int64]
     position: NDArray[np.int64]  # of the token to be chosen
     num_logprobs: NDArray[np.int64]  # -1: none wanted; n: the chosen one and the n most likely
-    banned: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (row index, token ids that must not be chosen)
+    edits: tuple[LogitEdits, ...] = ()  # of rows that ask for any
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +154,7 @@ def noise_keys(seed: NDArray[np.int64], position: NDArray[np.int64]) -> Tensor:
 def sample(logits: Tensor, settings: SampleSettings, *, invariant: bool = False) -> Sampled:
     """Choose a token for each row of logits [L, V] (float32 or float64, left as they are)."""
     wanted = np.nonzero(settings.num_logprobs >= 0)[0]
-    allowed = _without_banned(logits, settings)
+    allowed = _edited(logits, settings.edits)
     drawn = np.nonzero(settings.temperature > 0.0)[0]
     if len(drawn) == len(logits):
         chosen = _draw(allowed, settings, drawn, invariant)
@@ -256,10 +268,16 @@ def _beyond_nucleus(values: Tensor, probabilities: Tensor, top_p: NDArray[np.flo
     return torch.empty_like(drop).scatter_(1, order, drop)
 
 
-def _without_banned(logits: Tensor, settings: SampleSettings) -> Tensor:
-    if not settings.banned:
+def _edited(logits: Tensor, edits: tuple[LogitEdits, ...]) -> Tensor:
+    if not edits:
         return logits
-    rows = np.array([row for row, ids in settings.banned for _ in ids], dtype=np.int64)
-    ids = np.array([token for _, ids in settings.banned for token in ids], dtype=np.int64)
-    minus = torch.full((len(rows),), float("-inf"), dtype=logits.dtype, device=logits.device)
-    return logits.index_put((torch.from_numpy(rows), torch.from_numpy(ids)), minus)
+    logits = logits.clone()
+    for edit in edits:
+        row = logits[edit.row]
+        if edit.bias is not None:
+            row += torch.from_numpy(edit.bias)
+        if edit.marks is not None:
+            scalars = torch.tensor(edit.penalties, dtype=row.dtype)
+            row.copy_(penalized(row, torch.from_numpy(edit.marks), *scalars))
+        row[list(edit.banned)] = float("-inf")
+    return logits

@@ -11,7 +11,7 @@ import torch
 
 from engine.kernels.cpu_library import CpuLibrary
 from engine.runner.cpu_sampler import CpuSampler, make_sampler
-from engine.runner.sampler import SampleSettings, gumbel_noise, noise_keys, sample
+from engine.runner.sampler import LogitEdits, SampleSettings, gumbel_noise, noise_keys, sample
 
 CHOICES: tuple[dict[str, Any], ...] = (
     {},
@@ -42,12 +42,29 @@ def settings_of(rows: int, **values: Any) -> SampleSettings:
         seed=column("seed", 0, np.int64),
         position=column("position", 0, np.int64),
         num_logprobs=column("num_logprobs", -1, np.int64),
-        banned=values.get("banned", ()),
+        edits=values.get("edits", ()),
     )
 
 
 def logits_of(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
     return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def edits_of(vocab: int) -> tuple[LogitEdits, ...]:
+    """Edits of all kinds, some alone and some together; tokens of the prompt, of the output, of both and of neither."""
+    if vocab < 5:
+        return ()
+    random = np.random.default_rng(vocab)
+    bias = random.uniform(-3, 3, vocab).astype(np.float32)
+    bias[::3] = -np.inf
+    marks = random.choice([0, 0, 1, 2, 3, 9, 200], vocab).astype(np.int16)
+    return (
+        LogitEdits(1, None, None, banned=(0, 1, vocab - 1)),
+        LogitEdits(2, bias, None),
+        LogitEdits(4, None, marks, (1.3, 0.0, 0.0)),
+        LogitEdits(5, None, marks, (1.0, 0.01, 1.7)),
+        LogitEdits(23, bias, marks, (0.7, -0.02, -0.4), (2,)),
+    )
 
 
 @pytest.fixture
@@ -59,9 +76,9 @@ def compiled(library: CpuLibrary) -> CpuSampler:
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_same_tokens_and_figures_as_torch(compiled: CpuSampler, vocab: int, choice: dict[str, Any]) -> None:
     rows = 24
-    banned = ((3, (0, 1)), (5, (2,))) if vocab > 5 else ()
     settings = settings_of(
-        rows, seed=np.arange(rows) * 2**33 - 7, position=np.arange(rows), num_logprobs=min(4, vocab), banned=banned,
+        rows, seed=np.arange(rows) * 2**33 - 7, position=np.arange(rows), num_logprobs=min(4, vocab),
+        edits=edits_of(vocab),
         **choice,
     )  # fmt: skip
     logits = logits_of(rows, vocab, seed=vocab)

@@ -18,6 +18,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from engine.kernels.logit_controls import (
+    BLOCK,
+    PREFIX,
+    ban_kernel,
+    bias_kernel,
+    change_kernel,
+    control_logits,
+    count_kernel,
+)
+from engine.kernels.logit_controls import WARPS as CONTROL_WARPS
 from engine.kernels.logprobs import (
     MERGE_WARPS,
     PART_WARPS,
@@ -28,14 +38,25 @@ from engine.kernels.logprobs import (
 from engine.kernels.random_sampling import FILTERED, PLAIN, sampling_step
 from engine.kernels.sampling import WARPS, draw_kernel, merge_kernel, sample_tokens
 from engine.kernels.sampling_filters import NUM_DIGITS, TILE, narrow_kernel
+from engine.runner.controls import Controls
+from engine.runner.device_controls import DeviceControls
+from engine.sampling_params import MAX_BAD_WORD_TOKENS
 
 REGISTERS = 65536  # of one multiprocessor
 SHARED_BYTES = 16 * 1024  # so that the registers, not these, say how many programs run side by side
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 PARTS = 128  # of a vocabulary of 128k
 FLOATS = ("logits", "temperature", "top_p", "min_p", "best", "peaks", "totals", "chosen", "top_values")
+CONTROL_FLOATS = ("repetition", "frequency", "presence", "biases")
+CONTROL_INTS = (
+    "marked", "tokens", "counts_tokens", "allowed", "is_limited", "bias_ids", "num_biases", "bans", "num_bans", "num_prompt",
+)  # fmt: skip
+CONTROL_STRIDES = ("marks", "tokens", "out", "allowed", "biases", "row", "ban")
 TYPES = {
-    **dict.fromkeys(FLOATS, "*fp32"),
+    **dict.fromkeys((*FLOATS, *CONTROL_FLOATS), "*fp32"),
+    **dict.fromkeys(CONTROL_INTS, "*i32"),
+    "marks": "*i16",
+    **dict.fromkeys((f"stride_{name}" for name in CONTROL_STRIDES), "i32"),
     **dict.fromkeys(
         (
             "counts",
@@ -104,6 +125,12 @@ FORMS = {
     for filtered in (False, True)
     for masked in (False, True)
 } | {
+    "controls-count": (count_kernel, {}, 1, {}),
+    "controls-change": (change_kernel, {"TILE": TILE}, CONTROL_WARPS, {"out": "*fp32"}),
+    "controls-bias": (bias_kernel, {"BLOCK": BLOCK}, CONTROL_WARPS, {"out": "*fp32"}),
+    "controls-ban": (
+        ban_kernel, {"BLOCK": BLOCK, "WORDS": PREFIX + MAX_BAD_WORD_TOKENS - 1}, CONTROL_WARPS, {"out": "*fp32"},
+    ),
     "merge": (merge_kernel, {"PARTS": PARTS}, 1, {}),
     "logprobs-part": (part_kernel, {"NUM_TOP": 20, "TILE": TILE}, PART_WARPS, {"best": "*i64"}),
     "logprobs-merge": (
@@ -120,7 +147,7 @@ def test_fits(name: str, arch: int, tmp_path: Path, record_property: Any) -> Non
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), "registers are spilled"
     assert usage["SHARED"] <= SHARED_BYTES
     assert usage["REG"] * 32 * num_warps * 4 <= REGISTERS, "fewer than four programs on a multiprocessor"
-    if kernel in (narrow_kernel, draw_kernel, part_kernel):
+    if kernel in (narrow_kernel, draw_kernel, part_kernel, change_kernel):
         assert re.search(r"ld\.global\.v4\.b32", ptx), "logits are loaded one by one"
     if kernel is draw_kernel:
         assert "lg2.approx" not in ptx, "a logarithm of 22 bits would change which token wins"
@@ -154,3 +181,23 @@ def test_launches_depend_on_shapes_alone_and_compile_once(launches: list[Any]) -
     assert [digest for _, digest, _ in runs[0]] == [digest for _, digest, _ in runs[2]]
     assert [digest for _, digest, _ in runs[0]] == [digest for _, digest, _ in runs[3]]
     assert len({digest for name, digest, _ in runs[0] if name == "narrow_kernel"}) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here: tests/gpu launches for real")
+def test_controls_are_four_launches_whatever_rows_ask_for(launches: list[Any]) -> None:
+    vocab, runs = 4096, []
+    for asked, first in (
+        (Controls(0), 0),
+        (Controls(1, 1.2, biases={3: 1.0}, allowed=(3,)), 0),
+        (Controls(0), 1),
+    ):
+        controls = DeviceControls(9, vocab, torch.device("cpu"))
+        controls.put(1, [torch.from_numpy(part) for part in controls.parts(asked, [2])])
+        step = sampling_step(PLAIN, vocab, num_rows=8).part(slice(first, None))
+        tokens = torch.zeros(9, 31, dtype=torch.int32)
+        control_logits(step.logits, step.rows, step.positions, tokens, controls.tables)
+        runs.append(list(launches))
+        launches.clear()
+    assert [name for name, _, _ in runs[0]] == ["count_kernel", "change_kernel", "bias_kernel", "ban_kernel"]
+    assert runs[0] == runs[1]
+    assert [digest for _, digest, _ in runs[0]] == [digest for _, digest, _ in runs[2]], "compiled anew"

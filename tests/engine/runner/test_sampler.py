@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from engine.kernels.gumbel import mix32
+from engine.kernels.penalties import FULL, IN_PROMPT
 from engine.runner import sampler
+from engine.runner.controls import Controls
 from engine.runner.sampler import (
     Filters,
+    LogitEdits,
     SampleSettings,
     gumbel_noise,
     keep_likely,
@@ -51,7 +55,7 @@ def settings_of(rows: int, **values: Any) -> SampleSettings:
     defaults: dict[str, Any] = {
         "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "position": 0, "num_logprobs": -1,
     }  # fmt: skip
-    banned = values.pop("banned", ())
+    edits = values.pop("edits", ())
     floats = {"temperature", "top_p", "min_p"}
     arrays = {
         name: np.broadcast_to(
@@ -59,7 +63,7 @@ def settings_of(rows: int, **values: Any) -> SampleSettings:
         ).copy()
         for name, default in defaults.items()
     }
-    return SampleSettings(**arrays, banned=banned)
+    return SampleSettings(**arrays, edits=edits)
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -248,7 +252,13 @@ def test_banned_tokens_are_never_chosen_but_keep_their_log_probability() -> None
     logits = random_logits(2, 30)
     best = logits.argmax(-1).tolist()
     settings = settings_of(
-        2, temperature=[0.0, 1.0], banned=((0, (best[0],)), (1, tuple(range(29)))), num_logprobs=1
+        2,
+        temperature=[0.0, 1.0],
+        num_logprobs=1,
+        edits=(
+            LogitEdits(0, None, None, banned=(best[0],)),
+            LogitEdits(1, None, None, banned=tuple(range(29))),
+        ),
     )
     sampled = sample(logits, settings)
     assert sampled.token_ids.tolist() == [int(logits[0].topk(2).indices[1]), 29]
@@ -256,6 +266,32 @@ def test_banned_tokens_are_never_chosen_but_keep_their_log_probability() -> None
     entries = sampled.logprobs.entries([1, 1])
     assert entries[0].rank == 2
     assert entries[0].top_ids == (best[0],)
+
+
+def test_edited_logits_equal_the_definitions_of_transformers() -> None:
+    """Repetition counts prompt and output once, frequency each output, presence any output; biases come before them."""
+    logits = random_logits(1, 12, dtype=torch.float64)
+    prompt, output = [3, 4, 4, 5], [5, 6, 6, 7]
+    controls = Controls(len(prompt), 1.4, 0.25, 0.5, {3: 2.5, 6: -1.5, 9: 0.75})
+    ids, values = controls.marks(prompt + output)
+    assert dict(zip(ids.tolist(), values.tolist(), strict=True)) == {3: 1, 4: 1, 5: 3, 6: 4, 7: 2}
+    marks, bias = np.zeros(12, dtype=np.int16), np.zeros(12, dtype=np.float32)
+    marks[ids] = values
+    bias[list(controls.biases)] = list(controls.biases.values())
+    edits = (LogitEdits(0, bias, marks, (1.4, 0.25, 0.5)),)
+    text = torch.tensor([prompt + output])
+    expected = SequenceBiasLogitsProcessor({(i,): b for i, b in controls.biases.items()})(text, logits)
+    expected = RepetitionPenaltyLogitsProcessor(1.4)(text, expected)
+    for token in output:
+        expected[0, token] -= 0.25
+    expected[0, sorted(set(output))] -= 0.5
+    # Biases of this test are exact in float32.
+    torch.testing.assert_close(sampler._edited(logits, edits), expected, rtol=1e-15, atol=1e-15)
+
+
+def test_marks_end_where_their_type_does() -> None:
+    ids, values = Controls(1, frequency=0.1).marks([2] + [2] * 20_000)
+    assert (ids.tolist(), values.tolist()) == ([2], [FULL + IN_PROMPT])
 
 
 def test_log_probabilities_are_those_of_the_raw_logits() -> None:
