@@ -95,6 +95,8 @@ class LLM:
     ) -> list[Completion]:
         """Complete one prompt or many, batched by the engine; completions in the order of the prompts.
 
+        Where params ask for n completions, a prompt's n stand side by side; with a seed, the i-th has the seed plus i.
+
         A request that fails while it runs comes back with finish reason ERROR and its `error`, with a RuntimeWarning; the
         others are not lost. KeyboardInterrupt aborts all of them.
 

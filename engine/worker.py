@@ -186,13 +186,17 @@ class EngineWorker:
     ) -> list[RequestStream]:
         """Queue requests together: all are checked before any runs, and the first step sees all of them.
 
+        A prompt whose params ask for n completions becomes n requests side by side, ``params.each()``; those behind the first
+        take the prompt's KV from the prefix cache.
+
         Raises:
             InvalidRequestError: one of them can never run; none was queued.
             EngineDeadError: the engine takes no more requests.
         """
         tokenized = [self._prompt_ids(prompt) for prompt in prompts]
+        pairs = [(ids, each) for ids, given in zip(tokenized, params, strict=True) for each in given.each()]
         with self._lock:
-            return self._queue([self._open_stream(*pair) for pair in zip(tokenized, params, strict=True)])
+            return self._queue([self._open_stream(*pair) for pair in pairs])
 
     def _open_stream(
         self,

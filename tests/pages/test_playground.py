@@ -120,12 +120,17 @@ def test_controls_reach_the_request_and_the_address(ready_host, open_page):
 
 @pytest.mark.parametrize(
     ("key", "value", "told"),
-    [("seed", "x1", "Seed must be a whole number"), ("min_tokens", 300, "min_tokens")],
+    [
+        ("seed", "x1", "Seed must be a whole number"),
+        ("min_tokens", 300, "min_tokens"),
+        ("logit_bias", "5", "must read like"),
+        ("logit_bias", "5: 200", "at most 100"),
+    ],
 )
 def test_setting_that_cannot_be_used_is_told_and_nothing_is_sent(key, value, told, ready_host, open_page):
     ready_host()
     at = open_page("playground")
-    widget = at.text_input(key) if key == "seed" else at.number_input(key)
+    widget = at.number_input(key) if key == "min_tokens" else at.text_input(key)
     widget.set_value(value).run()
     assert not at.exception
     assert any(told in error.value for error in at.error)

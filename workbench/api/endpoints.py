@@ -100,7 +100,7 @@ class Endpoints:
         )  # fmt: skip
         answer_log = self._answer_log(lambda: json.dumps(messages, ensure_ascii=False))
         choices = submit_choices(  # the last thing that can refuse: nothing runs that is not answered
-            worker, [prompt], params, num_choices=body.n or 1, request_id=request_id,
+            worker, [prompt], params, request_id=request_id,
             cache_salt=body.cache_salt or "", arrival_ns=arrival_ns, markers=markers, answer_log=answer_log,
         )  # fmt: skip
         return GenerationResponse(
@@ -125,7 +125,7 @@ class Endpoints:
         )  # fmt: skip
         answer_log = self._answer_log(lambda: "\n".join(p for p in given if isinstance(p, str)))
         choices = submit_choices(
-            worker, prompts, params, num_choices=body.n or 1, request_id=request_id,
+            worker, prompts, params, request_id=request_id,
             cache_salt=body.cache_salt or "", arrival_ns=arrival_ns, answer_log=answer_log,
         )  # fmt: skip
         return GenerationResponse(
@@ -235,6 +235,13 @@ def _common_params(
         "top_p": body.top_p,
         "top_k": body.top_k,
         "min_p": body.min_p,
+        "n": body.n,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "repetition_penalty": body.repetition_penalty,
+        "logit_bias": body.logit_bias,
+        "bad_words": body.bad_words,
+        "allowed_token_ids": body.allowed_token_ids,
         "seed": body.seed,
         "stop": body.stop,
         "stop_token_ids": body.stop_token_ids,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -100,28 +100,23 @@ def submit_choices(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     *,
-    num_choices: int,
     request_id: str,
     cache_salt: str = "",
     arrival_ns: int | None = None,
     markers: ToolCallMarkers | None = None,
     answer_log: AnswerLog | None = None,
 ) -> list[Choice]:
-    """Submit `num_choices` requests a prompt; all of them or none. `arrival_ns`: when the request came in.
-
-    Choice i of a prompt gets the seed plus i, so that n answers with a seed differ and repeat.
-    """
+    """Submit a request for each of a prompt's ``params.n`` answers; all of them or none. `arrival_ns`: when the request came in."""
     choices: list[Choice] = []
     try:
         for prompt in prompts:
-            for i in range(num_choices):
-                seed = None if params.seed is None else params.seed + i
+            for i, each in enumerate(params.each()):
                 engine_id = f"{request_id}-{len(choices)}" if choices else request_id
                 if answer_log is not None:
                     answer_log.expect(engine_id)
                 stream = worker.submit(
                     prompt,
-                    params if seed == params.seed else replace(params, seed=seed),
+                    each,
                     request_id=engine_id,
                     cache_salt=cache_salt,
                     arrival_ns=arrival_ns,

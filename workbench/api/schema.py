@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from engine.sampling_params import MAX_CHOICES
 from workbench.errors import ApiError, UnsupportedFieldError
-
-MAX_CHOICES = 16
 
 
 class _Strict(BaseModel):
@@ -75,6 +74,9 @@ class _Generation(_Strict):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
     # labels of the caller: accepted, without effect
     user: str | None = None
@@ -84,6 +86,9 @@ class _Generation(_Strict):
     # vLLM's extras
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
@@ -119,10 +124,6 @@ class FeedbackRequest(_Strict):
 
 # OpenAI's and vLLM's fields that are not served: name -> (values without effect, what to do instead).
 _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "presence_penalty": ((None, 0), "Leave it out: penalties are not served."),
-    "frequency_penalty": ((None, 0), "Leave it out: penalties are not served."),
-    "repetition_penalty": ((None, 1), "Leave it out: penalties are not served."),
-    "logit_bias": ((None, {}), "Leave it out: logit bias is not served."),
     "response_format": (
         (None, {"type": "text"}),
         "Ask for JSON in the prompt: constrained output is not served.",

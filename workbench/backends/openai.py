@@ -42,7 +42,10 @@ UNKNOWN_TOKEN = -1
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "tool_calls": FinishReason.STOP}
 _OPENAI_FIELDS = ("temperature", "top_p", "seed", "max_tokens")
-_EXTRA_FIELDS = ("top_k", "min_p", "ignore_eos", "min_tokens")  # sent only where they say something
+_EXTRA_FIELDS = (  # sent only where they say something
+    "top_k", "min_p", "ignore_eos", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "logit_bias", "bad_words", "allowed_token_ids",
+)  # fmt: skip
 
 
 class OpenAIBackend(HttpBackend):

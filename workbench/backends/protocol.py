@@ -159,7 +159,14 @@ def as_prompts(prompts: Any) -> list[Prompt]:
 
 
 def one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    """As many params as there are prompts. Raises InvalidRequestError."""
+    """As many params as there are prompts, each for one completion. Raises InvalidRequestError."""
+    many = [params] if params is None or isinstance(params, SamplingParams) else params
+    n = max((each.n for each in many if each is not None), default=1)
+    if n > 1:
+        raise InvalidRequestError(
+            f"a backend gives one completion a prompt, n is {n}", value=n, limit=1, param="n",
+            remedy="Give the prompt n times, with the params of params.each().",
+        )  # fmt: skip
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:

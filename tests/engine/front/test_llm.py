@@ -245,6 +245,32 @@ def test_greedy_text_is_that_of_transformers(tiny_llm: LLM, reference: LlamaForC
         assert completion.text == tiny_llm.tokenizer.decode(wanted)
 
 
+def test_n_completions_stand_side_by_side_and_have_seeds_in_a_row(tiny_llm: LLM) -> None:
+    prompts = ["The quick brown fox jumps over the lazy dog", "def f(x):"]
+    params = SHORT.with_(temperature=1.0, max_tokens=12, seed=2**63 - 2, n=3)
+    found = [c.token_ids for c in tiny_llm.generate(prompts, params, use_tqdm=False)]
+    seeds = (2**63 - 2, 2**63 - 1, -(2**63))  # the last seed is followed by the first
+    each = [[params.with_(n=1, seed=seed) for seed in seeds] for _ in prompts]
+    pairs = [(prompt, one) for prompt, some in zip(prompts, each, strict=True) for one in some]
+    alone = [tiny_llm.generate(prompt, one, use_tqdm=False)[0].token_ids for prompt, one in pairs]
+    assert found == alone
+    assert len(set(found)) == 6
+    unseeded = tiny_llm.generate(prompts[0], params.with_(seed=None), use_tqdm=False)
+    assert len({c.token_ids for c in unseeded}) == 3
+    # The first completion's full blocks serve the others.
+    size = tiny_llm.config.block_size
+    full = (len(unseeded[0].prompt_token_ids) - 1) // size * size
+    fresh = tiny_llm.generate(prompts[0] + " again", params, use_tqdm=False)
+    assert full > 0
+    assert all(c.num_cached_tokens >= full for c in fresh[1:])
+
+
+def test_one_request_is_one_completion(tiny_llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match=r"params.each\(\)") as caught:
+        tiny_llm.worker.submit("x", SHORT.with_(n=2))
+    assert caught.value.param == "n"
+
+
 def test_scores_are_those_of_transformers(tiny_llm: LLM, reference: LlamaForCausalLM) -> None:
     text = "It's 42 times faster, naïve 🙂!"
     (score,) = tiny_llm.score(text, use_tqdm=False)

@@ -27,6 +27,27 @@ def test_greedy_is_the_same_whole_streamed_and_from_the_engine(real_server: Any)
     assert len(direct.token_ids) == 24
 
 
+def test_controls_are_the_engine_s(real_server: Any) -> None:
+    from engine.sampling_params import SamplingParams
+
+    worker = real_server.worker
+    plain = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
+    ids = worker.tokenizer.apply_chat_template(USER)
+    free = worker.submit(ids, SamplingParams(**plain)).result(60)
+    favourite = free.token_ids[0]
+    controls = {
+        "presence_penalty": 0.5, "frequency_penalty": 0.4, "repetition_penalty": 1.2, "bad_words": ["tree"],
+        "logit_bias": {str(favourite): -100.0}, "allowed_token_ids": list(range(worker.tokenizer.vocab_size)),
+    }  # fmt: skip
+    body = {"model": real_server.model, "messages": USER, **plain, **controls}
+    answer = real_server.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"][
+        "content"
+    ]
+    direct = worker.submit(ids, SamplingParams(**plain, **controls)).result(60)
+    assert answer == direct.text != free.text
+    assert favourite not in direct.token_ids
+
+
 def test_a_seed_repeats_and_choices_of_one_seed_differ(real_server: Any) -> None:
     ask = partial(
         real_server.openai.chat.completions.create,

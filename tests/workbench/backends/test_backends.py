@@ -221,7 +221,10 @@ def test_openai_gives_the_same_text_and_counts(app: Any, attached: Backend) -> N
     assert running is not None
     with OpenAIBackend(running.url) as backend:
         assert backend.models()[0] == "tiny-llama"
-        params = SamplingParams(max_tokens=6, temperature=0.0, logprobs=1)
+        params = SamplingParams(
+            max_tokens=6, temperature=0.0, logprobs=1, repetition_penalty=1.5, presence_penalty=0.5, logit_bias={7: 3.0},
+            bad_words=("cat",),
+        )  # fmt: skip
         for public, internal in zip(backend.chat(CHATS, params), attached.chat(CHATS, params), strict=True):
             assert (public.text, public.finish_reason) == (internal.text, internal.finish_reason)
             assert public.num_output_tokens == internal.num_output_tokens

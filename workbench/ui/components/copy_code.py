@@ -16,8 +16,19 @@ import streamlit as st
 from engine.sampling_params import SamplingParams
 
 _DEFAULTS = SamplingParams(max_tokens=None)
-_OPENAI = ("temperature", "top_p", "max_tokens", "seed", "stop")
-_OURS = ("top_k", "min_p", "min_tokens", "ignore_eos")  # not in OpenAI's API: `extra_body` in its client
+_OPENAI = (
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "stop",
+)
+_OURS = (  # not in OpenAI's API: `extra_body` in its client
+    "top_k", "min_p", "min_tokens", "ignore_eos", "repetition_penalty", "bad_words", "allowed_token_ids",
+)  # fmt: skip
 
 
 def show(
@@ -44,8 +55,10 @@ def settings(params: SamplingParams) -> dict[str, Any]:
     """What differs from the API's defaults, and always the temperature."""
     chosen = {name: getattr(params, name) for name in (*_OPENAI, *_OURS)}
     kept = {k: v for k, v in chosen.items() if k == "temperature" or v != getattr(_DEFAULTS, k)}
-    if "stop" in kept:
-        kept["stop"] = list(kept["stop"])
+    for name in {"stop", "bad_words", "allowed_token_ids"} & set(kept):
+        kept[name] = list(kept[name])
+    if "logit_bias" in kept:
+        kept["logit_bias"] = {str(token): bias for token, bias in kept["logit_bias"].items()}
     if params.logprobs is not None:
         kept |= {"logprobs": True, "top_logprobs": params.logprobs}
     return kept

@@ -6,6 +6,7 @@ Returns checked parameters or the reason why there are none; submits nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import streamlit as st
 
@@ -65,17 +66,53 @@ def show(context: int) -> Controls:
     ignore_eos = st.toggle(
         "Ignore end of text", key="ignore_eos", bind="query-params", help=tip("ignore_eos")
     )
+    extra, unread = _advanced()
     params, error = _params(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, min_tokens=min_tokens,
+        extra=extra, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, min_tokens=min_tokens,
         logprobs=logprobs, seed=seed or "", stop=stop or "", ignore_eos=ignore_eos,
     )  # fmt: skip
+    error = unread or error
     if error:
         st.error(error, icon="⚠️")
-    return Controls(system or "", params, error)
+    return Controls(system or "", None if error else params, error)
+
+
+def _advanced() -> tuple[dict[str, Any], str | None]:
+    """What changes logits, as SamplingParams has it; and why a text of it cannot be read."""
+    with st.expander("Advanced"):
+        left, right = st.columns(2)
+        presence = left.number_input(
+            "Presence penalty", -2.0, 2.0, 0.0, 0.1, key="presence_penalty", bind="query-params", help=tip("presence_penalty")
+        )  # fmt: skip
+        frequency = right.number_input(
+            "Frequency penalty", -2.0, 2.0, 0.0, 0.1, key="frequency_penalty", bind="query-params", help=tip("frequency_penalty")
+        )  # fmt: skip
+        repetition = left.number_input(
+            "Repetition penalty", 0.01, 10.0, 1.0, 0.05, key="repetition_penalty", bind="query-params", help=tip("repetition_penalty")
+        )  # fmt: skip
+        biases = right.text_input(
+            "Logit bias", key="logit_bias", bind="query-params", help=tip("logit_bias"), placeholder="id: bias, …"
+        )  # fmt: skip
+        words = st.text_area(
+            "Bad words", key="bad_words", bind="query-params", height=68, help=tip("bad_words"), placeholder="none"
+        )  # fmt: skip
+    extra: dict[str, Any] = {
+        "presence_penalty": round(presence, 4),
+        "frequency_penalty": round(frequency, 4),
+        "repetition_penalty": round(repetition, 4),
+        "bad_words": tuple(line for line in (words or "").splitlines() if line.strip()),
+    }
+    try:
+        pairs = [pair.split(":") for pair in (biases or "").split(",") if pair.strip()]
+        extra["logit_bias"] = {int(token): float(bias) for token, bias in pairs} or None
+    except ValueError:
+        return extra, f"Logit bias must read like 42: 5, 7: -100, got {biases!r}."
+    return extra, None
 
 
 def _params(
     *,
+    extra: dict[str, Any],
     temperature: float,
     top_p: float,
     top_k: int,
@@ -95,7 +132,7 @@ def _params(
         params = SamplingParams(
             temperature=round(temperature, 4), top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens,
             min_tokens=min_tokens, logprobs=logprobs, seed=number, ignore_eos=ignore_eos,
-            stop=tuple(line for line in stop.splitlines() if line),
+            stop=tuple(line for line in stop.splitlines() if line), **extra,
         )  # fmt: skip
     except InvalidParamsError as error:
         return None, str(error)
