@@ -3,7 +3,8 @@
 A step in which every row computes one token is padded to the next size. Its inputs come in one copy to a place that never
 moves; everything else (tokens, tables, settings, caches, weights) stays on the device. The forward pass and the sampler are
 captured apart, so that a mask that needs the last token can be uploaded between them. Rows with controls (penalties, biases,
-bans) have a sampler of their own, which is captured when such a row first decodes in a step of that size.
+bans) have a sampler of their own, which is captured when such a row first decodes in a step of that size; its memory, a copy of
+the logits, comes from what the KV cache's sizing leaves free.
 
 `Replay` is the seam: CudaGraphs makes CUDA graphs. Work that is captured may not wait for the device, may not look at
 host values that change, and may not read memory that another step allocates.

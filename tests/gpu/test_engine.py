@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -349,6 +350,23 @@ def test_sampling_with_a_seed_repeats(checkpoint: Callable[[str], Path]) -> None
     first, second = (run(checkpoint("llama3"), prompts, params) for _ in range(2))
     assert first.tokens == second.tokens
     assert len({tuple(tokens) for tokens in first.tokens.values()}) == len(prompts)
+
+
+def test_controls_hold_in_captured_steps_and_in_others(checkpoint: Callable[[str], Path]) -> None:
+    prompts = {f"r{i}": prompt(40, seed=i) for i in range(6)}
+    params = SamplingParams(
+        max_tokens=25, temperature=0.9, seed=7, ignore_eos=True, presence_penalty=0.5, repetition_penalty=1.2,
+        logit_bias={6: 3.0}, bad_words=((8,), (6, 6)), allowed_token_ids=tuple(range(0, 90, 2)),
+    )  # fmt: skip
+    captured, eager = (
+        run(checkpoint("llama3"), prompts, params, deterministic=True, enforce_eager=off)
+        for off in (False, True)
+    )
+    assert captured.tokens == eager.tokens
+    assert max(record.graph_size for record in captured.records) == 8
+    for tokens in captured.tokens.values():
+        assert all(token % 2 == 0 and token != 8 for token in tokens)
+        assert (6, 6) not in itertools.pairwise(tokens)
 
 
 def test_two_steps_overlap_and_nothing_waits_for_the_device(checkpoint: Callable[[str], Path]) -> None:

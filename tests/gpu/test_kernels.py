@@ -17,6 +17,7 @@ from engine.attention.triton_paged import TritonPagedAttention
 from engine.kernels.attention_tiles import SPLIT_TOKENS
 from engine.kernels.fp8_linear import MIN_CAPABILITY, fp8_linear, fp8_linear_ref
 from engine.kernels.kv_quantization import new_scales, store_quantized_kv_ref
+from engine.kernels.logit_controls import control_logits, control_logits_ref
 from engine.kernels.logprobs import token_logprobs
 from engine.kernels.quantized_weight import (
     Fp8Weight,
@@ -40,6 +41,8 @@ from engine.models.decoder import Decoder
 from engine.models.layers import RMSNorm, gated_silu, rotate
 from engine.models.quantized import QUANTIZERS as WEIGHT_QUANTIZERS
 from engine.models.quantized import quantize_decoder
+from engine.runner.controls import Ban, Controls
+from engine.runner.device_controls import DeviceControls
 
 DECODE = [(1, 1), (16, 1), (511, 1), (512, 1), (513, 1), (4096, 1), (6000, 1)]
 PREFILL = [(2, 2), (300, 300), (2048, 2048), (5000, 700)]
@@ -396,6 +399,39 @@ def test_a_captured_step_samples_with_whatever_settings_and_logits_it_finds(devi
             graph.replay()
             assert torch.equal(out, _sample(step))
             assert torch.equal(figures.chosen, token_logprobs(step.logits, out, 5).chosen)
+
+
+@pytest.mark.parametrize(("vocab", "num_rows"), [(61, 9), (32001, 60), (128256, 24)])
+def test_controls_change_logits_as_their_reference_does(
+    vocab: int, num_rows: int, device: torch.device
+) -> None:
+    """Rows of all kinds; counted twice, as when a captured step is run again; and each row alone."""
+    asked = (
+        Controls(0), Controls(5, 1.3, 0.2, 0.4), Controls(5, biases={0: 3.0, 7: -1.5, 60: 100.0}, presence=0.5),
+        Controls(5, allowed=tuple(range(0, vocab, 3))), Controls(5, bans=(Ban(3), Ban(5, (4, 2)), Ban(6, until=12))),
+    )  # fmt: skip
+    step = sampling_step(PLAIN, vocab, num_rows=num_rows, seed=vocab, device=str(device))
+    texts = torch.randint(0, 61, (num_rows, 20), generator=torch.Generator().manual_seed(3)).int()
+    texts[:, 9:12] = torch.tensor([2, 4, 2])
+    positions = torch.full_like(step.rows, 12)
+
+    def fresh() -> DeviceControls:
+        made = DeviceControls(num_rows, vocab, device)
+        for row in range(num_rows):
+            parts = made.parts(asked[row % len(asked)], texts[row, :11].tolist())
+            made.put(row, [torch.from_numpy(part).to(device) for part in parts])
+        return made
+
+    tokens, inputs, own, other = texts.to(device), (step.rows, positions), fresh(), fresh()
+    found = control_logits(step.logits, *inputs, tokens, own.tables)
+    expected = control_logits_ref(step.logits, *inputs, tokens, other.tables)
+    # A division, a product and two sums, of which the kernel may join two, of values below 128.
+    torch.testing.assert_close(found, expected, rtol=3 * 2.0**-23, atol=2e-5)
+    assert torch.equal(own.tables.marks, other.tables.marks)
+    assert torch.equal(control_logits(step.logits, *inputs, tokens, own.tables), found)
+    for i in range(0, num_rows, 7):
+        part = [x[i : i + 1] for x in (step.logits, *inputs)]
+        assert torch.equal(control_logits(*part, tokens, own.tables), found[i : i + 1])
 
 
 def test_sampling_waits_for_nothing(device: torch.device) -> None:

@@ -101,6 +101,9 @@ def test_controls_reach_the_request_and_the_address(ready_host, open_page):
     at.toggle("ignore_eos").set_value(True)
     at.text_input("seed").set_value("7")
     at.text_area("system").set_value("Be brief.")
+    at.number_input("presence_penalty").set_value(0.5)
+    at.text_input("logit_bias").set_value("7: -100, 9: 1.5")
+    at.text_area("bad_words").set_value("never\nmind")
     at.run()
     say(at, "hello")
     assert not at.exception
@@ -115,6 +118,9 @@ def test_controls_reach_the_request_and_the_address(ready_host, open_page):
     assert '"max_tokens": 5' in codes
     assert "'ignore_eos': True" in codes
     assert "seed=7" in codes
+    assert "presence_penalty=0.5" in codes
+    assert "logit_bias={'7': -100.0, '9': 1.5}" in codes
+    assert "'bad_words': ['never', 'mind']" in codes
     assert "Be brief." in codes
 
 

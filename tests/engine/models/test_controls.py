@@ -67,7 +67,7 @@ def test_greedy_answers_of_the_bundled_model_equal_transformers() -> None:
     engine = build_engine(EngineConfig(model=str(FOLDER), dtype="float64", device="cpu", num_blocks=256))
     assert engine.tokenizer is not None
     prompt = engine.tokenizer.apply_chat_template(QUESTION)
-    plain = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    plain = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
     answers: dict[str, list[int]] = {}
 
     def ask(asked: dict[str, SamplingParams]) -> dict[str, SamplingParams]:
