@@ -225,12 +225,12 @@ def workload() -> dict[str, Asked]:
                                                  stop_token_ids=tuple(range(20))), arrives=6),
         "leaves": Asked(tokens(6), SamplingParams(max_tokens=25, seed=6, **drawn), aborted_after=5),
         "prompt": Asked(tokens(6), SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, prompt_logprobs=True), 9),
-        "penalized": Asked([*shared, 3], SamplingParams(max_tokens=22, seed=11, presence_penalty=0.7, frequency_penalty=0.4,
-                                                        repetition_penalty=1.3, **drawn), arrives=1),
-        "biased": Asked(tokens(5), SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, repetition_penalty=1.2,
+        "penalized": Asked([*shared, 3], SamplingParams(max_tokens=22, seed=11, presence_penalty=1.5, frequency_penalty=2.0,
+                                                        repetition_penalty=1.6, **drawn), arrives=1),
+        "biased": Asked(tokens(5), SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, repetition_penalty=1.7,
                                                   logit_bias={3: 4.5, 7: -100.0, 11: 3.0}, logprobs=1), arrives=3),
-        "limited": Asked(tokens(4), SamplingParams(max_tokens=20, seed=12, allowed_token_ids=tuple(range(0, 59, 3)),
-                                                   bad_words=((0,), (3, 6), (9, 9, 9)), **drawn), arrives=5),
+        "limited": Asked(tokens(4), SamplingParams(max_tokens=20, seed=12, allowed_token_ids=(0, 3, 6, 9),
+                                                   bad_words=((0,), (3, 6), (9, 9), (6, 3, 3)), **drawn), arrives=5),
         "long": Asked(tokens(24), SamplingParams(max_tokens=10, seed=8, **drawn), arrives=4),
     }  # fmt: skip
 
