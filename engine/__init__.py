@@ -25,9 +25,11 @@ from engine.errors import (
     OutOfMemoryError,
     PromptTooLongError,
     StepFailedError,
+    UnsupportedAdapterError,
     UnsupportedModelError,
 )
 from engine.llm import LLM, Score
+from engine.lora import Lora
 from engine.plan import TokenLogprobs
 from engine.record_log import BlockMap, RecordLog
 from engine.records import (
@@ -68,6 +70,7 @@ __all__ = [
     "HealthState",
     "InvalidParamsError",
     "InvalidRequestError",
+    "Lora",
     "MemoryLedger",
     "ModelLoadError",
     "ModelNotFoundError",
@@ -84,5 +87,6 @@ __all__ = [
     "StreamDelta",
     "TokenLogprobs",
     "Tokenizer",
+    "UnsupportedAdapterError",
     "UnsupportedModelError",
 ]

@@ -13,6 +13,7 @@ from random import Random
 from uuid import uuid4
 
 from engine.errors import InvalidRequestError, PromptTooLongError
+from engine.lora import Lora
 from engine.request import Request
 from engine.request import Sequence as RequestSequence
 from engine.sampling_params import SamplingParams
@@ -112,6 +113,7 @@ def make_request(
     *,
     request_id: str | None = None,
     cache_salt: str = "",
+    lora: Lora | None = None,
     arrival_ns: int | None = None,
 ) -> Request:
     """A checked request with its seed drawn. Safe to call from any thread.
@@ -128,6 +130,7 @@ def make_request(
         seed=seeds.getrandbits(63) if params.seed is None else params.seed,
         arrival_ns=time.monotonic_ns() if arrival_ns is None else arrival_ns,
         cache_salt=cache_salt,
+        lora=lora,
     )
 
 

@@ -41,6 +41,7 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, StepDecoder
 from engine.models.fused_cpu import FusedCpuDecoder
 from engine.models.layers import Linear
+from engine.models.lora import LoraSlots
 from engine.models.quantized import check_quantization, quantize_decoder
 from engine.models.weights import load_weights
 from engine.needle import find_needle
@@ -171,6 +172,26 @@ def prepare_decoder(decoder: Decoder, config: EngineConfig) -> StepDecoder:
     return decoder
 
 
+def _make_lora_slots(decoder: StepDecoder, config: EngineConfig) -> LoraSlots | None:
+    """Slots for adapters in a prepared decoder, where the config wants them."""
+    if not config.enable_lora:
+        return None
+    slots = LoraSlots(
+        decoder.config, max_loras=config.max_loras, max_rank=config.max_lora_rank, dtype=torch_dtype(config),
+        device=torch.device(config.device),
+    )  # fmt: skip
+    if isinstance(decoder, FusedCpuDecoder):
+        decoder.use_lora(slots)
+    else:
+        assert isinstance(decoder, Decoder), type(decoder)
+        slots.attach(
+            decoder,
+            use_kernel=config.attention_backend == "triton",
+            deterministic=config.deterministic,
+        )
+    return slots
+
+
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     """A model whose weights are in memory, with the config as it was asked for and as it was resolved."""
@@ -190,11 +211,12 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     device, dtype = torch.device(config.device), torch_dtype(config)
     kv_spec = make_kv_spec(model, config.block_size, cache_dtype(config.kv_cache_dtype, dtype))
     decoder, load_decoder = loaded.decoder, partial(loaded.load_decoder, _tell_nobody)
+    lora_slots = _make_lora_slots(decoder, config)
 
     def make_runner(config: EngineConfig) -> ModelRunner:
         return ModelRunner(
             decoder, make_attention(config), config=config, kv_spec=kv_spec, eos_token_ids=eos_token_ids, device=device,
-            dtype=dtype, load_decoder=load_decoder,
+            dtype=dtype, lora_slots=lora_slots, load_decoder=load_decoder,
         )  # fmt: skip
 
     demand = Demand(decoder_bytes(decoder), workspace_bytes(config, model, dtype, device))
@@ -216,7 +238,7 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     def make_engine(is_proven_deterministic: bool | None = None) -> Engine:
         return Engine(
             config, runner, kv_spec=kv_spec, eos_token_ids=eos_token_ids, vocab_size=model.vocab_size,
-            tokenizer=loaded.tokenizer, memory=ledger, is_proven_deterministic=is_proven_deterministic,
+            tokenizer=loaded.tokenizer, memory=ledger, lora_store=runner.adapters, is_proven_deterministic=is_proven_deterministic,
         )  # fmt: skip
 
     if not config.deterministic:

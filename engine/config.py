@@ -15,6 +15,7 @@ DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "triton", "cpu")
 QUANTIZATIONS = ("int8", "int4", "fp8")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")
+LORA_RANKS = (8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,9 @@ class EngineConfig:
     kv_cache_dtype: str = (
         "auto"  # of stored keys and values: dtype's, "fp8" (also "fp8_e4m3"), "int8", on a CPU "bfloat16" too
     )
+    enable_lora: bool = False  # adapters may be loaded while the engine runs
+    max_loras: int = 8  # different adapters in one batch: each has a slot on the device
+    max_lora_rank: int = 16  # a slot's size; adapters of a lower rank are padded
     attention_backend: str = "auto"
     enforce_eager: bool = False  # True: no captured graphs on a GPU
     async_scheduling: bool = True  # on a GPU the next step is planned and launched while one runs
@@ -60,7 +64,8 @@ class EngineConfig:
         _one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         if self.quantization is not None:
             _one_of("quantization", self.quantization, QUANTIZATIONS)
-        for name in ("block_size", "max_num_seqs", "record_seconds"):
+        _one_of("max_lora_rank", self.max_lora_rank, LORA_RANKS)
+        for name in ("block_size", "max_num_seqs", "max_loras", "record_seconds"):
             _at_least(name, getattr(self, name), 1)
         _at_least("swap_space_bytes", self.swap_space_bytes, 0)
         if self.swap_space_bytes and not self.enable_prefix_cache:
@@ -98,10 +103,10 @@ class EngineConfig:
         return cls(**values)
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise ConfigError(
-            f"{name} must be one of {', '.join(allowed)}, got {value!r}",
+            f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}",
             value=value,
             limit=allowed,
             param=name,

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 
 from engine import admission
@@ -29,6 +30,7 @@ from engine.errors import (
     EngineDeadError,
     InvalidRequestError,
 )
+from engine.lora import Lora, LoraRegistry, LoraStore, LoraWeights
 from engine.outbox import Outbox
 from engine.plan import KVSpec, Runner, StepResult
 from engine.planned_step import PlannedStep
@@ -63,6 +65,7 @@ class Engine:
         config: resolved: no value of it is None that a step needs.
         kv_spec: the KV cache that the runner holds.
         memory: bytes by purpose, passed on to `stats`.
+        lora_store: holds the adapters of the runner; None: the engine takes none.
         is_proven_deterministic: what the needle test said of this runner, passed on likewise.
 
     Raises:
@@ -79,6 +82,7 @@ class Engine:
         vocab_size: int,
         tokenizer: TokenizerLike | None = None,
         memory: MemoryLedger | None = None,
+        lora_store: LoraStore | None = None,
         is_proven_deterministic: bool | None = None,
     ) -> None:
         if kv_spec.block_size != config.block_size:
@@ -112,7 +116,9 @@ class Engine:
             max_batched_tokens=max_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             eos_token_ids=eos_token_ids,
+            max_loras=config.max_loras,
         )
+        self._loras = LoraRegistry(lora_store, self._scheduler.loras.num_live)
         self._recorder = Recorder(self._scheduler)
         self._outbox = Outbox(self._recorder)
         self._timings: deque[StepTiming] = deque()  # of the steps in flight
@@ -129,9 +135,12 @@ class Engine:
         *,
         request_id: str | None = None,
         cache_salt: str = "",
+        lora: str | None = None,
         arrival_ns: int | None = None,
     ) -> Request:
         """A checked request with its seed drawn; it is not queued yet. Safe to call from any thread.
+
+        `lora`: the name of a loaded adapter; None: the base alone.
 
         Raises:
             InvalidRequestError, PromptTooLongError: naming value, limit and remedy.
@@ -140,15 +149,15 @@ class Engine:
         """
         self._require_awake()
         return admission.make_request(
-            prompt_token_ids, with_bad_word_ids(params, self.tokenizer), self._limits, self._seeds, request_id=request_id, cache_salt=cache_salt,
-            arrival_ns=arrival_ns,
+            prompt_token_ids, with_bad_word_ids(params, self.tokenizer), self._limits, self._seeds, request_id=request_id,
+            cache_salt=cache_salt, lora=None if lora is None else self._loras.get(lora), arrival_ns=arrival_ns,
         )  # fmt: skip
 
     def add(self, request: Request) -> None:
         """Queue a request made by `make_request`.
 
         Raises:
-            InvalidRequestError: its id belongs to a request that has not ended.
+            InvalidRequestError: its id belongs to a request that has not ended, or its adapter was removed meanwhile.
             EngineAsleepError: it was put to sleep.
             EngineDeadError: nothing can be run any more.
         """
@@ -159,6 +168,13 @@ class Engine:
                 value=request.request_id,
                 remedy="Use an id of its own for each request.",
                 param="request_id",
+            )
+        if request.lora is not None and not self._loras.is_loaded(request.lora):
+            raise InvalidRequestError(
+                f"adapter {request.lora.name!r} was removed before the request came to run",
+                value=request.lora.name,
+                remedy="Load it again.",
+                param="lora",
             )
         detokenizer = None
         if request.params.stop:
@@ -178,6 +194,42 @@ class Engine:
         """Whether `step` has something to do or to hand out."""
         return self._scheduler.has_work or not self._outbox.is_empty
 
+    # ── adapters ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The adapters that requests may name, oldest first. Safe to call from any thread."""
+        return self._loras.loaded
+
+    def read_lora(self, folder: str | Path) -> LoraWeights:
+        """Read a PEFT LoRA folder and check it against the model; nothing changes. Safe to call from any thread.
+
+        Raises:
+            InvalidRequestError: the engine was built without `enable_lora`.
+            ModelLoadError: the adapter cannot be loaded on this model: value, limit and remedy.
+            OutOfMemoryError: the host has fewer bytes.
+            EngineDeadError: nothing can be run any more.
+        """
+        self._require_alive()
+        return self._loras.read(folder)
+
+    def add_lora(self, name: str, source: str | Path | LoraWeights) -> Lora:
+        """Load an adapter, from its folder or from what `read_lora` gave: requests may name it from now on.
+
+        Raises:
+            InvalidRequestError, ModelLoadError, OutOfMemoryError, EngineDeadError: as `read_lora`, or the name is in use.
+        """
+        self._require_alive()
+        return self._loras.add(name, self.read_lora(source) if isinstance(source, str | Path) else source)
+
+    def remove_lora(self, name: str) -> None:
+        """Unload an adapter: its name is free at once. Requests that carry it run to their end, then its memory is given back.
+
+        Raises:
+            InvalidRequestError: no adapter of that name is loaded.
+        """
+        self._loras.remove(name)
+
     # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> StepOutput:
@@ -194,6 +246,7 @@ class Engine:
             record = self._take_oldest()
         elif not inflight and self._scheduler.blocks.events:
             record = self._record_idle()
+        self._loras.let_go()
         tokens, others, requests = self._outbox.take()
         return StepOutput(tokens, others, record, requests)
 

@@ -8,6 +8,7 @@
     ├── ModelLoadError               the model cannot be loaded
     │   ├── ModelNotFoundError       no such folder or hub id
     │   ├── UnsupportedModelError    a capability that no model path here has, by name
+    │   ├── UnsupportedAdapterError  a LoRA adapter that is not computed here, or belongs to another base
     │   └── CorruptWeightsError      missing shard, truncated file, wrong shape
     ├── OutOfMemoryError             the device has fewer bytes than asked for
     ├── StepFailedError              a step raised; its requests failed, the engine goes on
@@ -101,6 +102,12 @@ class UnsupportedModelError(ModelLoadError):
     """The model needs a capability that no model path of this engine has."""
 
     code = "model_unsupported"
+
+
+class UnsupportedAdapterError(ModelLoadError):
+    """A LoRA adapter does not fit this model, or asks for what the engine does not compute."""
+
+    code = "adapter_unsupported"
 
 
 class CorruptWeightsError(ModelLoadError):

@@ -203,10 +203,11 @@ class FakeRunner:
         self._is_broken = False
 
     def sleep(self, level: int) -> None:
-        """What the KV cache held is gone."""
+        """What the KV cache and the host tier held is gone."""
         assert not self._inflight, "asleep with steps in flight"
         self.sleep_level = level
         self._kv[:] = UNWRITTEN
+        self._host[:] = UNWRITTEN
 
     def wake_up(self) -> None:
         self.sleep_level = 0

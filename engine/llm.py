@@ -21,6 +21,7 @@ from typing import Any, Self, cast
 from engine.chat_messages import Message
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, InvalidRequestError, StepFailedError
+from engine.lora import Lora
 from engine.records import Completion, EngineStats, HealthState
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
@@ -91,21 +92,24 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: str | Sequence[str | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[Completion]:
         """Complete one prompt or many, batched by the engine; completions in the order of the prompts.
 
         Where params ask for n completions, a prompt's n stand side by side; with a seed, the i-th has the seed plus i.
+        `lora`: the name of an adapter that `add_lora` loaded, one for all or one for each prompt; None: the base alone.
 
         A request that fails while it runs comes back with finish reason ERROR and its `error`, with a RuntimeWarning; the
         others are not lost. KeyboardInterrupt aborts all of them.
 
         Raises:
-            InvalidRequestError: a prompt that can never run, or as many params as prompts were not given; nothing ran.
+            InvalidRequestError: a prompt that can never run, an adapter that is not loaded, or as many params or adapters as
+                prompts were not given; nothing ran.
             EngineDeadError: the engine died or is closed.
         """
         many = _as_prompts(prompts)
-        return self._run(many, _one_each(params, len(many)), use_tqdm)
+        return self._run(many, _one_each(params, len(many)), use_tqdm, lora)
 
     def chat(
         self,
@@ -113,6 +117,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        lora: str | Sequence[str | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[Completion]:
         """Answer one conversation or a list of them, written down by the model's chat template.
@@ -132,7 +137,7 @@ class LLM:
         prompts: list[Prompt] = [
             self.tokenizer.apply_chat_template(chat, tools=tools) for chat in conversations
         ]
-        return self._run(prompts, _one_each(params, len(prompts)), use_tqdm)
+        return self._run(prompts, _one_each(params, len(prompts)), use_tqdm, lora)
 
     def score(self, texts_or_token_ids: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[Score]:
         """Log-probabilities of given texts under the model, token by token.
@@ -147,6 +152,22 @@ class LLM:
         many = _as_prompts(texts_or_token_ids)
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True, ignore_eos=True)
         return [_score(completion) for completion in self._run(many, [params] * len(many), use_tqdm)]
+
+    def add_lora(self, name: str, folder: str | Path) -> Lora:
+        """Load a PEFT LoRA adapter, for `lora=name`; the engine needs the setting `enable_lora`.
+
+        Raises:
+            InvalidRequestError, ModelLoadError, OutOfMemoryError, EngineDeadError: as ``EngineWorker.add_lora``.
+        """
+        return self.worker.add_lora(name, folder)
+
+    def remove_lora(self, name: str) -> None:
+        """Unload an adapter.
+
+        Raises:
+            InvalidRequestError, EngineDeadError: as ``EngineWorker.remove_lora``.
+        """
+        self.worker.remove_lora(name)
 
     def stats(self) -> EngineStats:
         """Counters since start and gauges of now."""
@@ -190,9 +211,13 @@ class LLM:
         return f"LLM(model={self.config.model!r}, dtype={self.config.dtype}, device={self.config.device}, {state})"
 
     def _run(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], use_tqdm: bool
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        use_tqdm: bool,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
-        streams = self.worker.submit_all(prompts, params)
+        streams = self.worker.submit_all(prompts, params, loras=_loras_for(lora, len(prompts)))
         try:
             _wait_for_all(streams, use_tqdm)
         except BaseException:
@@ -287,6 +312,21 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
             limit=count,
             remedy="Give one for all, or one for each prompt.",
             param="params",
+        )
+    return each
+
+
+def _loras_for(lora: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    if lora is None or isinstance(lora, str):
+        return [lora] * count
+    each = list(lora)
+    if len(each) != count:
+        raise InvalidRequestError(
+            f"{len(each)} adapters were given for {count} prompts",
+            value=len(each),
+            limit=count,
+            remedy="Name one for all, or one for each prompt.",
+            param="lora",
         )
     return each
 

@@ -23,6 +23,7 @@ from engine.kernels.kv_quantization import QUANTIZED_DTYPES
 from engine.models.config import ModelConfig
 from engine.models.decoder import StepDecoder
 from engine.models.fused_cpu import FusedCpuDecoder
+from engine.models.lora import slots_bytes
 from engine.plan import KVSpec
 from engine.records import MemoryLedger
 from engine.runner.host_blocks import STAGING_BYTES
@@ -153,6 +154,9 @@ def workspace_bytes(
     per_token = (
         dtype.itemsize * (4 * model.hidden_size + 3 * model.intermediate_size + 2 * heads) + wide * heads
     )
+    if config.enable_lora:
+        # What the reference gathers of the layer with the most outputs, adds up and writes back.
+        per_token += wide * (model.hidden_size + 6 * model.intermediate_size)
     sampled = rows * (1 if config.attention_backend == "cpu" else SAMPLER_COPIES)
     logits = max(sampled, rows + PROMPT_COPIES * PROMPT_LOGPROB_ROWS) * model.vocab_size * wide
     row_buffers = 4 * rows * (length + -(-length // config.block_size) + 2)
@@ -179,6 +183,8 @@ def estimate_demand(
     """What an engine of this config will take beside its KV cache, before anything is loaded."""
     rotary = (config.max_model_len or model.max_context) * model.head_size * max(dtype.itemsize, 4)
     weights = model.num_parameters * dtype.itemsize + rotary
+    if config.enable_lora:
+        weights += slots_bytes(model, dtype, max_loras=config.max_loras, max_rank=config.max_lora_rank)
     return Demand(weights, workspace_bytes(config, model, dtype, device))
 
 

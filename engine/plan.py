@@ -89,6 +89,8 @@ class RowAdmission:
     block_ids: tuple[tuple[int, ...], ...]  # one table per KV group, including the blocks of this step
     params: SamplingParams
     seed: int
+    lora_slot: int = -1  # the adapter slot that its tokens use; -1: none
+    lora_id: int = 0  # the adapter that the slot must hold from this step on; 0: whatever it holds
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ class PoolSizer:
         known, demand = self._measured.config, self._measured.demand
         if all(
             getattr(config, name) == getattr(known, name)
-            for name in ("dtype", "max_num_seqs", "max_batched_tokens", "max_model_len")
+            for name in ("dtype", "max_num_seqs", "max_batched_tokens", "max_model_len", "max_loras")
         ):
             return demand
         taken = demand.workspace_bytes + demand.graphs_bytes
@@ -192,6 +192,7 @@ class PoolSizer:
             ("max_model_len", config.block_size, config.max_model_len or self._model.max_context),
             ("max_num_seqs", 1, config.max_num_seqs),
             ("max_batched_tokens", config.block_size, config.max_batched_tokens),
+            *([("max_loras", 1, config.max_loras)] if config.enable_lora else []),
         ):
             value = _largest(partial(self._fits_with, config, setting), low, now)
             if value is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from engine.lora import Lora
 from engine.sampling_params import SamplingParams
 
 
@@ -36,6 +37,7 @@ class Request:
     seed: int = 0  # always set: the caller's, or drawn by the engine
     arrival_ns: int = 0  # time.monotonic_ns() at submission
     cache_salt: str = ""  # requests share prefix blocks only under the same salt
+    lora: Lora | None = None  # the adapter that computes it; None: the base alone
 
 
 @dataclass(slots=True, eq=False)

@@ -24,6 +24,7 @@ import numpy as np
 
 from engine.cache.sequence_blocks import Match, SequenceBlocks
 from engine.decode_rows import DecodeRows, without
+from engine.lora_queue import LoraQueue
 from engine.plan import RowAdmission, StepPlan, StepResult
 from engine.plan_builder import PlanBuilder
 from engine.planned_step import Chunk, Commit, Finish, PlannedStep, PromptLogprobs
@@ -42,6 +43,7 @@ class Scheduler:
         max_batched_tokens: int,
         max_num_seqs: int,
         eos_token_ids: frozenset[int],
+        max_loras: int = 1,
     ) -> None:
         self.blocks = blocks
         self.max_batched_tokens = max_batched_tokens
@@ -51,6 +53,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission: the tail is preempted first
         self.inflight: deque[PlannedStep] = deque()
         self.num_preemptions = 0
+        self.loras = LoraQueue(max_loras)
         self._live: dict[str, Sequence] = {}
         self._eos = eos_token_ids
         self._stop_ids = set(eos_token_ids)  # every id that may stop some sequence
@@ -77,6 +80,8 @@ class Scheduler:
         assert request_id not in self._live, f"request {request_id} is already here"
         self._live[request_id] = self.waiting[request_id] = seq
         self._stop_ids.update(seq.request.params.stop_token_ids)
+        if seq.request.lora is not None:
+            self.loras.begin(seq.request.lora.lora_id)
 
     def get(self, request_id: str) -> Sequence | None:
         """The live sequence of that request."""
@@ -215,17 +220,20 @@ class Scheduler:
         """Admit waiting sequences while rows, blocks and budget last.
 
         A sequence whose next block a running one is about to publish stays where it is and is passed by: waiting a step
-        or two costs less than computing the same prefix again.
+        or two costs less than computing the same prefix again. So is one whose adapter has to wait for a slot.
         """
         admitted: list[RowAdmission] = []
         deferred = 0
         if not self._free_rows or self._is_blocked():
             return admitted
+        self.loras.forget_claims()
         for seq in list(islice(self.waiting.values(), len(self._free_rows) + MAX_DEFERRED)):
             if not budget or not self._free_rows or not self.blocks.pool.num_free:
                 break
-            match = Match([], []) if self.blocks.awaits(seq) else self.blocks.match(seq)
-            if self.blocks.awaits(seq) or self.blocks.look_out(seq, len(match)):
+            lora = seq.request.lora
+            has_slot = lora is None or self.loras.admits(lora.lora_id)
+            match = Match([], []) if not has_slot or self.blocks.awaits(seq) else self.blocks.match(seq)
+            if not has_slot or self.blocks.awaits(seq) or self.blocks.look_out(seq, len(match)):
                 deferred += 1
                 if deferred > MAX_DEFERRED:
                     break
@@ -282,6 +290,8 @@ class Scheduler:
             block_ids=(tuple(seq.block_ids),),
             params=request.params,
             seed=request.seed,
+            lora_slot=-1 if request.lora is None else self.loras.enter(request.lora.lora_id),
+            lora_id=0 if request.lora is None else request.lora.lora_id,
         )
 
     # ── commit ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -410,6 +420,8 @@ class Scheduler:
         self.waiting.move_to_end(seq.request_id, last=False)
 
     def _leave_row(self, seq: Sequence) -> None:
+        if seq.request.lora is not None:
+            self.loras.leave(seq.request.lora.lora_id)
         self._free_rows.append(seq.row)
         self._finished_rows.append(seq.row)
         seq.row = -1
@@ -423,6 +435,8 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
         del self._live[seq.request_id]
+        if seq.request.lora is not None:
+            self.loras.end(seq.request.lora.lora_id)
 
     # ── proof ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -443,6 +457,7 @@ class Scheduler:
             assert not seq.is_decoding, f"{request_id} waits and decodes"
         num_decoding = sum(seq.is_decoding for seq in self.running)
         assert num_decoding <= self.max_batched_tokens, f"{num_decoding} decode, more than a step may compute"
+        self.loras.check_integrity(_count_loras(self.sequences()), _count_loras(self.running))
         self.blocks.pool.check_integrity(refs)
         self.blocks.check_integrity(self.running)
         rows = sorted([*self._free_rows, *(seq.row for seq in self.running)])
@@ -472,3 +487,7 @@ class Scheduler:
                 assert not self.blocks.pool.is_published(block), (
                     f"{name}: unfinished block {block} is matchable"
                 )
+
+
+def _count_loras(sequences: list[Sequence]) -> Counter[int]:
+    return Counter(seq.request.lora.lora_id for seq in sequences if seq.request.lora is not None)

@@ -1,6 +1,7 @@
 """EngineWorker: the one thread that steps an engine, and everything around it that others need to use it.
 
-Requests come in through an inbox of picklable messages and go out through streams (``engine.stream``); records go to sinks;
+Requests come in through an inbox of picklable messages and go out through streams (``engine.stream``), work that somebody
+waits for (adapters come and go) comes in through the same inbox; records go to sinks;
 statistics and health are snapshots that nobody waits for. The thread does no tokenization, no detokenization, no logging and
 no I/O, and sleeps on the inbox when there is nothing to do.
 
@@ -22,10 +23,12 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, EngineDeadError, EngineError, InvalidRequestError
+from engine.lora import Lora, LoraWeights
 from engine.record_log import RecordLog
 from engine.records import (
     EngineEvent,
@@ -62,9 +65,27 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Sleep at a level, or wake up at 0; `ticket` names who waits for the answer."""
+    """Sleep at a level, or wake up at 0."""
 
     level: int
+
+
+@dataclass(frozen=True, slots=True)
+class AddLora:
+    name: str
+    weights: LoraWeights
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveLora:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is to be done between two steps; `ticket` names who waits for the answer."""
+
+    what: Sleep | AddLora | RemoveLora
     ticket: int
 
 
@@ -73,7 +94,7 @@ class Close:
     pass
 
 
-Message = Add | Abort | Sleep | Close
+Message = Add | Abort | Ask | Close
 
 
 class EngineWorker:
@@ -108,7 +129,7 @@ class EngineWorker:
         self._last_step_ns: int | None = None
         self._next_stats_ns = 0
         self._tickets = count()
-        self._answers: dict[int, Future[None]] = {}  # of those who wait for sleep or waking
+        self._answers: dict[int, Future[Any]] = {}  # of those who wait for one
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -166,10 +187,13 @@ class EngineWorker:
         *,
         request_id: str | None = None,
         cache_salt: str = "",
+        lora: str | None = None,
         arrival_ns: int | None = None,
     ) -> RequestStream:
         """Queue a request; tokenization and all checks happen here, in the caller's thread.
 
+        `lora`: the name of a loaded adapter; where that is removed before the engine sees the request, the stream ends with an
+        error.
         `arrival_ns`: when it reached the server (``time.monotonic_ns``), where that was before this call: its TTFT counts
         from there.
 
@@ -179,24 +203,31 @@ class EngineWorker:
         """
         token_ids = self._prompt_ids(prompt)
         with self._lock:
-            return self._queue([self._open_stream(token_ids, params, request_id, cache_salt, arrival_ns)])[0]
+            return self._queue(
+                [self._open_stream(token_ids, params, request_id, cache_salt, lora, arrival_ns)]
+            )[0]
 
     def submit_all(
-        self, prompts: Sequence[str | Sequence[int]], params: Sequence[SamplingParams]
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: Sequence[SamplingParams],
+        *,
+        loras: Sequence[str | None] | None = None,
     ) -> list[RequestStream]:
         """Queue requests together: all are checked before any runs, and the first step sees all of them.
 
         A prompt whose params ask for n completions becomes n requests side by side, ``params.each()``; those behind the first
-        take the prompt's KV from the prefix cache.
+        take the prompt's KV from the prefix cache. `loras`: the adapter of each prompt; None: the base alone.
 
         Raises:
             InvalidRequestError: one of them can never run; none was queued.
             EngineDeadError: the engine takes no more requests.
         """
         tokenized = [self._prompt_ids(prompt) for prompt in prompts]
-        pairs = [(ids, each) for ids, given in zip(tokenized, params, strict=True) for each in given.each()]
         with self._lock:
-            return self._queue([self._open_stream(*pair) for pair in pairs])
+            asked = zip(tokenized, params, loras or [None] * len(tokenized), strict=True)
+            each = [(ids, one, lora) for ids, given, lora in asked for one in given.each()]
+            return self._queue([self._open_stream(ids, one, lora=lora) for ids, one, lora in each])
 
     def _open_stream(
         self,
@@ -204,6 +235,7 @@ class EngineWorker:
         params: SamplingParams,
         request_id: str | None = None,
         cache_salt: str = "",
+        lora: str | None = None,
         arrival_ns: int | None = None,
     ) -> RequestStream:
         self._refuse_if_dead()
@@ -216,7 +248,7 @@ class EngineWorker:
             )
         assert self._engine is not None
         request = self._engine.make_request(
-            token_ids, params, request_id=request_id, cache_salt=cache_salt, arrival_ns=arrival_ns
+            token_ids, params, request_id=request_id, cache_salt=cache_salt, lora=lora, arrival_ns=arrival_ns
         )
         detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens) if self.tokenizer else None
         return RequestStream(request, self._hub, detokenizer, self.abort)
@@ -251,7 +283,7 @@ class EngineWorker:
         """
         if not level:
             raise ConfigError("there is no sleep level 0", value=level, limit="1, 2", param="level")
-        self._ask(level)
+        self._ask(Sleep(level))
 
     def wake_up(self) -> None:
         """Take requests again; returns when the engine does. See ``Engine.wake_up``.
@@ -260,18 +292,23 @@ class EngineWorker:
             OutOfMemoryError, ModelLoadError: the engine sleeps on.
             EngineDeadError: the worker is closed or dead.
         """
-        self._ask(0)
+        self._ask(Sleep(0))
 
-    def _ask(self, level: int) -> None:
-        answer: Future[None] = Future()
+    def _ask(self, what: Sleep | AddLora | RemoveLora) -> Any:
+        """Have the engine thread do something, and wait for its answer."""
+        answer: Future[Any] = Future()
         with self._lock:
             self._refuse_if_dead()
-            ticket = next(self._tickets)
-            self._answers[ticket] = answer
-            self._inbox.put(Sleep(level, ticket))
+            ask = Ask(what, next(self._tickets))
+            self._answers[ask.ticket] = answer
+            if self._thread in (None, threading.current_thread()):  # nobody steps the engine meanwhile
+                assert self._engine is not None
+                self._act(self._engine, ask)
+            else:
+                self._inbox.put(ask)
         if self._death is not None:  # died meanwhile, perhaps without having read the message
             self._refuse_the_waiting(self._death)
-        answer.result()
+        return answer.result()
 
     def _refuse_the_waiting(self, reason: str) -> None:
         while self._answers:
@@ -293,6 +330,36 @@ class EngineWorker:
         reason = self._death or ("the engine is closed" if self._closing else None)
         if reason is not None:
             raise EngineDeadError(reason, remedy="Load the model again.")
+
+    # ── adapters ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The adapters that requests may name, oldest first."""
+        engine = self._engine
+        return () if engine is None else engine.loras
+
+    def add_lora(self, name: str, folder: str | Path) -> Lora:
+        """Load an adapter while requests run; its files are read and checked here, in the caller's thread.
+
+        Raises:
+            InvalidRequestError, ModelLoadError, OutOfMemoryError: as ``Engine.add_lora``; nothing has changed.
+            EngineDeadError: the engine takes no more requests.
+        """
+        self._refuse_if_dead()
+        assert self._engine is not None
+        weights = self._engine.read_lora(folder)
+        added: Lora = self._ask(AddLora(name, weights))
+        return added
+
+    def remove_lora(self, name: str) -> None:
+        """Unload an adapter: its name is free at once, requests that carry it run to their end.
+
+        Raises:
+            InvalidRequestError: no adapter of that name is loaded.
+            EngineDeadError: the engine takes no more requests.
+        """
+        self._ask(RemoveLora(name))
 
     # ── what others may look at ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -363,27 +430,36 @@ class EngineWorker:
                     self._hub.end_all(FinishReason.ERROR, str(error), only=[request.request_id])
         elif isinstance(message, Abort):
             engine.abort(message.request_id)
-        elif isinstance(message, Sleep):
-            self._sleep_or_wake(engine, message)
+        elif isinstance(message, Ask):
+            self._act(engine, message)
         else:
             return False
         return True
 
-    def _sleep_or_wake(self, engine: Engine, message: Sleep) -> None:
-        answer = self._answers.pop(message.ticket)
+    def _act(self, engine: Engine, ask: Ask) -> None:
+        answer = self._answers.pop(ask.ticket)
         try:
-            if message.level:
-                engine.sleep(message.level)
-            else:
-                engine.wake_up()
+            done = self._do(engine, ask.what)
         except BaseException as error:
             answer.set_exception(error)
             if not isinstance(error, EngineError) or isinstance(error, EngineDeadError):
                 raise
-            return
+        else:
+            answer.set_result(done)
+
+    def _do(self, engine: Engine, what: Sleep | AddLora | RemoveLora) -> Lora | None:
+        if isinstance(what, AddLora):
+            return engine.add_lora(what.name, what.weights)
+        if isinstance(what, RemoveLora):
+            engine.remove_lora(what.name)
+            return None
+        if what.level:
+            engine.sleep(what.level)
+        else:
+            engine.wake_up()
         self._stats = engine.stats()
-        self._event("asleep" if message.level else "awake", self.config.model)
-        answer.set_result(None)
+        self._event("asleep" if what.level else "awake", self.config.model)
+        return None
 
     def _take_in(self, engine: Engine, output: StepOutput) -> None:
         """Hand a step's results out: first to the readers, who wait for them."""

@@ -1,8 +1,8 @@
 """Digest chain of KV blocks: equal digests mean equal tokens behind an equal past, for one version and one salt.
 
 A block's KV values depend on every token before them, so a block's digest covers its parent's digest and its own token
-ids; the chain's root covers the version of the weights, the caller's salt and the block size. Digests are 16 bytes of
-BLAKE2b: made to resist collisions by intent, so a match needs no comparison of tokens.
+ids; the chain's root covers the version of the weights, the adapter, the caller's salt and the block size. Digests are
+16 bytes of BLAKE2b: made to resist collisions by intent, so a match needs no comparison of tokens.
 
 Boundary: bytes in, bytes out. Who owns a block and which digests exist is ``engine.cache.block_pool``'s business.
 """
@@ -18,10 +18,14 @@ DIGEST_BYTES = 16
 TOKEN_BYTES = 4  # fixed width and byte order: digests may be compared between machines
 
 
-def root_digest(version_digest: str, cache_salt: str, block_size: int) -> bytes:
-    """The parent of a sequence's first block. Each field carries its length, so that none can run into the next."""
+def root_digest(version_digest: str, cache_salt: str, block_size: int, lora_digest: str = "") -> bytes:
+    """The parent of a sequence's first block. Each field carries its length, so that none can run into the next.
+
+    `lora_digest`: of the adapter's content; empty: the base alone, whose root has one field less.
+    """
     digest = blake2b(digest_size=DIGEST_BYTES, person=b"quire-kv-root")
-    for part in (version_digest.encode(), cache_salt.encode(), str(block_size).encode()):
+    fields = (version_digest, cache_salt, str(block_size), *([lora_digest] if lora_digest else []))
+    for part in map(str.encode, fields):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.digest()

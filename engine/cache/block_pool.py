@@ -137,8 +137,11 @@ class BlockPool:
         return True
 
     def forget(self) -> tuple[int, ...]:
-        """Make nothing matchable any more, while nobody holds a block; ids of the blocks that were. O(matchable blocks)."""
+        """Make nothing matchable any more, here and in the tier, while nobody holds a block; ids of the blocks that were.
+        O(matchable blocks)."""
         assert self.num_free == self.num_blocks, "blocks are held"
+        if self.tier is not None:
+            self.tier.forget()
         forgotten = tuple(block.block_id for block in self._by_digest.values())
         for block_id in forgotten:
             self._blocks[block_id].digest = None

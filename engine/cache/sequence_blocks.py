@@ -16,7 +16,7 @@ from engine.cache.block_hash import block_digest, extend_chain, root_digest
 from engine.cache.block_pool import BlockPool
 from engine.plan import NO_COPIES, BlockCopies
 from engine.records import BlockEvent, BlockEventKind
-from engine.request import Sequence, SequenceStatus
+from engine.request import Request, Sequence, SequenceStatus
 
 ACQUIRE, SHARE, PUBLISH, RELEASE = (
     BlockEventKind.ACQUIRE,
@@ -67,7 +67,7 @@ class SequenceBlocks:
         self._version_digest = version_digest
         self._announced: dict[bytes, Sequence] = {}  # digest of a block being computed -> who computes it
         self._awaited: dict[Sequence, bytes] = {}  # who waits for one of those
-        self._roots: dict[str, bytes] = {"": root_digest(version_digest, "", block_size)}
+        self._roots: dict[tuple[str, str], bytes] = {}  # by salt and adapter
 
     def match(self, seq: Sequence) -> Match:
         """What is known of the beginning of `seq`, leaving at least one token to compute."""
@@ -177,7 +177,7 @@ class SequenceBlocks:
             index = end // size - 1
             chain = seq.block_hashes
             if len(chain) == index:
-                parent = chain[-1] if chain else self._root(seq.request.cache_salt)
+                parent = chain[-1] if chain else self._root(seq.request)
                 chain.append(block_digest(parent, seq.token_ids[end - size : end]))
             digest, block_id = chain[index], seq.block_ids[index]
             if self._announced:
@@ -248,16 +248,17 @@ class SequenceBlocks:
         if len(seq.block_hashes) < num_blocks:
             extend_chain(
                 seq.block_hashes,
-                self._root(seq.request.cache_salt),
+                self._root(seq.request),
                 seq.token_ids,
                 num_blocks,
                 self.block_size,
             )
 
-    def _root(self, salt: str) -> bytes:
-        root = self._roots.get(salt)
+    def _root(self, request: Request) -> bytes:
+        salt, lora_digest = key = (request.cache_salt, "" if request.lora is None else request.lora.digest)
+        root = self._roots.get(key)
         if root is None:
             if len(self._roots) > 1024:  # salts are the callers' to choose: bound what they make us remember
                 self._roots.clear()
-            root = self._roots[salt] = root_digest(self._version_digest, salt, self.block_size)
+            root = self._roots[key] = root_digest(self._version_digest, salt, self.block_size, lora_digest)
         return root

@@ -6,9 +6,9 @@
 // bfloat16), K and V of the cache's type C (A, or quantized).
 #include <cmath>
 
+#include "cpu_lora.h"
 #include "cpu_sampler.cpp"
 #include "cpu_team.h"
-#include "packed_linear.cpp"
 
 #include "../attention/cpu_paged.cpp"
 
@@ -44,6 +44,7 @@ struct Step {
     float* qkv;  // [T, (H + 2 K) D]
     void* h;     // [T, hidden] of A
     void* wide;  // [T, max(inner, H D)] of A
+    Adapters adapters;
 };
 
 template <class A, class O>
@@ -100,7 +101,8 @@ void place_token(const Model& m, const Layer& layer, const Heads& heads, const S
 
 // One layer, by all threads that call it with the same phases. A: activations' type, and an unquantized cache's.
 template <class A>
-void run_layer(const Model& m, const Layer& layer, const Step& s, const std::vector<QueryTile>& tiles, Phase* phase) {
+void run_layer(const Model& m, const Layer& layer, const Step& s, const std::vector<QueryTile>& tiles, const Delta* deltas,
+               Phase* phase) {
     const int64_t T = s.num_tokens, hidden = m.hidden;
     const int64_t q_width = m.num_heads * m.head_size, qkv_width = q_width + 2 * m.num_kv_heads * m.head_size;
     const Heads heads{m.num_heads, m.num_kv_heads, m.head_size, m.scale, layer.window};
@@ -110,6 +112,7 @@ void run_layer(const Model& m, const Layer& layer, const Step& s, const std::vec
         for (; t < end; t++) rms_norm(s.x + t * hidden, layer.input_norm, m.eps, hidden, h + t * hidden);
     });
     linear(phase[1], layer.qkv, h, hidden, T, s.qkv, qkv_width, STORE);
+    if (deltas) add_deltas(phase[8], s.adapters, deltas[0], T, h, s.qkv, qkv_width);
     with_cache<A>(layer.caches, [&](auto cache) {
         phase[2].run_chunks(T, ROWS, [&](int64_t t, int64_t end) {
             for (; t < end; t++) place_token(m, layer, heads, s, t, cache);
@@ -117,13 +120,22 @@ void run_layer(const Model& m, const Layer& layer, const Step& s, const std::vec
         attention(phase[3], tiles, s.paging, heads, s.qkv, qkv_width, cache, wide, q_width);
     });
     linear(phase[4], layer.out, wide, q_width, T, s.x, hidden, ADD);
+    if (deltas) add_deltas(phase[9], s.adapters, deltas[1], T, wide, s.x, hidden);
     phase[5].run_chunks(T, ROWS, [&](int64_t t, int64_t end) {
         for (; t < end; t++) rms_norm(s.x + t * hidden, layer.post_norm, m.eps, hidden, h + t * hidden);
     });
-    linear(phase[6], layer.gate_up, h, hidden, T, wide, m.inner, GATED_SILU);
+    if (deltas)
+        phase[10].run(T, [&](int64_t t) {
+            float* row = s.adapters.gate_up + t * 2 * m.inner;
+            std::fill(row, row + 2 * m.inner, 0.0f);
+            add_delta(s.adapters, deltas[2], t, h + t * hidden, row);
+        });
+    linear(phase[6], layer.gate_up, h, hidden, T, wide, m.inner, GATED_SILU,
+           deltas ? Addend{s.adapters.gate_up, s.adapters.slots} : Addend{});
     linear(phase[7], layer.down, wide, m.inner, T, s.x, hidden, ADD);
+    if (deltas) add_deltas(phase[11], s.adapters, deltas[3], T, wide, s.x, hidden);
 }
-constexpr int64_t PHASES = 8;
+constexpr int64_t PHASES = 12, DELTAS = 4;
 
 template <class A>
 void forward(const Model& m, const Step& s) {
@@ -135,7 +147,8 @@ void forward(const Model& m, const Step& s) {
             for (; t < end; t++) embed<A>(m, s.token_ids[t], s.x + t * m.hidden);
         });
         for (int64_t i = 0; i < m.num_layers; i++)
-            run_layer<A>(m, layers[i], s, tiles, &phases[1 + PHASES * i]);
+            run_layer<A>(m, layers[i], s, tiles, s.adapters.slots ? s.adapters.deltas + DELTAS * i : nullptr,
+                         &phases[1 + PHASES * i]);
     });
 }
 

@@ -34,6 +34,7 @@ SOURCES = (
     ENGINE / "kernels" / "cpu_vector.h",
     ENGINE / "kernels" / "cpu_phase.h",
     ENGINE / "kernels" / "cpu_team.h",
+    ENGINE / "kernels" / "cpu_lora.h",
     ENGINE / "kernels" / "cpu_sampler.cpp",
     ENGINE / "kernels" / "packed_linear.cpp",
     ENGINE / "attention" / "cpu_cache.h",

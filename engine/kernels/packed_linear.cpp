@@ -28,6 +28,12 @@ struct Packed {
     int64_t narrow;     // 1: bfloat16 panels
 };
 
+// What is added to the outputs of some rows before GATED_SILU.
+struct Addend {
+    const float* values;   // [M, N]: for gates, then for what they gate; null: nothing
+    const int32_t* slots;  // [M]: rows below zero get nothing
+};
+
 inline int64_t num_panels(const Packed& w) { return (w.out + NR - 1) / NR; }
 
 // Products of R rows with one panel of float32 values.
@@ -87,13 +93,15 @@ inline void multiply(const bf16* x, int64_t stride, const bf16* w, int64_t in, v
 #endif
 
 template <class O>
-inline void finish(const vf* sums, const float* bias, O* y, int64_t columns, Epilogue epilogue) {
+inline void finish(const vf* sums, const float* bias, O* y, int64_t columns, Epilogue epilogue, const float* gates,
+                   const float* ups) {
     if (epilogue == GATED_SILU) {  // the panel's first half are gates, its second half the values they gate
         const int64_t half = NR / 2;
         for (int j = 0; j < NV / 2; j++) {
             vf gate = sums[j], up = sums[j + NV / 2];
             if (bias) gate += load(bias + j * VL), up += load(bias + half + j * VL);
             const int64_t count = std::min<int64_t>(VL, columns / 2 - j * VL);
+            if (gates && count > 0) gate += load_some(gates + j * VL, count), up += load_some(ups + j * VL, count);
             if (count > 0) store_some(y + j * VL, gate / (exp(-gate) + splat(1.0f)) * up, count);
         }
         return;
@@ -108,45 +116,51 @@ inline void finish(const vf* sums, const float* bias, O* y, int64_t columns, Epi
 }
 
 template <int R, class A, class W, class O>
-void tile(const Packed& w, int64_t panel, const A* x, int64_t x_stride, O* y, int64_t y_stride, Epilogue epilogue) {
+void tile(const Packed& w, int64_t panel, const A* x, int64_t x_stride, O* y, int64_t y_stride, Epilogue epilogue,
+          Addend addend) {
     vf sums[R][NV] = {};
     multiply<R>(x, x_stride, static_cast<const W*>(w.data) + panel * w.in * NR, w.in, sums);
     const int64_t width = epilogue == GATED_SILU ? NR / 2 : NR;
     const float* bias = w.bias ? w.bias + panel * NR : nullptr;
-    for (int r = 0; r < R; r++)
-        finish(sums[r], bias, y + r * y_stride + panel * width, w.out - panel * NR, epilogue);
+    for (int r = 0; r < R; r++) {
+        const bool adds = addend.values && addend.slots[r] >= 0;
+        const float* gates = adds ? addend.values + r * w.out + panel * width : nullptr;
+        finish(sums[r], bias, y + r * y_stride + panel * width, w.out - panel * NR, epilogue, gates,
+               gates ? gates + w.out / 2 : nullptr);
+    }
 }
 
 template <int R, class A, class W, class O>
 void some_rows(int64_t rows, const Packed& w, int64_t panel, const A* x, int64_t x_stride, O* y, int64_t y_stride,
-               Epilogue epilogue) {
+               Epilogue epilogue, Addend addend) {
     if constexpr (R > 0) {
-        if (rows == R) return tile<R, A, W, O>(w, panel, x, x_stride, y, y_stride, epilogue);
-        some_rows<R - 1, A, W, O>(rows, w, panel, x, x_stride, y, y_stride, epilogue);
+        if (rows == R) return tile<R, A, W, O>(w, panel, x, x_stride, y, y_stride, epilogue, addend);
+        some_rows<R - 1, A, W, O>(rows, w, panel, x, x_stride, y, y_stride, epilogue, addend);
     }
 }
 
 template <class A, class W, class O>
 void task_of(const Packed& w, const A* x, int64_t x_stride, int64_t rows, O* y, int64_t y_stride, Epilogue epilogue,
-             int64_t task) {
+             int64_t task, Addend addend) {
     const int64_t panel = task % num_panels(w), first = task / num_panels(w) * ROW_TILE;
     const int64_t count = std::min(ROW_TILE, rows - first), parts = (count + MR - 1) / MR;
     for (int64_t part = 0; part < parts; part++) {
         const int64_t begin = first + count * part / parts, end = first + count * (part + 1) / parts;
+        const Addend own = addend.values ? Addend{addend.values + begin * w.out, addend.slots + begin} : Addend{};
         some_rows<MR, A, W, O>(end - begin, w, panel, x + begin * x_stride, x_stride, y + begin * y_stride, y_stride,
-                               epilogue);
+                               epilogue, own);
     }
 }
 
 // y = x · Wᵀ, by all threads that call it with the same phase. y must not be x.
 template <class A, class O>
 void linear(Phase& phase, const Packed& w, const A* x, int64_t x_stride, int64_t rows, O* y, int64_t y_stride,
-            Epilogue epilogue) {
+            Epilogue epilogue, Addend addend = {}) {
     phase.run(num_panels(w) * ((rows + ROW_TILE - 1) / ROW_TILE), [&](int64_t task) {
         if (w.narrow)
-            task_of<A, bf16>(w, x, x_stride, rows, y, y_stride, epilogue, task);
+            task_of<A, bf16>(w, x, x_stride, rows, y, y_stride, epilogue, task, addend);
         else
-            task_of<A, float>(w, x, x_stride, rows, y, y_stride, epilogue, task);
+            task_of<A, float>(w, x, x_stride, rows, y, y_stride, epilogue, task, addend);
     });
 }
 

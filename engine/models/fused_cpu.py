@@ -21,9 +21,12 @@ from engine.attention.cpu import Caches, Paging, make_caches, make_paging
 from engine.attention.interface import AttentionBackend, AttentionMetadata
 from engine.kernels.cpu_library import CpuLibrary
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES
+from engine.kernels.lora import SlotWeights
 from engine.kernels.packed_linear import Packed, PackedWeight, pack_weight
 from engine.models.decoder import Decoder, DecoderLayer, LayerCache, StepWeights
 from engine.models.layers import Linear, RMSNorm
+from engine.models.lora import LoraSlots
+from engine.plan import Int32
 
 
 class _Layer(ctypes.Structure):
@@ -60,6 +63,28 @@ class _Model(ctypes.Structure):
     ]
 
 
+class _Delta(ctypes.Structure):
+    _fields_ = [
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("size_in", ctypes.c_int64),
+        ("num_parts", ctypes.c_int64),
+        ("ends", ctypes.c_int64 * 3),
+    ]
+
+
+class _Adapters(ctypes.Structure):
+    _fields_ = [
+        ("slots", ctypes.c_void_p),
+        ("deltas", ctypes.c_void_p),
+        ("gate_up", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("slot_values", ctypes.c_int64),
+        ("slot_scales", ctypes.c_int64),
+    ]
+
+
 class _Step(ctypes.Structure):
     _fields_ = [
         ("token_ids", ctypes.c_void_p),
@@ -71,6 +96,7 @@ class _Step(ctypes.Structure):
         ("qkv", ctypes.c_void_p),
         ("h", ctypes.c_void_p),
         ("wide", ctypes.c_void_p),
+        ("adapters", _Adapters),
     ]
 
 
@@ -97,11 +123,18 @@ class FusedCpuDecoder:
         self._model = self._describe(decoder)
         self._caches: list[LayerCache] = []
         self._scratch: _Scratch | None = None
+        self._lora: LoraSlots | None = None
+
+    def use_lora(self, slots: LoraSlots) -> None:
+        """Add what the adapters in these slots make of their tokens."""
+        assert slots.dtype == self.dtype, (slots.dtype, self.dtype)
+        self._lora = slots
+        self._deltas = (_Delta * len(slots.layers))(*map(_describe_delta, slots.layers))
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of all weights as they are held now, and of the rotary table."""
-        return self._rotary.nbytes + self._kept_bytes()
+        """Memory of all weights as they are held now, of the rotary table, and of adapter slots."""
+        return self._rotary.nbytes + self._kept_bytes() + (0 if self._lora is None else self._lora.num_bytes)
 
     def step_weights(self) -> StepWeights:
         """What a step reads of the weights, panels with the padding that is read with them."""
@@ -127,6 +160,7 @@ class FusedCpuDecoder:
         tokens = token_ids.shape[0]
         scratch = self._scratch_for(tokens)
         x = _new(tokens, self.config.hidden_size)
+        token_slots, gate_up = self._token_slots(tokens)  # held until the step has run
         step = _Step(
             token_ids.data_ptr(),
             positions.data_ptr(),
@@ -137,6 +171,7 @@ class FusedCpuDecoder:
             scratch.qkv.data_ptr(),
             scratch.h.data_ptr(),
             scratch.wide.data_ptr(),
+            self._describe_adapters(token_slots, gate_up),
         )
         self._library.functions.quire_forward(ctypes.byref(self._model), ctypes.byref(step))
         return x
@@ -152,6 +187,24 @@ class FusedCpuDecoder:
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def _token_slots(self, tokens: int) -> tuple[Int32 | None, Tensor | None]:
+        """Each token's slot [T], -1 for none, and room for what is added to gate_up [T, 2 I]; None where nobody uses one."""
+        if self._lora is None or self._lora.tokens is None:
+            return None, None
+        order, starts = (each.numpy() for each in (self._lora.tokens.order, self._lora.tokens.starts))
+        slots = np.full(tokens, -1, np.int32)
+        slots[order[starts[0] :]] = np.repeat(np.arange(len(starts) - 1, dtype=np.int32), np.diff(starts))
+        return slots, _new(tokens, 2 * self.config.intermediate_size)
+
+    def _describe_adapters(self, token_slots: Int32 | None, gate_up: Tensor | None) -> _Adapters:
+        if self._lora is None or token_slots is None or gate_up is None:
+            return _Adapters()
+        layout = self._lora.layout
+        return _Adapters(
+            token_slots.ctypes.data, ctypes.addressof(self._deltas), gate_up.data_ptr(), layout.rank, layout.num_values,
+            layout.num_scales,
+        )  # fmt: skip
 
     def _describe(self, decoder: Decoder) -> _Model:
         config, narrow = decoder.config, self.dtype == torch.bfloat16
@@ -237,6 +290,12 @@ class FusedCpuDecoder:
                 wide=torch.empty(tokens, max(config.intermediate_size, q_width), dtype=self.dtype),
             )
         return self._scratch
+
+
+def _describe_delta(weights: SlotWeights) -> _Delta:
+    ends = np.cumsum(weights.sizes).tolist()
+    pointers = (weights.a.data_ptr(), weights.b.data_ptr(), weights.scales.data_ptr())
+    return _Delta(*pointers, weights.a.shape[2], len(ends), (ctypes.c_int64 * 3)(*ends))
 
 
 def _new(*shape: int) -> Tensor:

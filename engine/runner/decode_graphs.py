@@ -15,6 +15,7 @@ Boundary: decode steps without admissions; the runner makes all others operation
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import product
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 from engine.attention.interface import AttentionMetadata, CapturableAttention
 from engine.models.decoder import LayerCache, StepDecoder
 from engine.plan import StepPlan
+from engine.runner.adapters import Adapters
 from engine.runner.device_batch import DeviceRowBatch
 from engine.runner.sampler import Sampled
 
@@ -83,11 +85,12 @@ class DecodeGraphs:
         replay: Replay,
         *,
         max_inflight: int,
+        adapters: Adapters | None = None,
     ) -> None:
         shape, device = batch.shape, batch.device
         self.sizes = captured_sizes(shape.max_num_seqs)
         self._decoder, self._attention, self._caches, self._batch = decoder, attention, caches, batch
-        self._replay = replay
+        self._replay, self._adapters = replay, adapters
         most = self.sizes[-1]
         self._short = min(attention.short_context, shape.max_model_len)
         num_blocks, _, block_size, head_size = caches[0].k.shape
@@ -137,7 +140,8 @@ class DecodeGraphs:
 
     def forward(self, plan: StepPlan, size: int) -> None:
         """Run the model on the inputs that were sent last."""
-        self._run_forward(size, is_short=int(plan.start.max()) < self._short)
+        uses_lora = self._adapters is not None and self._adapters.are_used(plan)
+        self._run_forward(size, is_short=int(plan.start.max()) < self._short, uses_lora=uses_lora)
 
     def choose(self, plan: StepPlan, size: int) -> Sampled:
         """Sample from the logits of this step, and put the tokens behind their rows' last ones."""
@@ -155,8 +159,8 @@ class DecodeGraphs:
             self._columns(size)[:3] = torch.tensor(
                 [[self._batch.idle_row], [0], [NO_BLOCK]], dtype=torch.int32, device=self._batch.device
             )
-            for is_short in {False, self._short > 0}:
-                self._run_forward(size, is_short=is_short)
+            for is_short, uses_lora in product({False, self._short > 0}, {False, self._adapters is not None}):
+                self._run_forward(size, is_short=is_short, uses_lora=uses_lora)
             for is_filtered in (False, True):
                 self._run_sampler(size, is_filtered=is_filtered)
             tell((place + 1) / len(sizes))
@@ -169,9 +173,9 @@ class DecodeGraphs:
         """The inputs of a size, [NUM_INPUTS, size] in one piece."""
         return self._inputs[: NUM_INPUTS * size].view(NUM_INPUTS, size)
 
-    def _run_forward(self, size: int, *, is_short: bool) -> None:
+    def _run_forward(self, size: int, *, is_short: bool, uses_lora: bool) -> None:
         longest = self._short if is_short else self._batch.shape.max_model_len
-        self._replay(("forward", size, longest), lambda: self._forward(size, longest))
+        self._replay(("forward", size, longest, uses_lora), lambda: self._forward(size, longest, uses_lora))
 
     def _run_sampler(self, size: int, *, is_filtered: bool, is_controlled: bool = False) -> None:
         self._replay(
@@ -179,7 +183,7 @@ class DecodeGraphs:
             lambda: self._sample(size, is_filtered, is_controlled),
         )
 
-    def _forward(self, size: int, longest: int) -> None:
+    def _forward(self, size: int, longest: int, uses_lora: bool) -> None:
         """The captured forward pass of `size` rows whose contexts hold at most `longest` tokens."""
         batch, block_size = self._batch, self._batch.shape.block_size
         rows, positions, fresh, _ = self._columns(size)
@@ -198,6 +202,8 @@ class DecodeGraphs:
             num_decode_rows=size,
             is_captured=True,
         )
+        if self._adapters is not None:
+            self._adapters.use_captured(rows if uses_lora else None)
         hidden = self._decoder.forward(
             batch.tokens[rows, positions], wide, self._caches, meta, self._attention
         )

@@ -28,7 +28,9 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError, OutOfMemoryError
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES, cache_dtype
 from engine.models.decoder import LayerCache, StepDecoder
+from engine.models.lora import LoraSlots
 from engine.plan import KVSpec, StepPlan, StepResult, TokenLogprobs
+from engine.runner.adapters import Adapters
 from engine.runner.batch import BatchShape, HostRowBatch, RowBatch
 from engine.runner.host_blocks import HostBlocks, by_block
 from engine.runner.host_zeros import host_zeros
@@ -103,11 +105,12 @@ class ModelRunner:
         eos_token_ids: frozenset[int],
         device: torch.device,
         dtype: torch.dtype,
+        lora_slots: LoraSlots | None = None,
         replay: Replay | None = None,
         load_decoder: Callable[[], StepDecoder] | None = None,
     ) -> None:
-        """`replay`: how decode steps are captured; None: as CUDA graphs on a GPU, not at all elsewhere. `load_decoder` makes
-        `decoder` anew, for waking up from a sleep that did not keep it."""
+        """`lora_slots`: of the decoder, where it has them. `replay`: how decode steps are captured; None: as CUDA graphs on
+        a GPU, not at all elsewhere. `load_decoder` makes `decoder` anew, for waking up from a sleep that did not keep it."""
         assert config.num_blocks is not None, "the config is not resolved"
         assert config.max_model_len is not None, "the config is not resolved"
         on_device = device.type == "cuda" or replay is not None
@@ -127,6 +130,7 @@ class ModelRunner:
             eos_token_ids,
         )
         stored = cache_dtype(config.kv_cache_dtype, dtype)
+        self.adapters = None if lora_slots is None else Adapters(lora_slots, config.max_num_seqs)
         self._batch: RowBatch | None
         self._replay: Replay | None = None
         if on_device:
@@ -205,6 +209,8 @@ class ModelRunner:
         self._inflight.clear()
         if self._batch is not None:
             self._batch.reset()
+        if self.adapters is not None and self._decoder is not None:
+            self.adapters.reset()
 
     def sleep(self, level: int) -> None:
         """Give weights, KV cache and captured steps back: 1 keeps the weights in host memory, 2 does not.
@@ -217,8 +223,13 @@ class ModelRunner:
         """
         assert self._decoder is not None, "the runner is closed or asleep"
         assert not self._inflight, "asleep with steps in flight"
-        if level == 2 and self._load_decoder is None:
-            raise ConfigError("these weights cannot be loaded again", value=level, limit=1, param="level")
+        if level == 2 and (self._load_decoder is None or self.adapters is not None):
+            reason = (
+                "these weights cannot be loaded again" if self.adapters is None else "its slots hold adapters"
+            )
+            raise ConfigError(
+                f"the engine cannot sleep at level 2: {reason}", value=level, limit=1, param="level"
+            )
         try:
             if level == 1 and self._parks_weights:
                 assert isinstance(self._decoder, nn.Module)
@@ -265,6 +276,8 @@ class ModelRunner:
         self._inflight.clear()
         with suppress(RuntimeError):  # a broken context has nothing left to give back
             self._drop_steps()
+        if self.adapters is not None:
+            self.adapters.close()
         self._decoder, self._batch, self._parked, self._is_asleep = None, None, None, False
         del self._attention  # and with it the workspace of its kernels
         with suppress(RuntimeError):
@@ -283,7 +296,8 @@ class ModelRunner:
         assert isinstance(self._batch, DeviceRowBatch)
         assert isinstance(self._attention, CapturableAttention)
         return DecodeGraphs(
-            self._decoder, self._attention, self._caches, self._batch, self._replay, max_inflight=self._max_inflight
+            self._decoder, self._attention, self._caches, self._batch, self._replay, max_inflight=self._max_inflight,
+            adapters=self.adapters,
         )  # fmt: skip
 
     def _drop_steps(self) -> None:
@@ -318,6 +332,8 @@ class ModelRunner:
         if self._host is not None:
             self._host.copy(plan.copies)
         batch.apply(plan)
+        if self.adapters is not None:
+            self.adapters.apply(plan)
         size = self._graphs.size_for(plan) if self._graphs is not None else 0
         prompt: tuple[tuple[int, int, LogprobTensors], ...] = ()
         if size and self._graphs is not None:
@@ -329,6 +345,8 @@ class ModelRunner:
             sampled = self._graphs.choose(plan, size)
         else:
             inputs = batch.step_inputs(plan)
+            if self.adapters is not None:
+                self.adapters.use(plan)
             clock.mark()
             prepare_ms = (time.perf_counter() - began) * 1e3
             hidden = decoder.forward(

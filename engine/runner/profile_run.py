@@ -70,7 +70,8 @@ def largest_steps(config: EngineConfig, vocab_size: int) -> tuple[StepPlan, Step
     """The widest step, then the deepest one.
 
     Widest: `max_batched_tokens` tokens over as many rows as there are, every row sampled with every filter, the longest
-    with the log-probabilities of its prompt. Deepest: every row one token, at the end of the context.
+    with the log-probabilities of its prompt. Deepest: every row one token, at the end of the context. Where there are adapters,
+    every row uses a slot.
     """
     assert config.max_batched_tokens is not None
     assert config.max_model_len is not None
@@ -83,10 +84,8 @@ def largest_steps(config: EngineConfig, vocab_size: int) -> tuple[StepPlan, Step
     )  # fmt: skip
     wide = _spread(config.max_batched_tokens, num_rows, max(1, longest - 1))
     last = params.with_(prompt_logprobs=True)
-    widest = _step(0, [0] * num_rows, wide, [*[params] * (num_rows - 1), last], config.block_size, ())
-    deepest = _step(
-        1, [longest - 1] * num_rows, [1] * num_rows, [params] * num_rows, config.block_size, range(num_rows)
-    )
+    widest = _step(0, [0] * num_rows, wide, [*[params] * (num_rows - 1), last], config, ())
+    deepest = _step(1, [longest - 1] * num_rows, [1] * num_rows, [params] * num_rows, config, range(num_rows))
     return widest, deepest
 
 
@@ -105,7 +104,7 @@ def _step(
     start: Sequence[int],
     num_tokens: Sequence[int],
     params: Sequence[SamplingParams],
-    block_size: int,
+    config: EngineConfig,
     finished: Sequence[int],
 ) -> StepPlan:
     """A step of rows 0 … S - 1, all admitted with it, that compute and sample."""
@@ -113,9 +112,19 @@ def _step(
     ends = [first + count for first, count in zip(start, num_tokens, strict=True)]
     # Rows of one length share a text and a table: a thousand long ones of their own would fill the host's memory.
     texts = {end: [0] * end for end in ends}
-    tables = {end: tuple(i % PROFILE_BLOCKS for i in range(-(-end // block_size))) for end in ends}
+    tables = {end: tuple(i % PROFILE_BLOCKS for i in range(-(-end // config.block_size))) for end in ends}
     admitted = [
-        RowAdmission(row, f"row {row}", texts[end], end, start[row], (tables[end],), params[row], row)
+        RowAdmission(
+            row,
+            f"row {row}",
+            texts[end],
+            end,
+            start[row],
+            (tables[end],),
+            params[row],
+            row,
+            row % config.max_loras if config.enable_lora else -1,
+        )
         for row, end in enumerate(ends)
     ]
     return StepPlan(

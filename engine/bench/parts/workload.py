@@ -136,17 +136,22 @@ class Collected:
             self.requests[request.request_id] = request
 
 
-def run_workload(engine: Engine, workload: Workload, *, ends_at: float | None = None) -> Run:
-    """Run all requests to their end. `ends_at`: ``time.monotonic()`` at which to give up.
+def run_workload(
+    engine: Engine,
+    workload: Workload,
+    *,
+    loras: Sequence[str | None] | None = None,
+    ends_at: float | None = None,
+) -> Run:
+    """Run all requests to their end. `loras`: the adapter of each; `ends_at`: ``time.monotonic()`` at which to give up.
 
     Raises:
         OutOfTime: `ends_at` passed; the engine is idle again.
         AssertionError: a step failed, or a request got another number of tokens than it asked for.
     """
     began = time.perf_counter()
-    names = [
-        add(engine, *pair, workload.temperature) for pair in zip(workload.prompts, workload.output_tokens)
-    ]
+    requests = zip(workload.prompts, workload.output_tokens, loras or [None] * len(workload.prompts))
+    names = [add(engine, prompt, count, workload.temperature, lora) for prompt, count, lora in requests]
     taken = Collected()
     while engine.has_work:
         taken.take(engine.step())
@@ -160,10 +165,16 @@ def run_workload(engine: Engine, workload: Workload, *, ends_at: float | None = 
     return Run(seconds, taken.steps, [taken.requests[name] for name in names], outputs)
 
 
-def add(engine: Engine, prompt: Sequence[int], output_tokens: int, temperature: float = 0.0) -> str:
+def add(
+    engine: Engine,
+    prompt: Sequence[int],
+    output_tokens: int,
+    temperature: float = 0.0,
+    lora: str | None = None,
+) -> str:
     """Queue one request; returns its id."""
     params = SamplingParams(max_tokens=output_tokens, temperature=temperature, ignore_eos=True)
-    request = engine.make_request(tuple(prompt), params)
+    request = engine.make_request(tuple(prompt), params, lora=lora)
     engine.add(request)
     return request.request_id
 

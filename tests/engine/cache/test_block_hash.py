@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -26,8 +28,10 @@ def test_equal_tokens_behind_another_past_differ() -> None:
     assert first[1] != second[1]
 
 
-@pytest.mark.parametrize("changed", [("other", "", 4), ("version", "salt", 4), ("version", "", 8)])
-def test_version_salt_and_block_size_each_separate(changed: tuple[str, str, int]) -> None:
+@pytest.mark.parametrize(
+    "changed", [("other", "", 4), ("version", "salt", 4), ("version", "", 8), ("version", "", 4, "adapter")]
+)
+def test_version_salt_block_size_and_adapter_each_separate(changed: tuple[Any, ...]) -> None:
     assert root_digest(*changed) != ROOT
     assert chain_of([1, 2, 3, 4], root_digest(*changed)) != chain_of([1, 2, 3, 4])
 

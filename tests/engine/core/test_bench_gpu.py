@@ -123,6 +123,19 @@ def test_invariant_compares_both_modes_and_the_same_requests_alone(capsys):
     assert figures["same_alone"] == 2
 
 
+def test_adapters_compares_eight_in_one_batch_with_the_base(capsys):
+    figures, _ = run_tiny("adapters", capsys)
+    base, *others = figures["variants"]
+    assert [row["variant"] for row in others] == ["8 adapters", "slots, no adapter", "one adapter"]
+    assert base["rounds"] == 2  # before and after
+    for row in others:
+        assert row["share"] == pytest.approx(base["seconds"] / row["seconds"])
+    assert figures["share"] == others[0]["share"]
+    assert [verdict["value"] for verdict in figures["verdicts"]] == [figures["share"], figures["swap_s"]]
+    assert (figures["requests"], figures["output_tokens"]) == (8, 8 * 6)
+    check_phases(figures["phases"])
+
+
 @no_gpu
 def test_attention_without_a_gpu_checks_its_results():
     # In a process of its own: Triton reads whether to interpret when kernels are imported.

@@ -48,6 +48,21 @@ def test_answers_after_waking_equal_those_before_and_nothing_is_read_from_the_ol
     assert run_prompt(rig, "cached again") == (expected, run_prompt(rig, "cached once more")[1])
 
 
+def test_what_the_host_tier_held_is_gone_too(make_rig: Callable[..., Any]) -> None:
+    rig = make_rig(
+        num_blocks=8, max_model_len=128, swap_space_bytes=64 * 1024, runner={"num_host_blocks": 64}
+    )
+    run_prompt(rig, "before")
+    rig.add("other", [7] * 100, **SETTINGS)  # takes the blocks of the first, which go to the tier
+    rig.run()
+    assert rig.engine.stats().num_cached_host_blocks > 0
+    rig.engine.sleep()
+    assert rig.engine.stats().num_cached_host_blocks == 0
+    rig.engine.check_integrity()
+    rig.engine.wake_up()
+    assert run_prompt(rig, "after") == (expected_tokens(PROMPT, 20, rig.runner.vocab_size), 0)
+
+
 def test_asleep_it_takes_no_requests_and_says_so(make_rig: Callable[..., Any]) -> None:
     rig = make_rig()
     request = rig.engine.make_request(PROMPT, SamplingParams(), request_id="made before")

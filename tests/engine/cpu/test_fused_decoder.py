@@ -8,9 +8,11 @@ import torch
 from engine.attention.interface import AttentionMetadata
 from engine.attention.reference import ReferenceAttention
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES, new_scales
+from engine.kernels.lora import tokens_by_slot
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, LayerCache
 from engine.models.fused_cpu import FusedCpuDecoder
+from engine.models.lora import AdapterWeights, LoraSlots
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -209,3 +211,68 @@ def test_a_step_reads_the_panels_as_they_are_packed(library, name, exact_bf16):
     assert found.layers == config.num_layers * layer
     assert found.head == panels(config.vocab_size, hidden, False) + 4 * hidden
     assert found.embedding_row == hidden * (size if config.tie_embeddings else 4)
+
+
+class Adapted:
+    """A decoder whose first row uses one adapter, and the second another or none."""
+
+    def __init__(self, decoder, dtype, second: int) -> None:
+        self.decoder, self.config, self.second = decoder, decoder.config, second
+        self.slots = LoraSlots(
+            decoder.config, max_loras=3, max_rank=8, dtype=dtype, device=torch.device("cpu")
+        )
+        for slot in range(3):
+            generator = torch.Generator().manual_seed(slot)
+            layout = self.slots.layout
+            values = torch.randn(layout.num_values, generator=generator, dtype=torch.float64) / 8
+            scales = torch.rand(layout.num_scales, generator=generator, dtype=torch.float64) + 0.5
+            self.slots.put(slot, AdapterWeights(values.bfloat16(), scales.float(), "", 8))
+        if isinstance(decoder, Decoder):
+            self.slots.attach(decoder, use_kernel=False, deterministic=False)
+        else:
+            decoder.use_lora(self.slots)
+        self.logits = decoder.logits
+
+    def forward(self, token_ids, positions, caches, meta, attention):
+        of_rows = torch.where(meta.block_tables[:, 0] == 0, 2, self.second).int()
+        counts = meta.query_start.diff().long()
+        self.slots.tokens = tokens_by_slot(of_rows.repeat_interleave(counts), 3)
+        return self.decoder.forward(token_ids, positions, caches, meta, attention)
+
+
+@pytest.mark.parametrize(
+    ("name", "second"),
+    [("llama", 0), ("qwen3-head-norm", -1), ("llama-all-biases", -1), ("llama-uneven", 0)],
+)
+def test_adapters_add_what_they_add_to_the_torch_decoder_in_float64(name, second, library):
+    exact = stacked(run(Adapted(make_decoder(name), torch.float64, second), torch.float64))
+    plain = stacked(run(make_decoder(name), torch.float64))
+    fused = FusedCpuDecoder(make_decoder(name, torch.float32), library)
+    found = stacked(run(Adapted(fused, torch.float32, second), torch.float32))
+    differs = (exact - plain).abs().amax(1)
+    of_second = len(differs) - 51
+    assert differs[:of_second].min() > 0.1, "the adapter changes too little to be seen"
+    assert (differs[of_second:].max() > 0.1) == (second >= 0)
+    assert (found.double() - exact).abs().max() < 4e-5  # twice that of the base, which has half the products
+
+
+def test_adapters_in_bfloat16_are_as_near_to_float64_as_in_the_torch_decoder(library):
+    exact = stacked(run(Adapted(make_decoder("llama", exact_bf16=True), torch.float64, 0), torch.float64))
+    by_torch = stacked(run(Adapted(make_decoder("llama", torch.bfloat16), torch.bfloat16, 0), torch.bfloat16))
+    fused = FusedCpuDecoder(make_decoder("llama", torch.bfloat16), library)
+    found = stacked(run(Adapted(fused, torch.bfloat16, 0), torch.bfloat16))
+    assert (found - exact).square().mean() < 1.2 * (by_torch - exact).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_bits_with_adapters_do_not_depend_on_chunks_or_on_the_batch(library, dtype):
+    plain = FusedCpuDecoder(make_decoder("llama-uneven", dtype), library)
+    without = run(plain, dtype)
+    adapted = Adapted(plain, dtype, -1)
+    mixed = run(adapted, dtype)
+    assert torch.equal(stacked(run(adapted, dtype, [[(f, at, 1)] for f, at in mixed])), stacked(mixed))
+    for (
+        first,
+        at,
+    ), logits in mixed.items():  # beside an adapter, what uses none keeps the bits of a base without slots
+        assert torch.equal(logits, without[first, at]) == (first == 10)

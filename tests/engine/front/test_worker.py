@@ -32,7 +32,7 @@ from engine import (
 )
 from engine.fake_runner import FakeRunner, FakeTokenizer, expected_tokens
 from engine.plan import KVSpec, StepResult
-from engine.worker import SWITCH_INTERVAL_S, Abort, Add, Close
+from engine.worker import SWITCH_INTERVAL_S, Abort, Add, Ask, Close, RemoveLora, Sleep
 
 ROOT = Path(__file__).resolve().parents[3]
 SHORT = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -189,7 +189,7 @@ def test_seeds_follow_the_order_of_submission(make_worker: MakeWorker) -> None:
 
 def test_messages_can_be_sent_to_another_process(make_worker: MakeWorker) -> None:
     stream = make_worker().submit("hello", SHORT.with_(stop=("x",)))
-    for message in (Add((stream.request,)), Abort("a"), Close()):
+    for message in (Add((stream.request,)), Abort("a"), Ask(Sleep(1), 3), Ask(RemoveLora("b"), 4), Close()):
         assert pickle.loads(pickle.dumps(message)) == message
 
 

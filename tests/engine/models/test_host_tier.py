@@ -56,17 +56,18 @@ def test_tokens_and_bits_are_those_without_the_tier_and_those_of_a_large_pool(
         assert tier.logprobs[name] == without.logprobs[name] == roomy.logprobs[name], f"{name}: other bits"
 
 
+@pytest.mark.parametrize("stored", ["auto", "int8"])  # int8's scales go along
 def test_a_preempted_sequence_finds_its_blocks_in_the_tier(
-    folder: Any, prompt_of: Prompts, run_engine: Callable[..., Any]
+    folder: Any, prompt_of: Prompts, run_engine: Callable[..., Any], stored: str
 ) -> None:
     prompts = {"a": prompt_of(70, 5), "b": prompt_of(62, 6), "x": prompt_of(66, 3)}
-    params = PARAMS.with_(max_tokens=30)
+    params, settings = PARAMS.with_(max_tokens=30), {**EXACT, "kv_cache_dtype": stored}
     run = run_engine(
-        folder, prompts, params, **EXACT, num_blocks=29, max_model_len=112, swap_space_bytes=SWAP
+        folder, prompts, params, **settings, num_blocks=29, max_model_len=112, swap_space_bytes=SWAP
     )
     assert "x" in run.preempted
     assert any(record.num_blocks_back and "x" in dict(record.prefix_hits) for record in run.records)
-    alone = run_engine(folder, {"x": prompts["x"]}, params, **EXACT)
+    alone = run_engine(folder, {"x": prompts["x"]}, params, **settings)
     assert run.logprobs["x"] == alone.logprobs["x"]
 
 

@@ -22,6 +22,7 @@ from engine.build import prepare_decoder, torch_dtype
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kernels.kv_quantization import cache_dtype
+from engine.kernels.lora import tokens_by_slot
 from engine.memory import DeviceMemory, make_kv_spec
 from engine.models.decoder import Decoder
 from engine.records import StepRecord
@@ -129,6 +130,17 @@ def test_the_guard_refuses_memory_that_moved() -> None:
     held.append(held[0].clone())
     with pytest.raises(Refused, match="differ"):
         replay("work", lambda: held[1].mul_(2))
+
+
+def test_tokens_are_listed_by_adapter_slot_as_a_graph_can_hold_it() -> None:
+    replay, row_slots, rows = GuardedReplay(), torch.tensor([1, -1, 0]), torch.tensor([0, 2, 1, 1])
+    found = []
+    for _ in range(2):
+        replay("work", lambda: found.append(tokens_by_slot(row_slots[rows], 2)))
+        rows.copy_(torch.tensor([2, 0, 0, 1]))
+    listed = [(each.order.tolist(), each.starts.tolist()) for each in found]
+    # Captured work runs once before it is captured.
+    assert listed == [([2, 3, 1, 0], [2, 3, 4])] * 2 + [([3, 0, 1, 2], [1, 2, 4])]
 
 
 def test_sizes_are_powers_of_two_that_hold_all_rows() -> None:
