@@ -1,8 +1,8 @@
 """EngineWorker: the one thread that steps an engine, and everything around it that others need to use it.
 
-Requests come in through an inbox of picklable messages and go out through streams (``engine.stream``), work that somebody
-waits for (adapters come and go) comes in through the same inbox; records go to sinks;
-statistics and health are snapshots that nobody waits for. The thread does no tokenization, no detokenization, no logging and
+Requests, and what somebody waits for (sleep, adapters that come and go), come in through an inbox of picklable messages
+(``engine.worker_messages``); answers go out through streams (``engine.stream``), records to sinks; statistics and health are
+snapshots that nobody waits for. The thread does no tokenization, no detokenization, no logging and
 no I/O, and sleeps on the inbox when there is nothing to do.
 
 Failures: a sink that raises is removed; a step that fails is the engine's affair (its requests end with an error, others go
@@ -21,14 +21,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, EngineDeadError, EngineError, InvalidRequestError
-from engine.lora import Lora, LoraWeights
+from engine.lora import Lora
 from engine.record_log import RecordLog
 from engine.records import (
     EngineEvent,
@@ -39,9 +38,10 @@ from engine.records import (
     Sink,
     StepRecord,
 )
-from engine.request import FinishReason, Request
+from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from engine.stream import RequestStream, StreamHub
+from engine.worker_messages import Abort, Add, AddLora, Ask, Close, Message, RemoveLora, Sleep, Wish
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -51,50 +51,6 @@ if TYPE_CHECKING:
 SWITCH_INTERVAL_S = 1e-4  # how long a busy Python thread may keep the engine thread from the interpreter
 STATS_INTERVAL_NS = 50_000_000
 STALL_AFTER_S = 60.0  # the first step of a model may compile kernels
-
-
-@dataclass(frozen=True, slots=True)
-class Add:
-    requests: tuple[Request, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sleep:
-    """Sleep at a level, or wake up at 0."""
-
-    level: int
-
-
-@dataclass(frozen=True, slots=True)
-class AddLora:
-    name: str
-    weights: LoraWeights
-
-
-@dataclass(frozen=True, slots=True)
-class RemoveLora:
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What is to be done between two steps; `ticket` names who waits for the answer."""
-
-    what: Sleep | AddLora | RemoveLora
-    ticket: int
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    pass
-
-
-Message = Add | Abort | Ask | Close
 
 
 class EngineWorker:
@@ -294,7 +250,7 @@ class EngineWorker:
         """
         self._ask(Sleep(0))
 
-    def _ask(self, what: Sleep | AddLora | RemoveLora) -> Any:
+    def _ask(self, what: Wish) -> Any:
         """Have the engine thread do something, and wait for its answer."""
         answer: Future[Any] = Future()
         with self._lock:
@@ -447,7 +403,7 @@ class EngineWorker:
         else:
             answer.set_result(done)
 
-    def _do(self, engine: Engine, what: Sleep | AddLora | RemoveLora) -> Lora | None:
+    def _do(self, engine: Engine, what: Wish) -> Lora | None:
         if isinstance(what, AddLora):
             return engine.add_lora(what.name, what.weights)
         if isinstance(what, RemoveLora):

@@ -36,6 +36,7 @@ from engine.runner.host_blocks import HostBlocks, by_block
 from engine.runner.host_zeros import host_zeros
 from engine.runner.parked_weights import ParkedWeights
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
+from engine.runner.step_clock import StepClock
 from engine.runner.step_cost import StepCost, StepNeeds
 
 if TYPE_CHECKING:
@@ -58,38 +59,9 @@ class _Started:
     num_logprobs: list[int]  # of ``sampled.logprob_rows``
     prompt: tuple[tuple[int, int, LogprobTensors], ...]  # (row index, number of most likely tokens, figures)
     prepare_ms: float
-    clock: _Clock
+    clock: StepClock
     needs: StepNeeds
     graph_size: int
-
-
-class _Clock:
-    """Marks between the parts of a step: device events on a GPU, the host's clock on a CPU (where work has been done)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._marks: list[torch.cuda.Event | float] = []
-
-    def mark(self) -> None:
-        if self._on_gpu:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def wait(self) -> None:
-        last = self._marks[-1]
-        if isinstance(last, torch.cuda.Event):
-            last.synchronize()
-
-    def elapsed_ms(self, part: int) -> float:
-        first, second = self._marks[part], self._marks[part + 1]
-        if isinstance(first, torch.cuda.Event) and isinstance(second, torch.cuda.Event):
-            return float(first.elapsed_time(second))
-        assert isinstance(first, float)
-        assert isinstance(second, float)
-        return (second - first) * 1e3
 
 
 class ModelRunner:
@@ -328,7 +300,7 @@ class ModelRunner:
 
     def _start(self, plan: StepPlan, decoder: StepDecoder, batch: RowBatch) -> _Started:
         began = time.perf_counter()
-        clock = _Clock(self._device)
+        clock = StepClock(self._device)
         if self._host is not None:
             self._host.copy(plan.copies)
         batch.apply(plan)

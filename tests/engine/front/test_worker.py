@@ -32,7 +32,8 @@ from engine import (
 )
 from engine.fake_runner import FakeRunner, FakeTokenizer, expected_tokens
 from engine.plan import KVSpec, StepResult
-from engine.worker import SWITCH_INTERVAL_S, Abort, Add, Ask, Close, RemoveLora, Sleep
+from engine.worker import SWITCH_INTERVAL_S
+from engine.worker_messages import Abort, Add, Ask, Close, RemoveLora, Sleep
 
 ROOT = Path(__file__).resolve().parents[3]
 SHORT = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)

@@ -19,7 +19,7 @@ from engine import (
     SamplingParams,
 )
 from engine.fake_runner import FakeRunner, expected_tokens
-from engine.worker import Add
+from engine.worker_messages import Add
 
 PROMPT = [1, 2, 3] * 20
 SHORT = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)

@@ -1,0 +1,58 @@
+"""What is said to an engine thread: picklable, so that it may one day run in another process.
+
+Boundary: values. ``engine.worker`` sends and obeys them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.lora import LoraWeights
+from engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Sleep at a level, or wake up at 0."""
+
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class AddLora:
+    name: str
+    weights: LoraWeights
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveLora:
+    name: str
+
+
+Wish = Sleep | AddLora | RemoveLora
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is to be done between two steps; `ticket` names who waits for the answer."""
+
+    what: Wish
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    pass
+
+
+Message = Add | Abort | Ask | Close
