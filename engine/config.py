@@ -39,9 +39,8 @@ class EngineConfig:
     enable_prefix_cache: bool = True
     deterministic: bool = False  # bitwise the same tokens whatever shares the batch
     quantization: str | None = None  # of the linear layers' weights, and with fp8 of what they multiply
-    kv_cache_dtype: str = (
-        "auto"  # of stored keys and values: dtype's, "fp8" (also "fp8_e4m3"), "int8", on a CPU "bfloat16" too
-    )
+    # Of stored keys and values: dtype's, "fp8" (also "fp8_e4m3"), "int8", on a CPU "bfloat16" too.
+    kv_cache_dtype: str = "auto"
     enable_lora: bool = False  # adapters may be loaded while the engine runs
     max_loras: int = 8  # different adapters in one batch: each has a slot on the device
     max_lora_rank: int = 16  # a slot's size; adapters of a lower rank are padded

@@ -134,9 +134,8 @@ class FakeRunner:
         self._device_free_at = 0.0
         self._fail_submit: Exception | None = None
         self._fail_collect: Exception | None = None
-        self._is_broken = (
-            False  # a step in flight failed: what follows it computes on garbage until `reset_rows`
-        )
+        # A step in flight failed: what follows it computes on garbage until `reset_rows`.
+        self._is_broken = False
 
     @property
     def max_inflight(self) -> int:

@@ -20,15 +20,12 @@ class LoraQueue:
     def __init__(self, max_loras: int) -> None:
         self.max_loras = max_loras
         self._live: Counter[int] = Counter()  # live sequences of each adapter
-        self._running: dict[
-            int, int
-        ] = {}  # sequences with a row of each adapter, the adapters in order of coming in
-        self._slots: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # slot of each adapter that has one, least recently used first
-        self._claims: set[int] = (
-            set()
-        )  # adapters without a slot that somebody in the queue was seen to wait for
+        # Sequences with a row of each adapter, the adapters in order of coming in
+        self._running: dict[int, int] = {}
+        # The slot of each adapter that has one, least recently used first.
+        self._slots: OrderedDict[int, int] = OrderedDict()
+        # Adapters without a slot that somebody in the queue was seen to wait for.
+        self._claims: set[int] = set()
 
     def num_live(self, lora_id: int) -> int:
         """Live sequences that carry the adapter."""

@@ -32,9 +32,8 @@ from engine.runner.parked_weights import storages_of
 
 GPU_FIXED_BYTES = 512 << 20  # kernels, library workspaces, captured graphs
 # Upper bounds of what a step holds at once, in copies; a test compares them with a CPU's resident memory.
-SAMPLER_COPIES = (
-    16  # of the sampled rows' logits, in torch's sampler with every filter; the compiled one makes none
-)
+# Of the sampled rows' logits, in torch's sampler with every filter; the compiled one makes none.
+SAMPLER_COPIES = 16
 PROMPT_COPIES = 5  # of one part's logits: they, their log-softmax, and the ranks, counted in int64
 GATHER_COPIES = 4  # of the keys that the reference attention gathers, or of the scores that it computes
 DEFAULT_POOL = (

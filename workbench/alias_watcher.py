@@ -144,9 +144,8 @@ class AliasWatcher:
                 self._host.note(each.ref, each.registry_version, self._silent)
 
 
-PROBE = (
-    "ticket-extractor@champion"  # asked for when nothing is followed, to learn whether the registry answers
-)
+# Asked for when nothing is followed, to learn whether the registry answers.
+PROBE = "ticket-extractor@champion"
 
 
 def registry_lookup(settings: Settings) -> Lookup:

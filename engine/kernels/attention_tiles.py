@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES
 
-SPLIT_TOKENS = (
-    512  # a multiple of every BLOCK_N; partial results cost about 1.6 % of the KV read at 4 heads a group
-)
+# A multiple of every BLOCK_N; partial results cost about 1.6 % of the KV read at 4 heads a group.
+SPLIT_TOKENS = 512
 SUM_ROWS = 128  # rows whose splits a program counts at a time, to find where its own row's partials begin
 # Programs of a captured launch, whose grid must not know the contexts: at least four for each multiprocessor of a large
 # GPU. More would help a long context among short rows, and would find nothing to do in all other steps.

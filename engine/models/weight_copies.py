@@ -20,9 +20,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-NUM_THREADS = (
-    4  # at most: more read no faster from one disk, and a copy to host memory is bound by that memory
-)
+# At most: more read no faster from one disk, and a copy to host memory is bound by that memory.
+NUM_THREADS = 4
 PIECE_BYTES = 16 << 20  # a power of two, which torch's allocator of pinned memory rounds up to
 AHEAD = 4  # pieces a thread that may wait for it
 

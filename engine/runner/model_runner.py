@@ -42,9 +42,8 @@ from engine.runner.step_cost import StepCost, StepNeeds
 if TYPE_CHECKING:
     from engine.runner.decode_graphs import DecodeGraphs, Replay
 
-PROMPT_LOGPROB_ROWS = (
-    256  # rows of logits at once; a whole prompt's would be gigabytes with a large vocabulary
-)
+# Rows of logits at once; a whole prompt's would be gigabytes with a large vocabulary.
+PROMPT_LOGPROB_ROWS = 256
 _DEVICE_ERRORS: tuple[type[BaseException], ...] = tuple(
     error for error in (getattr(torch, "AcceleratorError", None),) if error is not None
 )

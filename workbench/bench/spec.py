@@ -44,9 +44,8 @@ class BenchmarkSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    url: str | None = (
-        None  # an OpenAI-compatible server; None: the app of this HOME_DIR, or an engine of our own
-    )
+    # An OpenAI-compatible server; None: the app of this HOME_DIR, or an engine of our own.
+    url: str | None = None
     model: str | None = None  # None: the server's first
     requests: int = Field(default=32, ge=1, le=MAX_REQUESTS)
     concurrency: int | None = Field(default=None, ge=1, le=MAX_CONCURRENCY)

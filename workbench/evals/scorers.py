@@ -46,9 +46,8 @@ class Answer:
     token_ids: tuple[int, ...] = ()
     finish_reason: str = "stop"
     tool_calls: tuple[ToolCall, ...] = ()
-    reference_logprobs: tuple[float, ...] | None = (
-        None  # of the expected answer's tokens, where a scorer asked
-    )
+    # Of the expected answer's tokens, where a scorer asked.
+    reference_logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
