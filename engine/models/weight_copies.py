@@ -41,6 +41,7 @@ class WeightCopies:
         self._waiting: deque[Future[None]] = deque()
         self._lanes = threading.local()
         self._device = device
+        self._is_inference = torch.is_inference_mode_enabled()  # a thread has its own
         self._pool = ThreadPoolExecutor(num_threads, "weights")
 
     def copy(self, source: Tensor, target: Tensor) -> None:
@@ -53,13 +54,14 @@ class WeightCopies:
             self._waiting.append(self._pool.submit(self._put, piece, place))
 
     def _put(self, piece: Tensor, place: Tensor) -> None:
-        if self._device.type != "cuda":
-            place.copy_(piece)
-            return
-        lane = getattr(self._lanes, "lane", None)
-        if lane is None:
-            lane = self._lanes.lane = _Lane(self._device, self._piece_bytes)
-        lane.put(piece, place)
+        with torch.inference_mode(self._is_inference):
+            if self._device.type != "cuda":
+                place.copy_(piece)
+                return
+            lane = getattr(self._lanes, "lane", None)
+            if lane is None:
+                lane = self._lanes.lane = _Lane(self._device, self._piece_bytes)
+            lane.put(piece, place)
 
     def __enter__(self) -> Self:
         return self

@@ -118,6 +118,8 @@ def wait_until_answers(url: str, process: subprocess.Popen[bytes], log: Path, ti
         try:
             urllib.request.urlopen(url + "/healthz", timeout=2).read()
             return
+        except urllib.error.HTTPError:  # it answers that a load failed
+            return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     raise AssertionError(f"no answer within {timeout_s} s: {log.read_text(errors='replace')[-3000:]}")

@@ -38,7 +38,7 @@ def test_keyboard_alone_asks_reads_and_stops(fake, visit):
     page.keyboard.press("Escape")  # the cursor is still in the box
     expect(finished_answers(page)).to_have_count(1)
     expect(page.locator(".q-figures").last).to_contain_text("stopped")
-    doubts = page.locator("details summary")
+    doubts = page.get_by_text("least certain tokens")
     doubts.focus()
     page.keyboard.press("Enter")
     expect(page.locator("details table")).to_be_visible()

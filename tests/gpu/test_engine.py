@@ -231,7 +231,6 @@ def test_preemption(checkpoint: Callable[[str], Path], device: torch.device) -> 
     assert_likely(reference, prompts, ran, MARGIN["float32"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("enforce_eager", [False, True], ids=["captured", "eager"])
 def test_blocks_that_return_from_host_memory_have_every_bit(
     checkpoint: Callable[[str], Path], enforce_eager: bool
@@ -259,6 +258,7 @@ def test_blocks_that_return_from_host_memory_have_every_bit(
     assert tier.logprobs == roomy.logprobs
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_deterministic_mode_gives_the_same_bits_alone_batched_and_in_other_chunks(
     dtype: str, checkpoint: Callable[[str], Path]
 ) -> None:
