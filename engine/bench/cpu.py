@@ -239,7 +239,7 @@ def _start_peers(
 ) -> dict[str, str]:
     """Add a variant for each peer that runs here; why the others do not."""
     absent: dict[str, str] = {}
-    for name, kinds in {**GGUF_TYPES, "vllm": ("bf16",)}.items():
+    for name, kinds in {**GGUF_TYPES, "vllm": ("",)}.items():
         python = vllm_python if name == "vllm" else None
         reason = cpu_peers.missing(name, python)
         for kind in kinds if reason is None else ():
@@ -252,7 +252,9 @@ def _start_peers(
             except RuntimeError as error:
                 reason = str(error)
                 break
-            variants.append(Variant(f"{name} {kind} ({peer.version})", _ask(peer), is_peer=True))
+            variants.append(
+                Variant(f"{name} {kind}".strip() + f" ({peer.version})", _ask(peer), is_peer=True)
+            )
         if reason is not None:
             absent[name] = reason
             print(f"{name}: absent, {reason}")

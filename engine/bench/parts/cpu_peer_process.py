@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 Generate = Callable[[list[list[int]], int], list[int]]  # prompts and output tokens -> output tokens of each
 MAX_SEQUENCES = 64
@@ -102,15 +103,16 @@ def llama_cpp(model: str, threads: int) -> tuple[str, Generate]:
 
 
 def vllm(model: str, threads: int) -> tuple[str, Generate]:
-    """vLLM on a CPU, on a folder of safetensors."""
+    """vLLM on a CPU, on a folder of safetensors, in bfloat16 where the CPU multiplies it, else in float32."""
     os.environ.setdefault(
         "VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
     )
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import vllm
 
+    dtype = "bfloat16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else "float32"
     llm = vllm.LLM(
-        model, skip_tokenizer_init=True, max_num_seqs=MAX_SEQUENCES, max_model_len=CONTEXT, dtype="bfloat16",
+        model, skip_tokenizer_init=True, max_num_seqs=MAX_SEQUENCES, max_model_len=CONTEXT, dtype=dtype,
         enable_prefix_caching=False, disable_log_stats=True,
     )  # fmt: skip
 
@@ -121,7 +123,7 @@ def vllm(model: str, threads: int) -> tuple[str, Generate]:
         results = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
         return [len(result.outputs[0].token_ids) for result in results]
 
-    return vllm.__version__, generate
+    return f"{vllm.__version__}, {dtype}", generate
 
 
 PEERS: dict[str, Callable[[str, int], tuple[str, Generate]]] = {
