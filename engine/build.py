@@ -24,7 +24,7 @@ from engine.errors import ConfigError
 from engine.kernels import cpu_library
 from engine.kernels.cache_folder import keep_triton_kernels
 from engine.kernels.invariant import find_row_tile
-from engine.kernels.kv_quantization import QUANTIZED_DTYPES, SETTINGS, cache_dtype
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES, SETTINGS
 from engine.memory import (
     Allocator,
     CudaAllocator,
@@ -32,8 +32,9 @@ from engine.memory import (
     DeviceMemory,
     decoder_bytes,
     device_memory,
-    make_kv_spec,
+    kv_spec_of,
     make_ledger,
+    torch_dtype,
     workspace_bytes,
 )
 from engine.model_folder import find_model, generation_eos_ids, has_tokenizer
@@ -88,7 +89,7 @@ def resolve_config(
     config = replace(config, attention_backend=backend, max_batched_tokens=batched, num_threads=threads)
     memory = memory or device_memory(device)
     host = memory if device.type == "cpu" else device_memory(torch.device("cpu"))
-    check_swap_space(config, make_kv_spec(model, config.block_size, dtype), host)
+    check_swap_space(config, kv_spec_of(config, model), host)
     return PoolSizer(model, device, memory).resolve(config)
 
 
@@ -133,13 +134,6 @@ def build_engine(
     engine = _assemble(loaded, allocator, before, tell)
     tell("ready", 1.0)
     return engine
-
-
-def torch_dtype(config: EngineConfig) -> torch.dtype:
-    """The compute dtype of a resolved config."""
-    dtype = getattr(torch, config.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def make_attention(config: EngineConfig) -> AttentionBackend:
@@ -209,7 +203,7 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     """The engine of a loaded model. `before`: the device's memory before the weights were read."""
     config, model, eos_token_ids = loaded.config, loaded.model, loaded.eos_token_ids
     device, dtype = torch.device(config.device), torch_dtype(config)
-    kv_spec = make_kv_spec(model, config.block_size, cache_dtype(config.kv_cache_dtype, dtype))
+    kv_spec = kv_spec_of(config, model)
     decoder, load_decoder = loaded.decoder, partial(loaded.load_decoder, _tell_nobody)
     lora_slots = _make_lora_slots(decoder, config)
 

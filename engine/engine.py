@@ -429,12 +429,12 @@ class Engine:
         memory = self._memory
         if memory is None or not self._sleep_level:
             return memory
-        is_there = (
-            self._sleep_level == 1 and self.config.device == "cpu"
-        )  # where the host's memory is the device's
+        # Where the host's memory is the device's, weights that are kept there are still there.
+        is_there = self._sleep_level == 1 and self.config.device == "cpu"
         return replace(
-            memory, weights_bytes=memory.weights_bytes if is_there else 0, kv_bytes=0, graphs_bytes=0
-        )
+            memory, weights_bytes=memory.weights_bytes if is_there else 0, kv_bytes=0, graphs_bytes=0,
+            host_tier_bytes=0,
+        )  # fmt: skip
 
     def check_integrity(self) -> None:
         """Prove the accounting of rows, blocks and tokens. O(blocks + live tokens).

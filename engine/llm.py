@@ -109,7 +109,7 @@ class LLM:
             EngineDeadError: the engine died or is closed.
         """
         many = _as_prompts(prompts)
-        return self._run(many, _one_each(params, len(many)), use_tqdm, lora)
+        return self._run(many, _params_of(params, len(many)), use_tqdm, lora)
 
     def chat(
         self,
@@ -137,7 +137,7 @@ class LLM:
         prompts: list[Prompt] = [
             self.tokenizer.apply_chat_template(chat, tools=tools) for chat in conversations
         ]
-        return self._run(prompts, _one_each(params, len(prompts)), use_tqdm, lora)
+        return self._run(prompts, _params_of(params, len(prompts)), use_tqdm, lora)
 
     def score(self, texts_or_token_ids: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[Score]:
         """Log-probabilities of given texts under the model, token by token.
@@ -217,7 +217,8 @@ class LLM:
         use_tqdm: bool,
         lora: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
-        streams = self.worker.submit_all(prompts, params, loras=_loras_for(lora, len(prompts)))
+        loras = _one_each(lora, str, len(prompts), param="lora", what="adapters")
+        streams = self.worker.submit_all(prompts, params, loras=loras)
         try:
             _wait_for_all(streams, use_tqdm)
         except BaseException:
@@ -299,34 +300,23 @@ def _no_prompt(value: Any) -> InvalidRequestError:
     )
 
 
-def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None:
-        return [SamplingParams()] * count
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    each = list(params)
+def _params_of(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    given = SamplingParams() if params is None else params
+    return _one_each(given, SamplingParams, count, param="params", what="sampling params")
+
+
+def _one_each(given: Any, kind: type, count: int, *, param: str, what: str) -> list[Any]:
+    """`given` for each of `count` prompts: one of its kind, or None, for all of them; else as many as there are prompts."""
+    if given is None or isinstance(given, kind):
+        return [given] * count
+    each = list(given)
     if len(each) != count:
         raise InvalidRequestError(
-            f"{len(each)} sampling params were given for {count} prompts",
+            f"{len(each)} {what} were given for {count} prompts",
             value=len(each),
             limit=count,
             remedy="Give one for all, or one for each prompt.",
-            param="params",
-        )
-    return each
-
-
-def _loras_for(lora: str | Sequence[str | None] | None, count: int) -> list[str | None]:
-    if lora is None or isinstance(lora, str):
-        return [lora] * count
-    each = list(lora)
-    if len(each) != count:
-        raise InvalidRequestError(
-            f"{len(each)} adapters were given for {count} prompts",
-            value=len(each),
-            limit=count,
-            remedy="Name one for all, or one for each prompt.",
-            param="lora",
+            param=param,
         )
     return each
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from engine.attention.reference import MAX_GATHERED_VALUES
 from engine.config import EngineConfig
-from engine.kernels.kv_quantization import QUANTIZED_DTYPES
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES, cache_dtype
 from engine.models.config import ModelConfig
 from engine.models.decoder import StepDecoder
 from engine.models.fused_cpu import FusedCpuDecoder
@@ -125,6 +125,18 @@ def device_memory(device: torch.device) -> DeviceMemory:
     if limit is not None and limit < total:
         total, free = limit, min(free, max(0, limit - (used or 0)))
     return DeviceMemory(total, free)
+
+
+def torch_dtype(config: EngineConfig) -> torch.dtype:
+    """The compute dtype of a resolved config."""
+    dtype = getattr(torch, config.dtype)
+    assert isinstance(dtype, torch.dtype), config.dtype
+    return dtype
+
+
+def kv_spec_of(config: EngineConfig, model: ModelConfig) -> KVSpec:
+    """The KV cache that a resolved config asks for."""
+    return make_kv_spec(model, config.block_size, cache_dtype(config.kv_cache_dtype, torch_dtype(config)))
 
 
 def make_kv_spec(model: ModelConfig, block_size: int, dtype: torch.dtype) -> KVSpec:

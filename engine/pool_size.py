@@ -18,8 +18,16 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, OutOfMemoryError
-from engine.kernels.kv_quantization import SETTINGS, cache_dtype
-from engine.memory import Demand, DeviceMemory, estimate_demand, in_units, make_kv_spec, workspace_bytes
+from engine.kernels.kv_quantization import SETTINGS
+from engine.memory import (
+    Demand,
+    DeviceMemory,
+    estimate_demand,
+    in_units,
+    kv_spec_of,
+    torch_dtype,
+    workspace_bytes,
+)
 from engine.models.config import ModelConfig
 from engine.plan import KVSpec
 
@@ -130,8 +138,7 @@ class PoolSizer:
 
     def _weigh(self, config: EngineConfig, free_bytes: int) -> _Fit:
         demand = self._demand(config)
-        stored = cache_dtype(config.kv_cache_dtype, _dtype(config))
-        kv_spec = make_kv_spec(self._model, config.block_size, stored)
+        kv_spec = kv_spec_of(config, self._model)
         block_bytes = kv_spec.bytes_per_block
         host_tier_bytes = config.swap_space_bytes if self._device.type == "cpu" else 0
         left = free_bytes - demand.num_bytes - kv_spec.shared_scale_bytes - host_tier_bytes
@@ -152,7 +159,7 @@ class PoolSizer:
 
     def _demand(self, config: EngineConfig) -> Demand:
         """What was measured, for the settings that it was measured with; else the estimate, raised by what it was short."""
-        estimate = estimate_demand(config, self._model, _dtype(config), self._device)
+        estimate = estimate_demand(config, self._model, torch_dtype(config), self._device)
         if self._measured is None:
             return estimate
         known, demand = self._measured.config, self._measured.demand
@@ -162,7 +169,7 @@ class PoolSizer:
         ):
             return demand
         taken = demand.workspace_bytes + demand.graphs_bytes
-        short = taken - workspace_bytes(known, self._model, _dtype(known), self._device)
+        short = taken - workspace_bytes(known, self._model, torch_dtype(known), self._device)
         return replace(estimate, workspace_bytes=estimate.workspace_bytes + max(0, short))
 
     def _fits_with(self, config: EngineConfig, setting: str, value: Any) -> bool:
@@ -284,12 +291,6 @@ def check_swap_space(config: EngineConfig, kv_spec: KVSpec, host: DeviceMemory) 
             param="swap_space_bytes",
             remedy=f"Set swap_space_bytes={most} or less.",
         )
-
-
-def _dtype(config: EngineConfig) -> torch.dtype:
-    dtype = getattr(torch, config.dtype)
-    assert isinstance(dtype, torch.dtype), config.dtype
-    return dtype
 
 
 def _host_tier(fit: _Fit) -> str:

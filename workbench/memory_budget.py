@@ -60,9 +60,8 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
         return config
     import torch
 
-    from engine.build import resolve_config, torch_dtype
-    from engine.kernels.kv_quantization import cache_dtype
-    from engine.memory import device_memory, make_kv_spec, workspace_bytes
+    from engine.build import resolve_config
+    from engine.memory import device_memory, kv_spec_of, torch_dtype, workspace_bytes
     from engine.model_folder import find_model
     from engine.models.config import ModelConfig
 
@@ -72,7 +71,7 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     device, dtype = torch.device(resolved.device), torch_dtype(resolved)
     if not others and (device.type == "cpu" or config.num_blocks or config.kv_memory_bytes):
         return config
-    spec = make_kv_spec(model, config.block_size, cache_dtype(resolved.kv_cache_dtype, dtype))
+    spec = kv_spec_of(resolved, model)
     context = min(config.max_model_len or model.max_context, model.max_context)
     blocks = -(-context // config.block_size)
     needs = _Needs(

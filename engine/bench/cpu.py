@@ -30,10 +30,10 @@ from typing import Any
 import torch
 
 from engine.bench.parts import cpu_peers
-from engine.build import build_engine, make_attention, resolve_config, torch_dtype
+from engine.build import build_engine, make_attention, resolve_config
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.memory import make_kv_spec
+from engine.memory import kv_spec_of, torch_dtype
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.weights import load_weights
@@ -314,7 +314,7 @@ def _unfused_engine(folder: str, threads: int) -> Iterator[OurEngine]:
     assert resolved.max_model_len is not None
     decoder = Decoder(model, dtype=dtype, device=device, max_positions=resolved.max_model_len)
     load_weights(decoder, folder)
-    kv_spec = make_kv_spec(model, resolved.block_size, dtype)
+    kv_spec = kv_spec_of(resolved, model)
     runner = ModelRunner(
         decoder,
         make_attention(resolved),

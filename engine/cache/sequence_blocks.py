@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from engine.cache.block_hash import block_digest, extend_chain, root_digest
 from engine.cache.block_pool import BlockPool
+from engine.cache.host_tier import HostTier
 from engine.plan import NO_COPIES, BlockCopies
 from engine.records import BlockEvent, BlockEventKind
 from engine.request import Request, Sequence, SequenceStatus
@@ -76,14 +77,14 @@ class SequenceBlocks:
         limit = (len(seq.token_ids) - 1) // self.block_size
         self._hash_until(seq, limit)
         blocks = self.pool.match(seq.block_hashes, limit)
-        return Match(blocks, self._match_host(seq.block_hashes[len(blocks) : limit]))
-
-    def _match_host(self, digests: list[bytes]) -> list[int]:
-        """Slots of the longest run that starts `digests`, up to a block that a running sequence brings or computes."""
-        slots: list[int] = []
         tier = self.pool.tier
         if tier is None:
-            return slots
+            return Match(blocks, [])
+        return Match(blocks, self._match_host(tier, seq.block_hashes[len(blocks) : limit]))
+
+    def _match_host(self, tier: HostTier, digests: list[bytes]) -> list[int]:
+        """Slots of the longest run that starts `digests`, up to a block that a running sequence brings or computes."""
+        slots: list[int] = []
         for digest in digests:
             slot = tier.find(digest)
             if slot is None or digest in self._announced:
@@ -201,9 +202,8 @@ class SequenceBlocks:
     def forget(self) -> None:
         """Empty the prefix cache, while no sequence holds a block: what the blocks held is gone."""
         forgotten = self.pool.forget()
-        if (
-            forgotten
-        ):  # as if someone had taken them and given them back: who follows the events knows no other way
+        if forgotten:
+            # As if someone had taken them and given them back: who follows the events knows no other way.
             self.events.append(BlockEvent(ACQUIRE, NOBODY, forgotten))
             self.events.append(BlockEvent(RELEASE, NOBODY))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -70,6 +70,24 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Cell]], left: int = 1) ->
         for row in rows
     )
     return f'<div class="q-scroll"><table class="q-table"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def stacked_bar(
+    parts: Sequence[tuple[str, float, str]], figure: Callable[[float], str], *, label: str, beside: str = ""
+) -> str:
+    """Parts of a whole side by side, with their key. A part: name (HTML), size, colour; `figure` tells a size, `label` all of it
+    to those who do not see it, `beside` is HTML that ends the key."""
+    whole = sum(size for _, size, _ in parts) or 1
+    bar = "".join(
+        f'<i style="width:{100 * size / whole:.3f}%;background:{colour}"></i>' for _, size, colour in parts
+    )
+    key = "".join(
+        f'<span style="--c:{colour}">{name} <b>{figure(size)}</b></span>' for name, size, colour in parts
+    )
+    return (
+        f'<div class="q-ledger" role="img" aria-label="{text(label)}">{bar}</div>'
+        f'<div class="q-key">{key}{beside}</div>'
+    )
 
 
 def panel(kind: str, heading: str, body: str, facts: Iterable[tuple[str, object]] = ()) -> str:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from engine.attention.interface import AttentionBackend, AttentionMetadata
-from engine.build import make_attention, prepare_decoder, resolve_config, torch_dtype
+from engine.build import make_attention, prepare_decoder, resolve_config
 from engine.config import EngineConfig
 from engine.errors import InvalidRequestError
 from engine.kernels.kv_quantization import cache_dtype
-from engine.memory import make_kv_spec
+from engine.memory import make_kv_spec, torch_dtype
 from engine.model_folder import find_model
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, StepDecoder

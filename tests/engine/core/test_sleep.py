@@ -157,12 +157,14 @@ def test_the_ledger_counts_what_stays_on_the_device(
 ) -> None:
     rig = make_rig(device=device)
     rig.engine._memory = MemoryLedger(
-        weights_bytes=1000, kv_bytes=500, workspace_bytes=40, total_bytes=4000, device=device, graphs_bytes=7
-    )
+        weights_bytes=1000, kv_bytes=500, workspace_bytes=40, total_bytes=4000, device=device, graphs_bytes=7,
+        host_tier_bytes=300,
+    )  # fmt: skip
     awake = rig.engine.stats().memory
     rig.engine.sleep(level)
     asleep = rig.engine.stats().memory
     assert (asleep.weights_bytes, asleep.kv_bytes, asleep.graphs_bytes) == (weights, 0, 0)
+    assert asleep.host_tier_bytes == 0
     assert asleep.workspace_bytes == 40
     rig.engine.wake_up()
     assert rig.engine.stats().memory == awake

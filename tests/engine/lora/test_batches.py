@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from engine.attention.reference import ReferenceAttention
-from engine.build import torch_dtype
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequestError
 from engine.kernels.lora import tokens_by_slot
-from engine.memory import make_kv_spec
+from engine.memory import make_kv_spec, torch_dtype
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.lora import LoraSlots, slots_bytes

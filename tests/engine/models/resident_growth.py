@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from engine.build import make_attention, prepare_decoder, resolve_config, torch_dtype
+from engine.build import make_attention, prepare_decoder, resolve_config
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.llm import LLM
-from engine.memory import make_kv_spec, workspace_bytes
+from engine.memory import make_kv_spec, torch_dtype, workspace_bytes
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.runner.model_runner import ModelRunner

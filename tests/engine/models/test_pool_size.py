@@ -144,6 +144,13 @@ def test_a_host_tier_that_the_host_cannot_hold_or_that_holds_nothing_is_refused(
     assert f"swap_space_bytes={limit} or {'less' if asked > limit else 'more'}" in str(caught.value)
 
 
+def test_a_host_tier_holds_blocks_of_the_cache_as_it_is_stored() -> None:
+    block = BLOCK_BYTES["bfloat16"] // 2  # in fp8
+    assert (
+        resolve(config_of(kv_cache_dtype="fp8", swap_space_bytes=block), 64 * GIB).swap_space_bytes == block
+    )
+
+
 def test_on_a_cpu_the_host_tier_is_taken_from_the_same_memory() -> None:
     error = refusal(config_of(num_blocks=4096, swap_space_bytes=30 * GIB), 40 * GIB)
     assert "host tier 30 GiB" in error.message

@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.attention.reference import ReferenceAttention
-from engine.build import prepare_decoder, torch_dtype
+from engine.build import prepare_decoder
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kernels.kv_quantization import cache_dtype
 from engine.kernels.lora import tokens_by_slot
-from engine.memory import DeviceMemory, make_kv_spec
+from engine.memory import DeviceMemory, make_kv_spec, torch_dtype
 from engine.models.decoder import Decoder
 from engine.records import StepRecord
 from engine.request import FinishReason

@@ -67,20 +67,12 @@ def told(found: Spent) -> str:
         ("idle", found.idle_s, "var(--q-surface)"),
     ]
     whole = sum(seconds for _, seconds, _ in parts)
-    bar = "".join(
-        f'<i style="width:{100 * seconds / whole:.2f}%;background:{colour}"></i>'
-        for _, seconds, colour in parts
-    )
-    key = "".join(
-        f'<span style="--c:{colour}">{label} <b>{100 * seconds / whole:.1f} %</b></span>'
-        for label, seconds, colour in parts
-    )
     share = formats.percent(found.floor_s, found.busy_s)
     label = f"{share} of the limit, bound by {_NAMES[found.bound]}"
     return (
         f'<div class="q-limit"><b>{share}</b><span>{term("share of limit", "of the limit")} while it worked</span>'
         f"<span>bound by {_NAMES[found.bound]}</span></div>"
-        f'<div class="q-ledger" role="img" aria-label="{markup.text(label)}">{bar}</div><div class="q-key">{key}</div>'
+        f"{markup.stacked_bar(parts, lambda seconds: f'{100 * seconds / whole:.1f} %', label=label)}"
         f"{_muted(_HELP[_largest(found)])}"
     )
 

@@ -31,19 +31,10 @@ def as_html(ledger: MemoryLedger | None, kv_cache_dtype: str = "") -> str:
         ("free", ledger.free_bytes, "var(--q-surface)"),
     ]
     parts = [part for part in parts if part[1]]
-    whole = max(sum(size for _, size, _ in parts), 1)
-    bar = "".join(
-        f'<i style="width:{100 * size / whole:.3f}%;background:{colour}"></i>' for _, size, colour in parts
-    )
-    key = "".join(
-        f'<span style="--c:{colour}">{label} <b>{formats.bytes_of(size)}</b></span>'
-        for label, size, colour in parts
-    )
     used, total = ledger.engine_bytes, ledger.total_bytes
     text = f"{formats.bytes_of(used)} in all, {formats.percent(used, total)} of {formats.bytes_of(total)}"
+    beside = ""
     if ledger.host_tier_bytes and not is_own:
-        key += f"<span>host tier <b>{formats.bytes_of(ledger.host_tier_bytes)}</b> in host memory</span>"
-    return (
-        f'<div class="q-ledger" role="img" aria-label="{markup.text(text)}">{bar}</div>'
-        f'<div class="q-key">{key}<em class="q-muted">{markup.text(text)} on {markup.text(ledger.device)}</em></div>'
-    )
+        beside = f"<span>host tier <b>{formats.bytes_of(ledger.host_tier_bytes)}</b> in host memory</span>"
+    beside += f'<em class="q-muted">{markup.text(text)} on {markup.text(ledger.device)}</em>'
+    return markup.stacked_bar(parts, lambda size: formats.bytes_of(int(size)), label=text, beside=beside)
