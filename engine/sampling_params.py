@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import InvalidParamsError
+from engine.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -59,6 +60,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0  # no end-of-sequence or stop before this many output tokens
+    structured_outputs: StructuredOutputsParams | None = None  # what the whole output must look like
     logprobs: int | None = None  # None: none; n: the chosen token's and the n most likely tokens'
     prompt_logprobs: bool = False  # log-probability of every prompt token (used by score)
     skip_special_tokens: bool = True
