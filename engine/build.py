@@ -44,6 +44,7 @@ from engine.models.fused_cpu import FusedCpuDecoder
 from engine.models.layers import Linear
 from engine.models.lora import LoraSlots
 from engine.models.quantized import check_quantization, quantize_decoder
+from engine.models.transformers_config import TransformersConfig, read_model_config, settle_for
 from engine.models.weights import load_weights
 from engine.needle import find_needle
 from engine.pool_size import Measured, PoolSizer, check_swap_space
@@ -70,7 +71,9 @@ def resolve_config(
         ConfigError: a setting that this model or device does not have.
         OutOfMemoryError: weights and KV cache do not fit.
     """
-    model = ModelConfig.from_folder(find_model(config.model)) if model is None else model
+    if model is None:
+        model = read_model_config(find_model(config.model), trust_remote_code=config.trust_remote_code)
+    config = settle_for(config, model)
     device = _resolve_device(config.device)
     asked, config = config, replace(config, device=str(device), dtype=_resolve_dtype(config.dtype, device))
     dtype = torch_dtype(config)
@@ -111,7 +114,7 @@ def build_engine(
     tell: Progress = progress or _tell_nobody
     tell("reading the model's config", 0.0)
     folder = find_model(config.model)
-    model = ModelConfig.from_folder(folder)
+    model = read_model_config(folder, trust_remote_code=config.trust_remote_code)
     asked, config = config, resolve_config(config, model, None if allocator is None else allocator.memory())
     device = torch.device(config.device)
     if device.type == "cuda":
@@ -263,6 +266,8 @@ def _load_decoder(
 ) -> StepDecoder:
     """The model of a folder in the form that runs."""
     assert config.max_model_len is not None
+    if isinstance(model, TransformersConfig):
+        return _load_transformers_decoder(config, model, folder, progress)
     decoder = Decoder(
         model, dtype=torch_dtype(config), device=torch.device(config.device), max_positions=config.max_model_len
     )  # fmt: skip
@@ -270,6 +275,20 @@ def _load_decoder(
     if config.quantization is not None:
         quantize_decoder(decoder, config.quantization, deterministic=config.deterministic)
     return prepare_decoder(decoder, config)
+
+
+def _load_transformers_decoder(
+    config: EngineConfig, model: TransformersConfig, folder: Path, progress: Progress
+) -> StepDecoder:
+    """The model of a folder that transformers' code computes."""
+    from engine.models.transformers_decoder import TransformersDecoder
+
+    decoder = TransformersDecoder(
+        model, folder, dtype=torch_dtype(config), device=torch.device(config.device),
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+    load_weights(decoder, folder, progress)
+    return decoder
 
 
 def _tell_nobody(message: str, share: float) -> None:

@@ -63,9 +63,9 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     from engine.build import resolve_config
     from engine.memory import device_memory, kv_spec_of, torch_dtype, workspace_bytes
     from engine.model_folder import find_model
-    from engine.models.config import ModelConfig
+    from engine.models.transformers_config import read_model_config
 
-    model = ModelConfig.from_folder(find_model(config.model))
+    model = read_model_config(find_model(config.model), trust_remote_code=config.trust_remote_code)
     probe = replace(config, num_blocks=1, kv_memory_bytes=None, max_model_len=None)
     resolved = resolve_config(probe, model)
     device, dtype = torch.device(resolved.device), torch_dtype(resolved)

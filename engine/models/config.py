@@ -100,24 +100,7 @@ class ModelConfig:
             ModelLoadError: the file is not JSON, or lacks a key.
             UnsupportedModelError: it asks for what the native decoder does not have.
         """
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise ModelNotFoundError(
-                f"no config.json in {folder}",
-                value=str(folder),
-                param="model",
-                remedy="Name a folder that holds a Hugging Face model: config.json and *.safetensors.",
-            )
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ModelLoadError(
-                f"{path} is not valid JSON ({error})",
-                value=str(path),
-                param="model",
-                remedy="Download the model's config.json again.",
-            ) from error
-        return cls.from_dict(values)
+        return cls.from_dict(read_config_values(folder))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -166,6 +149,33 @@ class ModelConfig:
             dtype=str(dtype).removeprefix("torch.") if dtype else None,
             eos_token_ids=_as_ids(values.get("eos_token_id")),
         )
+
+
+def read_config_values(folder: Path | str) -> dict[str, Any]:
+    """The content of a model folder's ``config.json``.
+
+    Raises:
+        ModelNotFoundError: no such folder, or no config.json in it.
+        ModelLoadError: the file is not JSON.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelNotFoundError(
+            f"no config.json in {folder}",
+            value=str(folder),
+            param="model",
+            remedy="Name a folder that holds a Hugging Face model: config.json and *.safetensors.",
+        )
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelLoadError(
+            f"{path} is not valid JSON ({error})",
+            value=str(path),
+            param="model",
+            remedy="Download the model's config.json again.",
+        ) from error
+    return values
 
 
 def _positive(values: Mapping[str, Any], key: str) -> int:

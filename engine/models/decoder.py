@@ -232,6 +232,11 @@ class Decoder(nn.Module):
             for name, target in _layer_targets(layer):
                 yield f"model.layers.{index}.{name}", target
 
+    def place_of(self, stored: str) -> str | None:
+        """The target's name for a checkpoint's; None for tables and for the head of tied embeddings, which older files hold."""
+        is_tied_head = stored == "lm_head.weight" and self.config.tie_embeddings
+        return None if is_tied_head or stored.endswith(".rotary_emb.inv_freq") else stored
+
 
 def _num_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

@@ -9,14 +9,14 @@ Boundary: no pickle formats, no quantized formats, no download.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import CorruptWeightsError, ModelNotFoundError, UnsupportedModelError
-from engine.models.decoder import Decoder
 from engine.models.weight_copies import WeightCopies
 
 Progress = Callable[[str, float], None]
@@ -25,7 +25,24 @@ SINGLE_NAME = "model.safetensors"
 AGAIN = "Download the file again, or point to an intact copy of the model."
 
 
-def load_weights(decoder: Decoder, folder: Path | str, progress: Progress | None = None) -> None:
+class WeightedDecoder(Protocol):
+    """What the loader asks of a decoder."""
+
+    @property
+    def embedding(self) -> Tensor:
+        """The input embedding; all weights are on its device."""
+        ...
+
+    def weight_targets(self) -> Iterator[tuple[str, Tensor]]:
+        """Names, each with the memory that the tensor of this name fills."""
+        ...
+
+    def place_of(self, stored: str) -> str | None:
+        """The target's name for a checkpoint's; None where the tensor is not part of the model."""
+        ...
+
+
+def load_weights(decoder: WeightedDecoder, folder: Path | str, progress: Progress | None = None) -> None:
     """Fill every parameter of the decoder from the folder's safetensors, converting to the decoder's dtype.
 
     `progress` gets a message and the share of tensors whose copy was started, in [0, 1].
@@ -36,12 +53,11 @@ def load_weights(decoder: Decoder, folder: Path | str, progress: Progress | None
         CorruptWeightsError: missing shard, truncated file, wrong shape, missing or doubled tensor.
     """
     targets = dict(decoder.weight_targets())
-    ignored = {"lm_head.weight"} if decoder.config.tie_embeddings else set()
     filled: dict[str, Path] = {}
     files = weight_files(Path(folder))
     with WeightCopies(decoder.embedding.device) as copies:
         for path in files:
-            _load_file(path, targets, ignored, filled, copies, progress)
+            _load_file(path, decoder, targets, filled, copies, progress)
     missing = sorted(targets.keys() - filled.keys())
     if missing:
         raise CorruptWeightsError(
@@ -116,19 +132,20 @@ def _raise_no_weights(folder: Path) -> None:
 
 def _load_file(
     path: Path,
+    decoder: WeightedDecoder,
     targets: dict[str, Tensor],
-    ignored: set[str],
     filled: dict[str, Path],
     copies: WeightCopies,
     progress: Progress | None,
 ) -> None:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if name in ignored or name.endswith(".rotary_emb.inv_freq"):
+            for stored in file.keys():  # noqa: SIM118 - not a dict
+                name = decoder.place_of(stored)
+                if name is None:
                     continue
                 _check_place(path, name, targets, filled)
-                source = file.get_tensor(name)
+                source = file.get_tensor(stored)
                 _check_values(path, name, source, targets[name])
                 copies.copy(source, targets[name])
                 filled[name] = path
