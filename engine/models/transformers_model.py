@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from engine.errors import UnsupportedModelError
 from engine.models.registry import FAMILIES
+from engine.models.transformers_adapters import register_adapter
 
 STEP, PROBE = "quire_step", "quire_probe"  # attention implementations
 ANSWER = "quire_attention"  # the attribute of a module that answers its attention calls
@@ -76,6 +77,7 @@ def build_model(config: PretrainedConfig, attention: str, *, trust_remote_code: 
     AttentionInterface.register(STEP, attend)
     AttentionInterface.register(PROBE, attend)
     AttentionMaskInterface.register(PROBE, mask_of_rule)
+    register_adapter(config.model_type, (STEP, PROBE), attend)
     name = ", ".join(config.architectures or ()) or config.model_type
     try:
         # The dtype is the process's default on purpose: transformers would set another one for all threads.

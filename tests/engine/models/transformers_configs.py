@@ -22,11 +22,20 @@ OPT: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 48, "ffn_dim": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 1,
 }  # fmt: skip
+FALCON = {
+    key: value for key, value in SHAPE.items() if key not in ("intermediate_size", "num_key_value_heads")
+}
 
 
 def case(name: str, **changes: Any) -> Callable[[], PretrainedConfig]:
     """A config class of transformers by name, in the common shape but for the changes."""
-    shape = {"GPT2Config": GPT2, "GPTBigCodeConfig": GPT2, "OPTConfig": OPT}.get(name, SHAPE)
+    shape = {
+        "GPT2Config": GPT2,
+        "GPTBigCodeConfig": GPT2,
+        "GPTJConfig": {**GPT2, "pad_token_id": None},
+        "FalconConfig": FALCON,
+        "OPTConfig": OPT,
+    }.get(name, SHAPE)
     return lambda: getattr(transformers, name)(**{**shape, **changes})
 
 
@@ -37,11 +46,16 @@ THROUGH_TRANSFORMERS: dict[str, Callable[[], PretrainedConfig]] = {
     "cohere2": case("Cohere2Config", sliding_window=WINDOW, num_hidden_layers=4),
     "ernie4_5": case("Ernie4_5Config", head_dim=16),
     "exaone4": case("Exaone4Config", sliding_window=WINDOW, sliding_window_pattern=2),
+    "falcon": case(
+        "FalconConfig", alibi=False, multi_query=True, new_decoder_architecture=False, parallel_attn=True
+    ),
+    "falcon_grouped": case("FalconConfig", alibi=False, num_kv_heads=2, new_decoder_architecture=True),
     "gemma": case("GemmaConfig", head_dim=20),
     "glm": case("GlmConfig", head_dim=12, attention_bias=True),
     "glm4": case("Glm4Config", head_dim=12, attention_bias=True),
     "gpt2": case("GPT2Config", scale_attn_by_inverse_layer_idx=True),
     "gpt_bigcode": case("GPTBigCodeConfig", multi_query=True),
+    "gptj": case("GPTJConfig", rotary_dim=8),
     "granite": case(
         "GraniteConfig",
         embedding_multiplier=3.0,
@@ -59,6 +73,8 @@ THROUGH_TRANSFORMERS: dict[str, Callable[[], PretrainedConfig]] = {
     "phi": case("PhiConfig", partial_rotary_factor=0.5, qk_layernorm=True),
     "seed_oss": case("SeedOssConfig", head_dim=12, attention_bias=True),
     "smollm3": case("SmolLM3Config", no_rope_layers=[1, 0]),
-    "stablelm": case("StableLmConfig", partial_rotary_factor=0.5, use_parallel_residual=True, qk_layernorm=True),
+    "stablelm": case(
+        "StableLmConfig", partial_rotary_factor=0.5, use_parallel_residual=True, qk_layernorm=True
+    ),
     "starcoder2": case("Starcoder2Config", sliding_window=WINDOW),
 }
