@@ -46,7 +46,7 @@ MIXING = (
     "aten::_fft_r2c",
     "aten::constant_pad_nd",
 )
-COPIES = ("aten::_to_copy", "aten::copy_")
+COPIES = ("aten::_to_copy", "aten::lift_fresh")  # where they bring values from the host
 
 
 def probe_folder(folder: Path, *, trust_remote_code: bool = False) -> TransformersConfig:
@@ -63,12 +63,12 @@ def probe_folder(folder: Path, *, trust_remote_code: bool = False) -> Transforme
         raise refusal(name, "it is an encoder with a decoder")
     if config.get_text_config(decoder=True) is not config:
         raise refusal(name, "it takes more than text")
-    if not getattr(config, "max_position_embeddings", None):
-        raise refusal(
-            name, "its config.json does not say how long a context may be (max_position_embeddings)"
-        )
     with torch.device("meta"):
         model = build_model(config, PROBE, trust_remote_code=trust_remote_code)
+    if model._is_stateful:
+        raise refusal(name, "its layers keep a state beside keys and values")
+    if any(type(module).__name__.endswith("Experts") for module in model.modules()):
+        raise refusal(name, "it gives tokens to experts, which paged steps do in the native decoder alone")
     return Probe(model, config).run()
 
 
@@ -79,6 +79,7 @@ class Probe:
         self._model, self._config = model, config
         self._name = type(model).__name__
         self._body = body_of(model)
+        self._max_position = int(getattr(config, "max_position_embeddings", None) or 0)
         self._layers: list[AttentionLayer] = []
 
     def run(self) -> TransformersConfig:
@@ -91,15 +92,21 @@ class Probe:
             setattr(module, ANSWER, _Recorder(self, name))
         token_ids, positions = (torch.empty(1, NUM_TOKENS, dtype=torch.long, device="meta") for _ in range(2))
         watch = _Watch(positions)
+        with watch:
+            hidden = self._attempt(
+                self._body,
+                input_ids=token_ids,
+                position_ids=positions,
+                attention_mask=torch.ones_like(token_ids),
+            )[0]
+            self._check(watch)
+            logits = self._attempt(head_of(self._model), inputs_embeds=hidden).logits
+        return self._shape(hidden, logits, is_capturable=not watch.copies)
+
+    def _attempt(self, part: nn.Module, **inputs: Tensor) -> Any:
         try:
-            with torch.no_grad(), watch:
-                hidden = self._body(
-                    input_ids=token_ids,
-                    position_ids=positions,
-                    attention_mask=torch.ones_like(token_ids),
-                    use_cache=False,
-                )[0]
-                logits = head_of(self._model)(inputs_embeds=hidden, use_cache=False).logits
+            with torch.no_grad():
+                return part(**inputs, use_cache=False)
         except _Asked as asked:
             raise refusal(self._name, str(asked)) from None
         except Exception as error:  # whatever a model raises where there are no values
@@ -107,8 +114,6 @@ class Probe:
                 self._name,
                 f"a step of it needs values on the host, or more than tokens and positions ({error})",
             ) from error
-        self._check(watch)
-        return self._shape(hidden, logits, is_capturable=not watch.copies)
 
     def record(
         self, name: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, asked: dict[str, Any]
@@ -145,7 +150,7 @@ class Probe:
         rule, zero = getattr(mask, RULE, None), torch.tensor(0)
         if rule is None:
             raise _Asked(f"{name} gets no mask of transformers' own making")
-        last = 2 * int(self._config.max_position_embeddings)
+        last = 2 * self._max_position or 8192
         keys = torch.arange(last + 1)
         try:
             with torch.device("cpu"):
@@ -162,8 +167,6 @@ class Probe:
 
     def _check(self, watch: _Watch) -> None:
         count = getattr(self._config, "num_hidden_layers", None)
-        if self._model._is_stateful:
-            raise refusal(self._name, "its layers keep a state beside keys and values")
         if len(self._layers) != count:
             raise refusal(
                 self._name,
@@ -175,6 +178,10 @@ class Probe:
             raise refusal(self._name, "it does not take the positions of a step's tokens")
         if len({(layer.num_heads, layer.num_kv_heads, layer.head_size) for layer in self._layers}) > 1:
             raise refusal(self._name, "its layers have heads of different numbers or sizes")
+        if not self._max_position:
+            raise refusal(
+                self._name, "its config.json has no max_position_embeddings: how long may a context be?"
+            )
 
     def _shape(self, hidden: Tensor, logits: Tensor, *, is_capturable: bool) -> TransformersConfig:
         config, first = self._config, self._layers[0]
@@ -198,7 +205,7 @@ class Probe:
             num_heads=first.num_heads,
             num_kv_heads=first.num_kv_heads,
             head_size=first.head_size,
-            max_position=int(config.max_position_embeddings),
+            max_position=self._max_position,
             rms_norm_eps=0.0,
             rope=RopeConfig(),
             tie_embeddings=is_tied,
@@ -248,10 +255,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reads_positions |= any(tensor is self._positions for tensor in given)
         if name in MIXING:
             self.mixing.add(name)
-        if (
-            name in COPIES
-            and any(tensor.device.type == "cpu" for tensor in given)
-            and made.device.type == "meta"
-        ):
+        if name in COPIES and made.device.type == "meta" and not any(x.device.type == "meta" for x in given):
             self.copies.add(name)
         return made
