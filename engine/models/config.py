@@ -1,8 +1,7 @@
 """ModelConfig: the shape of a causal LM, frozen, read once from a Hugging Face config.json.
 
-Boundary: plain numbers, no torch. Both spellings of the rotary embedding are read: `rope_parameters` (transformers 5)
-and `rope_theta` + `rope_scaling` (older checkpoints). What the decoder cannot do raises here, before any weight is read.
-It does not look at weights, tokenizer or generation settings.
+Boundary: plain numbers, no torch. What the decoder cannot do raises here, before any weight is read. It does not look at
+weights, tokenizer or generation settings.
 """
 
 from __future__ import annotations
@@ -15,26 +14,9 @@ from typing import Any
 
 from engine.errors import ModelLoadError, ModelNotFoundError, UnsupportedModelError
 from engine.models.registry import Family, family_of
+from engine.models.rope_config import RopeConfig, read_rope
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary embedding of all layers. Fields beyond `theta` count only for the kinds that name them."""
-
-    kind: str = "default"
-    theta: float = 10_000.0
-    factor: float = 1.0  # linear, llama3, yarn
-    original_max_position: int = 0  # llama3, yarn: the context of pre-training
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn: scale of cos and sin; None: from factor and mscale
-    mscale: float | None = None  # yarn
-    mscale_all_dim: float | None = None  # yarn
-    truncate: bool = True  # yarn: whole dimensions as the ramp's ends
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +34,40 @@ class ModelConfig:
     max_position: int
     rms_norm_eps: float
     rope: RopeConfig
+    rotary_size: int  # values of a head that are turned, from its first on
+    attention_scale: float
     tie_embeddings: bool
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]  # one per layer
+    local_rope: RopeConfig | None = None  # of layers with a window, where that is another one
+    activation: str = "silu"  # of the MLP's gate: "silu" or "gelu_tanh"
+    norm_offset: bool = False  # norms multiply by 1 + weight
+    out_norms: bool = False  # norms of what attention and MLP add to the residual
+    embedding_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     dtype: str | None = None  # of the checkpoint
     eos_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def unfused(self) -> tuple[str, ...]:
+        """What of this model no fused step computes: not the compiled one of a CPU, not the Triton kernels between products.
+
+        Empty: they run it. Otherwise the decoder takes torch's operations, beside whichever attention backend.
+        """
+        parts = {
+            "partial rotary embedding": self.rotary_size != self.head_size,
+            "rotary embedding by layer": self.local_rope is not None,
+            "norms by 1 + weight": self.norm_offset,
+            "norms of outputs": self.out_norms,
+            f"activation {self.activation}": self.activation != "silu",
+            "scaled embedding": self.embedding_scale is not None,
+            "soft caps": bool(self.attention_softcap or self.logit_softcap),
+        }
+        return tuple(name for name, has in parts.items() if has)
 
     @property
     def max_context(self) -> int:
@@ -77,7 +85,7 @@ class ModelConfig:
         h, i = self.hidden_size, self.intermediate_size
         layer = h * (q + 2 * kv) + q * h + 3 * h * i + 2 * h
         layer += (q + 2 * kv) * self.qkv_bias + h * self.out_bias + (2 * i + h) * self.mlp_bias
-        layer += 2 * self.head_size * self.qk_norm
+        layer += 2 * self.head_size * self.qk_norm + 2 * h * self.out_norms
         return self.num_layers * layer + self.vocab_size * h * (1 if self.tie_embeddings else 2) + h
 
     @property
@@ -123,7 +131,7 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Read a config.json's content; raises as `from_folder` does."""
         family = family_of(values.get("architectures"))
-        values = {**family.defaults, **values}
+        values = {**family.defaults, **_language_model_of(values, family)}
         _refuse_unknown_parts(values, family)
         hidden, heads = _positive(values, "hidden_size"), _positive(values, "num_attention_heads")
         kv_heads = int(values.get("num_key_value_heads") or heads)
@@ -135,14 +143,13 @@ class ModelConfig:
                 limit=heads,
                 param="num_key_value_heads",
             )
-        if head_size % 2:
-            raise UnsupportedModelError(
-                f"head_dim {head_size} is odd; the rotary embedding turns pairs of values",
-                value=head_size,
-                param="head_dim",
-            )
         layers = _positive(values, "num_hidden_layers")
         max_position = _positive(values, "max_position_embeddings")
+        raw_rope, raw_local = _split_rope(values)
+        rotary_size = _read_rotary_size(raw_rope, values, family, head_size)
+        rope = read_rope(raw_rope, values, max_position, rotary_size)
+        local = None if raw_local is None else read_rope(raw_local, values, max_position, rotary_size)
+        query_scalar = float(values["query_pre_attn_scalar"]) if family.reads_query_scalar else head_size
         attention_bias = family.reads_attention_bias and bool(values.get("attention_bias", False))
         dtype = values.get("dtype") or values.get("torch_dtype")
         return cls(
@@ -156,13 +163,22 @@ class ModelConfig:
             head_size=head_size,
             max_position=max_position,
             rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-            rope=_read_rope(values, max_position),
+            rope=rope,
+            rotary_size=rotary_size,
+            attention_scale=query_scalar**-0.5,
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
             qkv_bias=family.qkv_bias or attention_bias,
             out_bias=attention_bias,
             mlp_bias=family.reads_mlp_bias and bool(values.get("mlp_bias", False)),
             qk_norm=family.qk_norm,
             sliding_windows=_read_windows(values, family, layers),
+            local_rope=None if local == rope else local,
+            activation=ACTIVATIONS[_activation(values, family)],
+            norm_offset=family.norm_offset,
+            out_norms=bool(family.names.mlp_out_norm),
+            embedding_scale=hidden**0.5 if family.scales_embedding else None,
+            attention_softcap=_softcap(values, family, "attn_logit_softcapping"),
+            logit_softcap=_softcap(values, family, "final_logit_softcapping"),
             dtype=str(dtype).removeprefix("torch.") if dtype else None,
             eos_token_ids=_as_ids(values.get("eos_token_id")),
         )
@@ -181,6 +197,33 @@ def _positive(values: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def _language_model_of(values: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The config with that of its language model in the place of what it says of itself; null says nothing."""
+    nested = values.get(family.text_config) if family.text_config else None
+    return {
+        **values,
+        **{key: value for key, value in (nested or {}).items() if value is not None or key not in values},
+    }
+
+
+def _activation(values: Mapping[str, Any], family: Family) -> Any:
+    return values.get(family.activation_key, family.activations[0])
+
+
+def _softcap(values: Mapping[str, Any], family: Family, key: str) -> float | None:
+    cap = values.get(key) if family.reads_softcaps else None
+    return float(cap) if cap else None
+
+
+def _split_rope(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+    """What a config says of its rotary embedding, and of another one in layers with a window."""
+    raw = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    local = {} if (base := values.get("rope_local_base_freq")) is None else {"rope_theta": base}
+    if "full_attention" in raw or "sliding_attention" in raw:
+        return raw.get("full_attention") or {}, {**local, **(raw.get("sliding_attention") or {})}
+    return raw, local or None
+
+
 def _as_ids(value: Any) -> frozenset[int]:
     if value is None:
         return frozenset()
@@ -189,13 +232,20 @@ def _as_ids(value: Any) -> frozenset[int]:
 
 def _refuse_unknown_parts(values: Mapping[str, Any], family: Family) -> None:
     """Raise for each part of a config that would silently change the model if it were ignored."""
-    activation = values.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
+    activation = _activation(values, family)
+    if activation not in family.activations:
         raise UnsupportedModelError(
-            f"hidden_act {activation!r} is not supported",
+            f"{family.activation_key} {activation!r} is not supported",
             value=activation,
-            limit=["silu"],
-            param="hidden_act",
+            limit=list(family.activations),
+            param=family.activation_key,
+        )
+    if values.get("use_bidirectional_attention"):
+        raise UnsupportedModelError(
+            "use_bidirectional_attention: an encoder does not generate",
+            value=values["use_bidirectional_attention"],
+            limit=False,
+            param="use_bidirectional_attention",
         )
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method", "unknown")
@@ -214,59 +264,29 @@ def _refuse_unknown_parts(values: Mapping[str, Any], family: Family) -> None:
                 limit=False,
                 param=key,
             )
-    rotated = (values.get("rope_parameters") or {}).get("partial_rotary_factor") or values.get(
-        "partial_rotary_factor"
-    )
-    if rotated not in (None, 1, 1.0):
+
+
+def _read_rotary_size(
+    rope: Mapping[str, Any], values: Mapping[str, Any], family: Family, head_size: int
+) -> int:
+    """Values of a head that are turned; they come in pairs."""
+    share = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
+    if share != 1.0 and not family.reads_partial_rotary:
         raise UnsupportedModelError(
-            f"partial_rotary_factor {rotated} is not supported",
-            value=rotated,
+            f"partial_rotary_factor {share} is not supported",
+            value=share,
             limit=1.0,
             param="partial_rotary_factor",
         )
-
-
-def _read_rope(values: Mapping[str, Any], max_position: int) -> RopeConfig:
-    raw = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    kind = str(raw.get("rope_type") or raw.get("type") or "default")
-    if kind not in ROPE_TYPES:
+    size = int(head_size * share)
+    if size % 2 or not 0 < size <= head_size:
         raise UnsupportedModelError(
-            f"rope type {kind!r} is not supported",
-            value=kind,
-            limit=ROPE_TYPES,
-            param="rope_parameters",
-            remedy=f"Supported: {', '.join(ROPE_TYPES)}.",
+            f"the rotary embedding turns pairs of values, not {size} of head_dim {head_size}",
+            value=size,
+            limit=head_size,
+            param="head_dim",
         )
-    theta = float(raw.get("rope_theta") or values.get("rope_theta") or 10_000.0)
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    factor = raw.get("factor")
-    original = int(
-        values.get("original_max_position_embeddings")
-        or raw.get("original_max_position_embeddings")
-        or max_position
-    )
-    if factor is None and kind == "yarn":
-        factor = max_position / original
-    if not isinstance(factor, (int, float)) or factor <= 0:
-        raise UnsupportedModelError(
-            f"rope type {kind!r} needs a positive factor, got {factor!r}",
-            value=factor,
-            param="rope_parameters",
-        )
-    optional = {key: raw.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim")}
-    return RopeConfig(
-        kind=kind,
-        theta=theta,
-        factor=float(factor),
-        original_max_position=original,
-        low_freq_factor=float(raw.get("low_freq_factor") or 1.0),
-        high_freq_factor=float(raw.get("high_freq_factor") or 4.0),
-        beta_fast=float(raw.get("beta_fast") or 32.0),
-        beta_slow=float(raw.get("beta_slow") or 1.0),
-        truncate=bool(raw.get("truncate", True)),
-        **{key: None if value is None else float(value) for key, value in optional.items()},
-    )
+    return size
 
 
 def _read_windows(values: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
@@ -275,10 +295,13 @@ def _read_windows(values: Mapping[str, Any], family: Family, layers: int) -> tup
         return (None,) * layers
     if family.window == "all":
         return (int(window) if window else None,) * layers
-    if not values.get("use_sliding_window", False):
+    if family.window == "by_layer" and not values.get("use_sliding_window", False):
         window = None
     kinds = values.get("layer_types")
-    if kinds is None:
+    if kinds is None and family.window == "pattern":
+        every = _positive(values, "sliding_window_pattern")
+        kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
+    elif kinds is None:
         first = int(values["max_window_layers"])
         kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
     if len(kinds) != layers:

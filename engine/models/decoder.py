@@ -1,4 +1,4 @@
-"""The decoder of the Llama-like families: Llama, Mistral, Qwen2, Qwen3, by configuration.
+"""The decoder of the Llama-like families, one by configuration: ``engine.models.registry`` names them.
 
 Boundary: token ids and positions of one flat step in, hidden states and logits out; K and V go through the attention
 backend into caches that the runner owns. It knows no sequences, no scheduling and no files: `weight_targets` says where
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from engine.attention.interface import AttentionBackend, AttentionMetadata
 from engine.models.config import ModelConfig
-from engine.models.layers import Linear, RMSNorm, gated_silu, rotate
+from engine.models.layers import ACTIVATIONS, Linear, RMSNorm, gated, gated_silu, rotate, softcapped
+from engine.models.registry import TensorNames, family_of, parts_of
 from engine.models.rope import rotary_table
 
 
@@ -81,7 +82,8 @@ class DecoderLayer(nn.Module):
             config.head_size,
         )
         self.window = config.sliding_windows[index]
-        self.scale = config.head_size**-0.5
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.activation = config.activation
         self.invariant = False
         self.use_kernel = False
         q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
@@ -91,9 +93,11 @@ class DecoderLayer(nn.Module):
             return Linear(n_in, n_out, bias=bias, dtype=dtype, device=device)
 
         def norm(size: int) -> RMSNorm:
-            return RMSNorm(size, eps, dtype=dtype, device=device)
+            return RMSNorm(size, eps, dtype=dtype, device=device, offset=config.norm_offset)
 
         self.input_norm, self.post_attention_norm = norm(hidden), norm(hidden)
+        self.attention_out_norm = norm(hidden) if config.out_norms else None
+        self.mlp_out_norm = norm(hidden) if config.out_norms else None
         self.qkv = linear(hidden, q + 2 * kv, config.qkv_bias)
         self.q_norm = norm(config.head_size) if config.qk_norm else None
         self.k_norm = norm(config.head_size) if config.qk_norm else None
@@ -113,16 +117,26 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """What this layer adds to the residual [T, hidden], after `x`, what the one before it adds, was added in place.
 
-        `x` is None before the first layer. `rotary` [max_positions, D] holds cosines and sines by position.
+        `x` is None before the first layer. `rotary` [max_positions, values that are turned] holds cosines and sines by position.
         """
         x = self.input_norm(residual) if x is None else self.input_norm(x, residual)
         q = self._queries(self.qkv(x), positions, rotary, cache, meta, attention)
         mixed = attention.forward(
-            q, cache.k, cache.v, meta, scale=self.scale, sliding_window=self.window, k_scale=cache.k_scale,
-            v_scale=cache.v_scale,
+            q, cache.k, cache.v, meta, scale=self.scale, sliding_window=self.window, softcap=self.softcap,
+            k_scale=cache.k_scale, v_scale=cache.v_scale,
         ).flatten(1)  # fmt: skip
-        x = self.post_attention_norm(self.out(mixed), residual)
-        inner = gated_silu(self.gate_up(x), invariant=self.invariant, use_kernel=self.use_kernel)
+        x = self.out(mixed)
+        if self.attention_out_norm is not None:
+            x = self.attention_out_norm(x)
+        x = self._mlp(self.post_attention_norm(x, residual))
+        return x if self.mlp_out_norm is None else self.mlp_out_norm(x)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        gate_up = self.gate_up(x)
+        if self.activation == "silu":
+            inner = gated_silu(gate_up, invariant=self.invariant, use_kernel=self.use_kernel)
+        else:
+            inner = gated(gate_up, ACTIVATIONS[self.activation], invariant=self.invariant)
         down: Tensor = self.down(inner)
         return down
 
@@ -163,12 +177,15 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.names = family_of([config.architecture]).names
         self.embedding = nn.Parameter(
             torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device),
             requires_grad=False,
         )
         self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.norm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device, offset=config.norm_offset
+        )
         self.lm_head = Linear(
             config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=torch.device("meta")
         )
@@ -177,7 +194,15 @@ class Decoder(nn.Module):
         else:
             self.lm_head.weight = nn.Parameter(torch.empty_like(self.embedding), requires_grad=False)
         table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.rotary = rotary_table(config.rope, config.head_size, max_positions, table_dtype).to(device)
+        self.rotary = rotary_table(config.rope, config.rotary_size, max_positions, table_dtype).to(device)
+        self.local_rotary: Tensor | None = None  # of layers with a window, where they have their own
+        if config.local_rope is not None:
+            local = rotary_table(config.local_rope, config.rotary_size, max_positions, table_dtype)
+            self.local_rotary = local.to(device)
+        self.embedding_scale: Tensor | None = None
+        if config.embedding_scale is not None:  # rounded as the checkpoints' own code does
+            self.embedding_scale = torch.tensor(config.embedding_scale, dtype=torch.float32).to(device, dtype)
+        self.invariant = False
 
     def use_kernels(self, *, deterministic: bool = False) -> None:
         """Take the Triton kernels: on a GPU, in the dtypes that attention has there too. Products stay the library's, but for
@@ -190,6 +215,7 @@ class Decoder(nn.Module):
 
     def set_row_tile(self, row_tile: int) -> None:
         """Make every row's result independent of the rows beside it, by products of exactly `row_tile` rows."""
+        self.invariant = row_tile > 0
         for module in self.modules():
             if isinstance(module, Linear):
                 module.row_tile = row_tile
@@ -206,14 +232,19 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states [T, hidden] of a step's tokens, before the final norm; K and V are written to the caches."""
         residual = F.embedding(token_ids, self.embedding)
+        if self.embedding_scale is not None:
+            residual = residual * self.embedding_scale
         x: Tensor | None = None
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, residual, positions, self.rotary, cache, meta, attention)
+        for layer, cache, window in zip(self.layers, caches, self.config.sliding_windows, strict=True):
+            rotary = self.rotary if window is None or self.local_rotary is None else self.local_rotary
+            x = layer(x, residual, positions, rotary, cache, meta, attention)
         return residual if x is None else residual.add_(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of the given rows of `forward`'s result, float32 (float64 for a float64 model)."""
         logits: Tensor = self.lm_head(self.norm(hidden))
+        if self.config.logit_softcap is not None:
+            logits = softcapped(logits, self.config.logit_softcap, invariant=self.invariant)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def step_weights(self) -> StepWeights:
@@ -223,28 +254,29 @@ class Decoder(nn.Module):
 
     def weight_targets(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint tensor names, each with the view of the merged parameter that it fills."""
-        yield "model.embed_tokens.weight", self.embedding
-        yield "model.norm.weight", self.norm.weight
+        names = self.names
+        yield f"{names.embedding}.weight", self.embedding
+        yield f"{names.norm}.weight", self.norm.weight
         if not self.config.tie_embeddings:
-            yield "lm_head.weight", self.lm_head.weight
+            yield f"{names.head}.weight", self.lm_head.weight
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            for name, target in _layer_targets(layer):
-                yield f"model.layers.{index}.{name}", target
+            for name, target in _layer_targets(layer, names):
+                yield f"{names.layers}.{index}.{name}", target
 
 
 def _num_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _layer_targets(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
+def _layer_targets(layer: DecoderLayer, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
     q, kv = layer.num_heads * layer.head_size, layer.num_kv_heads * layer.head_size
     inner = layer.down.weight.shape[1]
     merged: list[tuple[Linear, tuple[tuple[str, int], ...]]] = [
-        (layer.qkv, (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))),
-        (layer.out, (("self_attn.o_proj", layer.out.weight.shape[0]),)),
-        (layer.gate_up, (("mlp.gate_proj", inner), ("mlp.up_proj", inner))),
-        (layer.down, (("mlp.down_proj", layer.down.weight.shape[0]),)),
+        (layer.qkv, parts_of(names.qkv, (q, kv, kv))),
+        (layer.out, ((names.out, layer.out.weight.shape[0]),)),
+        (layer.gate_up, parts_of(names.gate_up, (inner, inner))),
+        (layer.down, ((names.down, layer.down.weight.shape[0]),)),
     ]
     for linear, parts in merged:
         first = 0
@@ -253,8 +285,11 @@ def _layer_targets(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
             if linear.bias is not None:
                 yield f"{name}.bias", linear.bias[first : first + size]
             first += size
-    yield "input_layernorm.weight", layer.input_norm.weight
-    yield "post_attention_layernorm.weight", layer.post_attention_norm.weight
+    yield f"{names.input_norm}.weight", layer.input_norm.weight
+    yield f"{names.mlp_norm}.weight", layer.post_attention_norm.weight
+    if layer.attention_out_norm is not None and layer.mlp_out_norm is not None:
+        yield f"{names.attention_out_norm}.weight", layer.attention_out_norm.weight
+        yield f"{names.mlp_out_norm}.weight", layer.mlp_out_norm.weight
     if layer.q_norm is not None and layer.k_norm is not None:
         yield "self_attn.q_norm.weight", layer.q_norm.weight
         yield "self_attn.k_norm.weight", layer.k_norm.weight

@@ -114,6 +114,7 @@ class FusedCpuDecoder:
 
     def __init__(self, decoder: Decoder, library: CpuLibrary) -> None:
         assert decoder.embedding.dtype in (torch.float32, torch.bfloat16), decoder.embedding.dtype
+        assert not decoder.config.unfused, decoder.config.unfused
         self.config = decoder.config
         self.dtype = decoder.embedding.dtype
         self._library = library
@@ -234,7 +235,7 @@ class FusedCpuDecoder:
             config.head_size,
             int(narrow),
             config.rms_norm_eps,
-            config.head_size**-0.5,
+            config.attention_scale,
         )
 
     def _describe_layer(self, layer: DecoderLayer, window: int | None) -> _Layer:

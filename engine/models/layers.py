@@ -8,11 +8,19 @@ vector of a tensor or of a thread's share.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.kernels.invariant import in_pieces, tiled_linear
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+)
 
 
 class Linear(nn.Module):
@@ -48,10 +56,16 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * weight`` over the last dimension, in float32 at least."""
+    """``x / rms(x) * weight`` over the last dimension, in float32 at least.
 
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+    With `offset` it is ``1 + weight``, and the result is rounded once, after the weight: Gemma's norm.
+    """
+
+    def __init__(
+        self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device, offset: bool = False
+    ) -> None:
         super().__init__()
+        self.offset = offset
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
         self.eps = eps
         self.use_kernel = False  # one Triton kernel instead of torch's operations
@@ -68,18 +82,22 @@ class RMSNorm(nn.Module):
             x = residual.add_(x)
         wide = x if x.dtype == torch.float64 else x.float()
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        if self.offset:
+            return (wide * scale * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
         return self.weight * (wide * scale).to(x.dtype)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotary embedding of x [T, heads, D] by its positions' rows of the table [T, D] (cosines, then sines).
+    """Rotary embedding of x [T, heads, D] by its positions' rows of the table [T, R] (cosines, then sines).
 
-    Value d pairs with d + D/2, as in Hugging Face checkpoints.
+    The first R of the D values are turned: d pairs with d + R/2, as in Hugging Face checkpoints.
     """
-    half = x.shape[-1] // 2
+    size = table.shape[-1]
+    half = size // 2
     cos, sin = table[:, None, :half], table[:, None, half:]
-    first, second = x[..., :half].to(table.dtype), x[..., half:].to(table.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    first, second = x[..., :half].to(table.dtype), x[..., half:size].to(table.dtype)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), dim=-1)
 
 
 def gated_silu(gate_up: Tensor, *, invariant: bool, use_kernel: bool = False) -> Tensor:
@@ -88,5 +106,16 @@ def gated_silu(gate_up: Tensor, *, invariant: bool, use_kernel: bool = False) ->
         from engine.kernels.silu_and_mul import silu_and_mul
 
         return silu_and_mul(gate_up)
+    return gated(gate_up, F.silu, invariant=invariant)
+
+
+def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor], *, invariant: bool) -> Tensor:
+    """``activation(gate) * up`` for the merged projection [T, 2 I] -> [T, I]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return (in_pieces(F.silu, gate) if invariant else F.silu(gate)) * up
+    return (in_pieces(activation, gate) if invariant else activation(gate)) * up
+
+
+def softcapped(x: Tensor, cap: float, *, invariant: bool) -> Tensor:
+    """``cap * tanh(x / cap)``, in x's dtype."""
+    x = x / cap
+    return (in_pieces(torch.tanh, x) if invariant else torch.tanh(x)) * cap

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.errors import CorruptWeightsError, ModelNotFoundError, UnsupportedModelError
 from engine.models.decoder import Decoder
+from engine.models.registry import TensorNames
 from engine.models.weight_copies import WeightCopies
 
 Progress = Callable[[str, float], None]
@@ -36,12 +37,12 @@ def load_weights(decoder: Decoder, folder: Path | str, progress: Progress | None
         CorruptWeightsError: missing shard, truncated file, wrong shape, missing or doubled tensor.
     """
     targets = dict(decoder.weight_targets())
-    ignored = {"lm_head.weight"} if decoder.config.tie_embeddings else set()
+    ignored = {f"{decoder.names.head}.weight"} if decoder.config.tie_embeddings else set()
     filled: dict[str, Path] = {}
     files = weight_files(Path(folder))
     with WeightCopies(decoder.embedding.device) as copies:
         for path in files:
-            _load_file(path, targets, ignored, filled, copies, progress)
+            _load_file(path, decoder.names, targets, ignored, filled, copies, progress)
     missing = sorted(targets.keys() - filled.keys())
     if missing:
         raise CorruptWeightsError(
@@ -116,6 +117,7 @@ def _raise_no_weights(folder: Path) -> None:
 
 def _load_file(
     path: Path,
+    names: TensorNames,
     targets: dict[str, Tensor],
     ignored: set[str],
     filled: dict[str, Path],
@@ -124,11 +126,12 @@ def _load_file(
 ) -> None:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if name in ignored or name.endswith(".rotary_emb.inv_freq"):
+            for stored in file.keys():  # noqa: SIM118 - not a dict
+                name = names.of_file(stored)
+                if name is None or name in ignored:
                     continue
                 _check_place(path, name, targets, filled)
-                source = file.get_tensor(name)
+                source = file.get_tensor(stored)
                 _check_values(path, name, source, targets[name])
                 copies.copy(source, targets[name])
                 filled[name] = path
