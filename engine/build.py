@@ -41,7 +41,6 @@ from engine.model_folder import find_model, generation_eos_ids, has_tokenizer
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, StepDecoder
 from engine.models.fused_cpu import FusedCpuDecoder
-from engine.models.layers import Linear
 from engine.models.lora import LoraSlots
 from engine.models.quantized import check_quantization, quantize_decoder
 from engine.models.weights import load_weights
@@ -173,8 +172,7 @@ def prepare_decoder(decoder: Decoder, config: EngineConfig) -> StepDecoder:
     if config.attention_backend == "triton" and not unfused:
         decoder.use_kernels(deterministic=config.deterministic)
     elif config.deterministic:
-        linears = [module.weight for module in decoder.modules() if isinstance(module, Linear)]
-        decoder.set_row_tile(find_row_tile(linears))
+        decoder.set_row_tile(find_row_tile(decoder.matrices()))
     return decoder
 
 

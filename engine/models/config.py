@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelLoadError, ModelNotFoundError, UnsupportedModelError
+from engine.models.moe_config import MoeConfig, read_moe
 from engine.models.registry import Family, family_of
 from engine.models.rope_config import RopeConfig, read_rope
 
@@ -49,6 +50,7 @@ class ModelConfig:
     embedding_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    moe: MoeConfig | None = None
     dtype: str | None = None  # of the checkpoint
     eos_token_ids: frozenset[int] = frozenset()
 
@@ -65,6 +67,7 @@ class ModelConfig:
             "norms of outputs": self.out_norms,
             f"activation {self.activation}": self.activation != "silu",
             "scaled embedding": self.embedding_scale is not None,
+            "experts": self.moe is not None,
             "soft caps": bool(self.attention_softcap or self.logit_softcap),
         }
         return tuple(name for name, has in parts.items() if has)
@@ -83,21 +86,48 @@ class ModelConfig:
         """Values to be stored; tied embeddings count once."""
         q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
         h, i = self.hidden_size, self.intermediate_size
-        layer = h * (q + 2 * kv) + q * h + 3 * h * i + 2 * h
-        layer += (q + 2 * kv) * self.qkv_bias + h * self.out_bias + (2 * i + h) * self.mlp_bias
+        layer = h * (q + 2 * kv) + q * h + 2 * h
+        layer += (q + 2 * kv) * self.qkv_bias + h * self.out_bias
         layer += 2 * self.head_size * self.qk_norm + 2 * h * self.out_norms
-        return self.num_layers * layer + self.vocab_size * h * (1 if self.tie_embeddings else 2) + h
+        mlps = (
+            self._mlp_parameters(self.moe.num_experts if self.moe else 0)
+            + (2 * i + h) * self.mlp_bias * self.num_layers
+        )
+        return self.num_layers * layer + mlps + self.vocab_size * h * (1 if self.tie_embeddings else 2) + h
 
     @property
     def num_layer_products(self) -> int:
-        """Values of all layers' matrices: a token is multiplied by each of them once."""
+        """Values of all layers' matrices that a token is multiplied by once: of experts, of those that it is given to."""
         q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        return self.num_layers * self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+        mlps = self._mlp_parameters(self.moe.experts_per_token if self.moe else 0)
+        return self.num_layers * self.hidden_size * (2 * q + 2 * kv) + mlps
 
     @property
     def num_step_parameters(self) -> int:
-        """Values that one step reads: all but an untied input embedding, of which it reads a few rows."""
-        return self.num_parameters - (0 if self.tie_embeddings else self.vocab_size * self.hidden_size)
+        """Values that one step reads at least: all but experts that no token is given to, and an untied input embedding, of
+        which it reads a few rows."""
+        idle = (
+            self._mlp_parameters(self.moe.num_experts - self.moe.experts_per_token) - self._mlp_parameters(0)
+            if self.moe
+            else 0
+        )
+        return self.num_parameters - idle - (0 if self.tie_embeddings else self.vocab_size * self.hidden_size)
+
+    @property
+    def mlp_width(self) -> int:
+        """Values between the matrices of a layer's MLP, or of a token's experts, for one token."""
+        if self.moe is None:
+            return self.intermediate_size
+        experts = self.moe.experts_per_token * max(self.moe.intermediate_size, self.hidden_size)
+        return max(self.intermediate_size, experts) + self.moe.shared_size
+
+    def _mlp_parameters(self, num_experts: int) -> int:
+        """Values of all layers' MLPs without biases, where layers of experts have so many of them."""
+        dense = 3 * self.hidden_size * self.intermediate_size
+        if self.moe is None:
+            return self.num_layers * dense
+        sparse = self.moe.num_parameters(self.hidden_size, num_experts)
+        return sum(sparse if has_experts else dense for has_experts in self.moe.layers)
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> ModelConfig:
@@ -167,7 +197,9 @@ class ModelConfig:
             rotary_size=rotary_size,
             attention_scale=query_scalar**-0.5,
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-            qkv_bias=family.qkv_bias or attention_bias,
+            qkv_bias=family.qkv_bias
+            or attention_bias
+            or (family.reads_qkv_bias and bool(values.get("qkv_bias", True))),
             out_bias=attention_bias,
             mlp_bias=family.reads_mlp_bias and bool(values.get("mlp_bias", False)),
             qk_norm=family.qk_norm,
@@ -179,6 +211,7 @@ class ModelConfig:
             embedding_scale=hidden**0.5 if family.scales_embedding else None,
             attention_softcap=_softcap(values, family, "attn_logit_softcapping"),
             logit_softcap=_softcap(values, family, "final_logit_softcapping"),
+            moe=read_moe(values, family, layers),
             dtype=str(dtype).removeprefix("torch.") if dtype else None,
             eos_token_ids=_as_ids(values.get("eos_token_id")),
         )
@@ -293,17 +326,20 @@ def _read_windows(values: Mapping[str, Any], family: Family, layers: int) -> tup
     window = values.get("sliding_window")
     if family.window == "none":
         return (None,) * layers
-    if family.window == "all":
-        return (int(window) if window else None,) * layers
-    if family.window == "by_layer" and not values.get("use_sliding_window", False):
+    if family.window in ("by_layer", "used", "alternating") and not values.get("use_sliding_window", False):
         window = None
+    if family.window in ("all", "used"):
+        return (int(window) if window else None,) * layers
     kinds = values.get("layer_types")
     if kinds is None and family.window == "pattern":
         every = _positive(values, "sliding_window_pattern")
         kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
     elif kinds is None:
         first = int(values["max_window_layers"])
-        kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+        is_local = [
+            i < first and i % 2 == 0 if family.window == "alternating" else i >= first for i in range(layers)
+        ]
+        kinds = ["sliding_attention" if window and local else "full_attention" for local in is_local]
     if len(kinds) != layers:
         raise ModelLoadError(
             f"config.json: layer_types has {len(kinds)} entries for {layers} layers",

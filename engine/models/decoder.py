@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from engine.attention.interface import AttentionBackend, AttentionMetadata
 from engine.models.config import ModelConfig
+from engine.models.experts import SparseMlp
 from engine.models.layers import ACTIVATIONS, Linear, RMSNorm, gated, gated_silu, rotate, softcapped
 from engine.models.registry import TensorNames, family_of, parts_of
 from engine.models.rope import rotary_table
@@ -36,7 +38,7 @@ class LayerCache:
 class StepWeights:
     """Bytes that a step reads of the weights as they are held: quantized values with their scales, panels, biases, norms."""
 
-    layers: int  # by every step
+    layers: int  # by every step; of experts, those that one token is given to
     head: int  # the final norm and the output head: by a step that computes logits
     embedding_row: int  # for each token
 
@@ -102,8 +104,12 @@ class DecoderLayer(nn.Module):
         self.q_norm = norm(config.head_size) if config.qk_norm else None
         self.k_norm = norm(config.head_size) if config.qk_norm else None
         self.out = linear(q, hidden, config.out_bias)
-        self.gate_up = linear(hidden, 2 * inner, config.mlp_bias)
-        self.down = linear(inner, hidden, config.mlp_bias)
+        self.experts: SparseMlp | None = None
+        if config.moe is not None and config.moe.layers[index]:
+            self.experts = SparseMlp(config.moe, hidden, dtype=dtype, device=device)
+        else:
+            self.gate_up = linear(hidden, 2 * inner, config.mlp_bias)
+            self.down = linear(inner, hidden, config.mlp_bias)
 
     def forward(
         self,
@@ -132,6 +138,9 @@ class DecoderLayer(nn.Module):
         return x if self.mlp_out_norm is None else self.mlp_out_norm(x)
 
     def _mlp(self, x: Tensor) -> Tensor:
+        if self.experts is not None:
+            mixed: Tensor = self.experts(x)
+            return mixed
         gate_up = self.gate_up(x)
         if self.activation == "silu":
             inner = gated_silu(gate_up, invariant=self.invariant, use_kernel=self.use_kernel)
@@ -217,7 +226,7 @@ class Decoder(nn.Module):
         """Make every row's result independent of the rows beside it, by products of exactly `row_tile` rows."""
         self.invariant = row_tile > 0
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear | SparseMlp):
                 module.row_tile = row_tile
             elif isinstance(module, DecoderLayer):
                 module.invariant = row_tile > 0
@@ -250,7 +259,14 @@ class Decoder(nn.Module):
     def step_weights(self) -> StepWeights:
         """What a step reads of the weights; counts anew after they were quantized."""
         head = _num_bytes(self.norm) + _num_bytes(self.lm_head)
-        return StepWeights(_num_bytes(self.layers), head, self.embedding[0].nbytes)
+        idle = sum(module.idle_bytes for module in self.modules() if isinstance(module, SparseMlp))
+        return StepWeights(_num_bytes(self.layers) - idle, head, self.embedding[0].nbytes)
+
+    def matrices(self) -> list[Tensor]:
+        """Matrices [out, in] of all shapes that the decoder multiplies with."""
+        found = [module.weight for module in self.modules() if isinstance(module, Linear)]
+        sparse = (module.matrices() for module in self.modules() if isinstance(module, SparseMlp))
+        return [*found, *chain.from_iterable(sparse)]
 
     def weight_targets(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint tensor names, each with the view of the merged parameter that it fills."""
@@ -271,13 +287,16 @@ def _num_bytes(module: nn.Module) -> int:
 
 def _layer_targets(layer: DecoderLayer, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
     q, kv = layer.num_heads * layer.head_size, layer.num_kv_heads * layer.head_size
-    inner = layer.down.weight.shape[1]
     merged: list[tuple[Linear, tuple[tuple[str, int], ...]]] = [
         (layer.qkv, parts_of(names.qkv, (q, kv, kv))),
         (layer.out, ((names.out, layer.out.weight.shape[0]),)),
-        (layer.gate_up, parts_of(names.gate_up, (inner, inner))),
-        (layer.down, ((names.down, layer.down.weight.shape[0]),)),
     ]
+    if layer.experts is None:
+        hidden, inner = layer.down.weight.shape
+        merged.append((layer.gate_up, parts_of(names.gate_up, (inner, inner))))
+        merged.append((layer.down, ((names.down, hidden),)))
+    else:
+        yield from layer.experts.weight_targets(names)
     for linear, parts in merged:
         first = 0
         for name, size in parts:

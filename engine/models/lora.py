@@ -38,13 +38,18 @@ class Target:
 
 
 def lora_targets(model: ModelConfig) -> tuple[Target, ...]:
-    """What adapters may change in each layer."""
+    """What adapters may change in each layer: of a layer with experts, the attention."""
     hidden, inner = model.hidden_size, model.intermediate_size
     q, kv = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
     names = family_of([model.architecture]).names
-    return (
+    attention = (
         Target("qkv", hidden, parts_of(names.qkv, (q, kv, kv))),
         Target("out", q, ((names.out, hidden),)),
+    )
+    if model.moe is not None:
+        return attention
+    return (
+        *attention,
         Target("gate_up", hidden, parts_of(names.gate_up, (inner, inner))),
         Target("down", inner, ((names.down, hidden),)),
     )

@@ -34,6 +34,11 @@ class TensorNames:
     attention_out_norm: str = ""
     mlp_norm: str = "post_attention_layernorm"
     mlp_out_norm: str = ""
+    router: str = "mlp.gate"
+    expert: tuple[str, str, str] = (
+        "mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj",
+    )  # fmt: skip
+    shared_expert: str = ""
     # How names may begin in a file, each with what that stands for; beginnings and ends of what is no part of the language
     # model: other modalities, and tables that old checkpoints carry though a config says them.
     prefixes: tuple[tuple[str, str], ...] = ()
@@ -57,10 +62,12 @@ class Family:
     architecture: str
     qkv_bias: bool = False  # always, whatever the config says
     reads_attention_bias: bool = False  # `attention_bias` adds a bias to q, k, v and o
+    reads_qkv_bias: bool = False  # `qkv_bias` adds one to q, k and v; absent: it does
     reads_mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotary embedding
     # "none"; "all": every layer; "by_layer": use_sliding_window and layer_types or max_window_layers;
-    # "pattern": layer_types, else each layer but every `sliding_window_pattern`-th
+    # "pattern": layer_types, else each layer but every `sliding_window_pattern`-th; "used": every layer with
+    # use_sliding_window; "alternating": then layer_types, else every other of the first max_window_layers
     window: str = "none"
     reads_partial_rotary: bool = False
     activation_key: str = "hidden_act"
@@ -69,6 +76,8 @@ class Family:
     scales_embedding: bool = False  # by the square root of the hidden size
     reads_query_scalar: bool = False  # `query_pre_attn_scalar` instead of the head size
     reads_softcaps: bool = False
+    expert_size_key: str = ""  # layers have experts of this size in the place of an MLP
+    normalizes_experts: bool = False  # always: weights of the chosen experts sum to 1, and are not rounded
     text_config: str = (
         ""  # the key under which a checkpoint of several modalities keeps the language model's config
     )
@@ -119,6 +128,42 @@ _FAMILIES = (
         qk_norm=True,
         window="by_layer",
         defaults=MappingProxyType({"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128}),
+    ),
+    Family(
+        "MixtralForCausalLM",
+        window="all",
+        expert_size_key="intermediate_size",
+        normalizes_experts=True,
+        names=TensorNames(
+            router="block_sparse_moe.gate",
+            expert=(
+                "block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3", "block_sparse_moe.experts.{}.w2",
+            ),
+        ),
+        defaults=MappingProxyType({"num_key_value_heads": 8, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    ),
+    Family(
+        "Qwen2MoeForCausalLM",
+        reads_qkv_bias=True,
+        window="alternating",
+        expert_size_key="moe_intermediate_size",
+        names=TensorNames(shared_expert="mlp.shared_expert"),
+        defaults=MappingProxyType(
+            {
+                "sliding_window": 4096, "max_window_layers": 28, "moe_intermediate_size": 1408,
+                "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4,
+            }
+        ),
+    ),
+    Family(
+        "Qwen3MoeForCausalLM",
+        reads_attention_bias=True,
+        qk_norm=True,
+        window="used",
+        expert_size_key="moe_intermediate_size",
+        defaults=MappingProxyType(
+            {"sliding_window": 4096, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+        ),
     ),
     Family("Phi3ForCausalLM", window="all", reads_partial_rotary=True, names=_PACKED),  # Phi-4 too
     Family("Gemma2ForCausalLM", names=_SANDWICH, defaults=MappingProxyType(_GEMMA2), **_GEMMA),

@@ -14,10 +14,13 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 
@@ -50,6 +53,7 @@ def phi3() -> PretrainedConfig:
     return Phi3Config(**{**SHAPE, **heads}, original_max_position_embeddings=64, rope_parameters={**LONGROPE})
 
 
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 # Caps low enough to bend scores and logits, a query scale that is not the head size's.
 GEMMA = {
     **SHAPE, "head_dim": 16, "sliding_window": 20, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 4.0,
@@ -73,6 +77,20 @@ NATIVE: dict[str, Native] = {
     "qwen2": Native(lambda: Qwen2Config(**SHAPE)),
     "qwen3": Native(lambda: Qwen3Config(**SHAPE, head_dim=20)),
     "phi3": Native(lambda: Phi3Config(**SHAPE, sliding_window=20)),
+    "mixtral": Native(
+        lambda: MixtralConfig(**SHAPE, num_local_experts=5, num_experts_per_tok=2, sliding_window=20)
+    ),
+    "qwen3-moe": Native(lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=12, norm_topk_prob=True)),
+    "qwen3-moe-mixed": Native(
+        lambda: Qwen3MoeConfig(
+            **SHAPE, **EXPERTS, head_dim=12, mlp_only_layers=[0], use_sliding_window=True, sliding_window=20
+        )
+    ),
+    "qwen2-moe": Native(
+        lambda: Qwen2MoeConfig(
+            **SHAPE, **EXPERTS, shared_expert_intermediate_size=32, use_sliding_window=True, sliding_window=20
+        )
+    ),
     "gemma2": Native(lambda: Gemma2Config(**GEMMA)),
     "gemma3": Native(gemma3),
     # An engine turns by the factors of its longest context: every text of the one is beyond the threshold, of the other none.
