@@ -19,9 +19,23 @@ from torch import Tensor, nn
 from engine.attention.interface import AttentionBackend, AttentionMetadata
 from engine.models.config import ModelConfig
 from engine.models.experts import SparseMlp
-from engine.models.layers import ACTIVATIONS, Linear, RMSNorm, gated, gated_silu, rotate, softcapped
+from engine.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    alibi_slopes,
+    gated,
+    gated_silu,
+    rotate,
+    softcapped,
+)
+from engine.models.neox import NeoXLayer
 from engine.models.registry import TensorNames, family_of, parts_of
 from engine.models.rope import rotary_table
+from engine.models.rope_config import RopeConfig
+
+HEAD_ROWS = 4096  # of a normalized head, at once: the copy stays small
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +100,7 @@ class DecoderLayer(nn.Module):
         self.window = config.sliding_windows[index]
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
         self.activation = config.activation
+        self.alibi_slopes = alibi_slopes(config.num_heads).to(device) if config.has_alibi else None
         self.invariant = False
         self.use_kernel = False
         q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
@@ -116,26 +131,48 @@ class DecoderLayer(nn.Module):
         x: Tensor | None,
         residual: Tensor,
         positions: Tensor,
-        rotary: Tensor,
+        rotary: Tensor | None,
         cache: LayerCache,
         meta: AttentionMetadata,
         attention: AttentionBackend,
     ) -> Tensor:
         """What this layer adds to the residual [T, hidden], after `x`, what the one before it adds, was added in place.
 
-        `x` is None before the first layer. `rotary` [max_positions, values that are turned] holds cosines and sines by position.
+        `x` is None before the first layer. `rotary` [max_positions, values that are turned] holds cosines and sines by
+        position; None: there are none.
         """
         x = self.input_norm(residual) if x is None else self.input_norm(x, residual)
         q = self._queries(self.qkv(x), positions, rotary, cache, meta, attention)
         mixed = attention.forward(
             q, cache.k, cache.v, meta, scale=self.scale, sliding_window=self.window, softcap=self.softcap,
-            k_scale=cache.k_scale, v_scale=cache.v_scale,
+            alibi_slopes=self.alibi_slopes, k_scale=cache.k_scale, v_scale=cache.v_scale,
         ).flatten(1)  # fmt: skip
         x = self.out(mixed)
         if self.attention_out_norm is not None:
             x = self.attention_out_norm(x)
         x = self._mlp(self.post_attention_norm(x, residual))
         return x if self.mlp_out_norm is None else self.mlp_out_norm(x)
+
+    def weight_targets(self, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint tensor names within the layer, each with the view of the merged parameter that it fills."""
+        q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        hidden = self.out.weight.shape[0]
+        yield from self.qkv.targets(parts_of(names.qkv, (q, kv, kv)))
+        yield from self.out.targets(((names.out, hidden),))
+        if self.experts is not None:
+            yield from self.experts.weight_targets(names)
+        else:
+            inner = self.down.weight.shape[1]
+            yield from self.gate_up.targets(parts_of(names.gate_up, (inner, inner)))
+            yield from self.down.targets(((names.down, hidden),))
+        norms = {
+            names.input_norm: self.input_norm, names.mlp_norm: self.post_attention_norm,
+            names.attention_out_norm or "-": self.attention_out_norm, names.mlp_out_norm or "-": self.mlp_out_norm,
+            "self_attn.q_norm": self.q_norm, "self_attn.k_norm": self.k_norm,
+        }  # fmt: skip
+        for name, norm in norms.items():
+            if norm is not None:
+                yield from norm.targets(name)
 
     def _mlp(self, x: Tensor) -> Tensor:
         if self.experts is not None:
@@ -153,7 +190,7 @@ class DecoderLayer(nn.Module):
         self,
         qkv: Tensor,
         positions: Tensor,
-        rotary: Tensor,
+        rotary: Tensor | None,
         cache: LayerCache,
         meta: AttentionMetadata,
         attention: AttentionBackend,
@@ -162,6 +199,7 @@ class DecoderLayer(nn.Module):
         if self.use_kernel:
             from engine.kernels.rotary import rotate_and_store
 
+            assert rotary is not None
             return rotate_and_store(
                 qkv, rotary, positions, cache.k, cache.v, meta.slot_mapping, eps=self.input_norm.eps,
                 q_norm=None if self.q_norm is None else self.q_norm.weight,
@@ -171,11 +209,13 @@ class DecoderLayer(nn.Module):
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        table = rotary[positions]
+        if rotary is not None:
+            table = rotary[positions]
+            q, k = rotate(q, table), rotate(k, table)
         attention.store_kv(
-            rotate(k, table), v, cache.k, cache.v, meta.slot_mapping, k_scale=cache.k_scale, v_scale=cache.v_scale
+            k, v, cache.k, cache.v, meta.slot_mapping, k_scale=cache.k_scale, v_scale=cache.v_scale
         )  # fmt: skip
-        return rotate(q, table)
+        return q
 
 
 class Decoder(nn.Module):
@@ -191,10 +231,16 @@ class Decoder(nn.Module):
             torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device),
             requires_grad=False,
         )
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_layers))
-        self.norm = RMSNorm(
-            config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device, offset=config.norm_offset
-        )
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.norm: RMSNorm | LayerNorm
+        if config.block == "neox":
+            self.layers = nn.ModuleList(NeoXLayer(config, dtype, device) for _ in range(config.num_layers))
+            self.norm = LayerNorm(hidden, eps, dtype=dtype, device=device)
+        else:
+            self.layers = nn.ModuleList(
+                DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)
+            )
+            self.norm = RMSNorm(hidden, eps, dtype=dtype, device=device, offset=config.norm_offset)
         self.lm_head = Linear(
             config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=torch.device("meta")
         )
@@ -203,11 +249,13 @@ class Decoder(nn.Module):
         else:
             self.lm_head.weight = nn.Parameter(torch.empty_like(self.embedding), requires_grad=False)
         table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.rotary = rotary_table(config.rope, config.rotary_size, max_positions, table_dtype).to(device)
-        self.local_rotary: Tensor | None = None  # of layers with a window, where they have their own
-        if config.local_rope is not None:
-            local = rotary_table(config.local_rope, config.rotary_size, max_positions, table_dtype)
-            self.local_rotary = local.to(device)
+
+        def table(rope: RopeConfig) -> Tensor:
+            return rotary_table(rope, config.rotary_size, max_positions, table_dtype).to(device)
+
+        self.rotary = table(config.rope) if config.rotary_size else None
+        # Of layers with a window, where they have their own
+        self.local_rotary = None if config.local_rope is None else table(config.local_rope)
         self.embedding_scale: Tensor | None = None
         if config.embedding_scale is not None:  # rounded as the checkpoints' own code does
             self.embedding_scale = torch.tensor(config.embedding_scale, dtype=torch.float32).to(device, dtype)
@@ -228,7 +276,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | SparseMlp):
                 module.row_tile = row_tile
-            elif isinstance(module, DecoderLayer):
+            elif isinstance(module, DecoderLayer | NeoXLayer):
                 module.invariant = row_tile > 0
 
     def forward(
@@ -272,43 +320,20 @@ class Decoder(nn.Module):
         """Checkpoint tensor names, each with the view of the merged parameter that it fills."""
         names = self.names
         yield f"{names.embedding}.weight", self.embedding
-        yield f"{names.norm}.weight", self.norm.weight
+        yield from self.norm.targets(names.norm)
         if not self.config.tie_embeddings:
             yield f"{names.head}.weight", self.lm_head.weight
         for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            for name, target in _layer_targets(layer, names):
+            assert isinstance(layer, DecoderLayer | NeoXLayer)
+            for name, target in layer.weight_targets(names):
                 yield f"{names.layers}.{index}.{name}", target
+
+    def finish_loading(self) -> None:
+        """To be called once all targets are filled: brings rows of a normalized head to length 1, as its training did."""
+        if self.config.has_normalized_head:
+            for rows in torch.split(self.lm_head.weight.data, HEAD_ROWS):
+                rows.copy_(F.normalize(rows))
 
 
 def _num_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _layer_targets(layer: DecoderLayer, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
-    q, kv = layer.num_heads * layer.head_size, layer.num_kv_heads * layer.head_size
-    merged: list[tuple[Linear, tuple[tuple[str, int], ...]]] = [
-        (layer.qkv, parts_of(names.qkv, (q, kv, kv))),
-        (layer.out, ((names.out, layer.out.weight.shape[0]),)),
-    ]
-    if layer.experts is None:
-        hidden, inner = layer.down.weight.shape
-        merged.append((layer.gate_up, parts_of(names.gate_up, (inner, inner))))
-        merged.append((layer.down, ((names.down, hidden),)))
-    else:
-        yield from layer.experts.weight_targets(names)
-    for linear, parts in merged:
-        first = 0
-        for name, size in parts:
-            yield f"{name}.weight", linear.weight[first : first + size]
-            if linear.bias is not None:
-                yield f"{name}.bias", linear.bias[first : first + size]
-            first += size
-    yield f"{names.input_norm}.weight", layer.input_norm.weight
-    yield f"{names.mlp_norm}.weight", layer.post_attention_norm.weight
-    if layer.attention_out_norm is not None and layer.mlp_out_norm is not None:
-        yield f"{names.attention_out_norm}.weight", layer.attention_out_norm.weight
-        yield f"{names.mlp_out_norm}.weight", layer.mlp_out_norm.weight
-    if layer.q_norm is not None and layer.k_norm is not None:
-        yield "self_attn.q_norm.weight", layer.q_norm.weight
-        yield "self_attn.k_norm.weight", layer.k_norm.weight

@@ -24,7 +24,7 @@ from engine.kernels.kv_quantization import QUANTIZED_DTYPES
 from engine.kernels.lora import SlotWeights
 from engine.kernels.packed_linear import Packed, PackedWeight, pack_weight
 from engine.models.decoder import Decoder, DecoderLayer, LayerCache, StepWeights
-from engine.models.layers import Linear, RMSNorm
+from engine.models.layers import LayerNorm, Linear, RMSNorm
 from engine.models.lora import LoraSlots
 from engine.plan import Int32
 
@@ -119,6 +119,7 @@ class FusedCpuDecoder:
         self.dtype = decoder.embedding.dtype
         self._library = library
         self._kept: list[Tensor | PackedWeight] = []  # memory that the descriptors point into
+        assert decoder.rotary is not None
         self._rotary = decoder.rotary.float().contiguous()
         self._layers = (_Layer * decoder.config.num_layers)()
         self._model = self._describe(decoder)
@@ -258,7 +259,7 @@ class FusedCpuDecoder:
         self._kept.append(packed)
         return packed.descriptor
 
-    def _norm(self, norm: RMSNorm | None) -> int | None:
+    def _norm(self, norm: RMSNorm | LayerNorm | None) -> int | None:
         return None if norm is None else self._keep(norm.weight.data.float())
 
     def _keep(self, tensor: Tensor) -> int:

@@ -48,9 +48,12 @@ def lora_targets(model: ModelConfig) -> tuple[Target, ...]:
     )
     if model.moe is not None:
         return attention
+    up = Target("gate_up", hidden, parts_of(names.gate_up, (inner, inner)))
+    if model.block == "neox":
+        up = Target("up", hidden, ((names.gate_up[0], inner),))
     return (
         *attention,
-        Target("gate_up", hidden, parts_of(names.gate_up, (inner, inner))),
+        up,
         Target("down", inner, ((names.down, hidden),)),
     )
 

@@ -76,6 +76,9 @@ class Family:
     scales_embedding: bool = False  # by the square root of the hidden size
     reads_query_scalar: bool = False  # `query_pre_attn_scalar` instead of the head size
     reads_softcaps: bool = False
+    block: str = "llama"  # or "neox"
+    has_alibi: bool = False  # instead of a rotary embedding, where a config has no max_position_embeddings
+    normalized_head_vocab: int = 0  # a vocabulary of this size has a head whose rows have length 1
     expert_size_key: str = ""  # layers have experts of this size in the place of an MLP
     normalizes_experts: bool = False  # always: weights of the chosen experts sum to 1, and are not rounded
     text_config: str = (
@@ -109,6 +112,7 @@ _GEMMA3 = {
     "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
 }  # fmt: skip
 _PACKED = TensorNames(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
+_BAICHUAN = TensorNames(qkv=("self_attn.W_pack",))
 _FAMILIES = (
     Family("LlamaForCausalLM", reads_attention_bias=True, reads_mlp_bias=True),
     Family(
@@ -165,6 +169,24 @@ _FAMILIES = (
             {"sliding_window": 4096, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
         ),
     ),
+    Family(
+        "GPTNeoXForCausalLM",
+        reads_attention_bias=True,
+        reads_partial_rotary=True,
+        block="neox",
+        activations=("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
+        names=TensorNames(
+            embedding="gpt_neox.embed_in", norm="gpt_neox.final_layer_norm", head="embed_out", layers="gpt_neox.layers",
+            qkv=("attention.query_key_value",), out="attention.dense", gate_up=("mlp.dense_h_to_4h",),
+            down="mlp.dense_4h_to_h",
+            left_out_ends=(".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+        ),
+        defaults=MappingProxyType({"attention_bias": True, "rotary_pct": 0.25}),
+    ),
+    # Their own code is remote and not run. The 13B models have ALiBi, and their configs no max_position_embeddings;
+    # Baichuan 2 has the larger vocabulary.
+    Family("BaiChuanForCausalLM", names=_BAICHUAN),
+    Family("BaichuanForCausalLM", names=_BAICHUAN, has_alibi=True, normalized_head_vocab=125_696),
     Family("Phi3ForCausalLM", window="all", reads_partial_rotary=True, names=_PACKED),  # Phi-4 too
     Family("Gemma2ForCausalLM", names=_SANDWICH, defaults=MappingProxyType(_GEMMA2), **_GEMMA),
     Family("Gemma3ForCausalLM", names=_SANDWICH, qk_norm=True, defaults=MappingProxyType(_GEMMA3), **_GEMMA),

@@ -54,7 +54,9 @@ def read_rope(raw: Mapping[str, Any], values: Mapping[str, Any], max_position: i
             param="rope_parameters",
             remedy=f"Supported: {', '.join(ROPE_TYPES)}.",
         )
-    theta = float(raw.get("rope_theta") or values.get("rope_theta") or 10_000.0)
+    theta = float(
+        raw.get("rope_theta") or values.get("rope_theta") or values.get("rotary_emb_base") or 10_000.0
+    )
     if kind == "default":
         return RopeConfig(theta=theta)
     original = int(

@@ -51,6 +51,7 @@ def load_weights(decoder: Decoder, folder: Path | str, progress: Progress | None
             param="model",
             remedy="Check that config.json and the weight files belong together. " + AGAIN,
         )
+    decoder.finish_loading()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -54,6 +55,7 @@ def phi3() -> PretrainedConfig:
 
 
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+NEOX = {key: value for key, value in SHAPE.items() if key != "num_key_value_heads"} | {"rotary_pct": 0.5}
 # Caps low enough to bend scores and logits, a query scale that is not the head size's.
 GEMMA = {
     **SHAPE, "head_dim": 16, "sliding_window": 20, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 4.0,
@@ -90,6 +92,10 @@ NATIVE: dict[str, Native] = {
         lambda: Qwen2MoeConfig(
             **SHAPE, **EXPERTS, shared_expert_intermediate_size=32, use_sliding_window=True, sliding_window=20
         )
+    ),
+    "gpt-neox": Native(lambda: GPTNeoXConfig(**NEOX)),
+    "gpt-neox-sequential": Native(
+        lambda: GPTNeoXConfig(**NEOX, use_parallel_residual=False, attention_bias=False)
     ),
     "gemma2": Native(lambda: Gemma2Config(**GEMMA)),
     "gemma3": Native(gemma3),
