@@ -41,7 +41,6 @@ from engine.model_folder import find_model, generation_eos_ids, has_tokenizer
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, StepDecoder
 from engine.models.fused_cpu import FusedCpuDecoder
-from engine.models.layers import Linear
 from engine.models.lora import LoraSlots
 from engine.models.quantized import check_quantization, quantize_decoder
 from engine.models.transformers_config import TransformersConfig, read_model_config, settle_for
@@ -80,6 +79,15 @@ def resolve_config(
     if config.quantization is not None:
         check_quantization(
             config.quantization, model, dtype=dtype, device=device, deterministic=config.deterministic
+        )
+    if config.deterministic and device.type == "cuda" and model.unfused:
+        raise ConfigError(
+            f"deterministic mode on {device} needs the kernels between products, which do not have this model's "
+            + ", ".join(model.unfused),
+            value=True,
+            limit=False,
+            param="deterministic",
+            remedy='Set deterministic=False, or device="cpu".',
         )
     config = replace(config, kv_cache_dtype=_resolve_kv_cache(asked, config, model))
     backend = _resolve_attention(config, model, dtype, device)
@@ -156,16 +164,18 @@ def make_attention(config: EngineConfig) -> AttentionBackend:
 
 def prepare_decoder(decoder: Decoder, config: EngineConfig) -> StepDecoder:
     """The loaded decoder in the form that runs: one compiled call a step beside the compiled CPU attention, else torch."""
+    unfused = ", ".join(decoder.config.unfused)
+    if unfused:
+        log.info("%s has what no fused step computes (%s): torch's operations", config.model, unfused)
     # fp8 rounds what the linear layers multiply, which the compiled step does not
-    if config.attention_backend == "cpu" and config.quantization != "fp8":
+    elif config.attention_backend == "cpu" and config.quantization != "fp8":
         library = cpu_library.load()
         assert library is not None, "the config was resolved where the compiled kernels work"
         return FusedCpuDecoder(decoder, library)
-    if config.attention_backend == "triton":
+    if config.attention_backend == "triton" and not unfused:
         decoder.use_kernels(deterministic=config.deterministic)
     elif config.deterministic:
-        linears = [module.weight for module in decoder.modules() if isinstance(module, Linear)]
-        decoder.set_row_tile(find_row_tile(linears))
+        decoder.set_row_tile(find_row_tile(decoder.matrices()))
     return decoder
 
 

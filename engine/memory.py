@@ -162,9 +162,7 @@ def workspace_bytes(
     wide = max(dtype.itemsize, 4)
     rows, length = config.max_num_seqs, config.max_model_len or model.max_context
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
-    per_token = (
-        dtype.itemsize * (4 * model.hidden_size + 3 * model.intermediate_size + 2 * heads) + wide * heads
-    )
+    per_token = dtype.itemsize * (4 * model.hidden_size + 3 * model.mlp_width + 2 * heads) + wide * heads
     if config.enable_lora:
         # What the reference gathers of the layer with the most outputs, adds up and writes back.
         per_token += wide * (model.hidden_size + 6 * model.intermediate_size)
@@ -192,7 +190,8 @@ def estimate_demand(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Demand:
     """What an engine of this config will take beside its KV cache, before anything is loaded."""
-    rotary = (config.max_model_len or model.max_context) * model.head_size * max(dtype.itemsize, 4)
+    rotary = (config.max_model_len or model.max_context) * model.rotary_size * max(dtype.itemsize, 4)
+    rotary *= 1 if model.local_rope is None else 2
     weights = model.num_parameters * dtype.itemsize + rotary
     if config.enable_lora:
         weights += slots_bytes(model, dtype, max_loras=config.max_loras, max_rank=config.max_lora_rank)

@@ -1,8 +1,7 @@
 """ModelConfig: the shape of a causal LM, frozen, read once from a Hugging Face config.json.
 
-Boundary: plain numbers, no torch. Both spellings of the rotary embedding are read: `rope_parameters` (transformers 5)
-and `rope_theta` + `rope_scaling` (older checkpoints). What the decoder cannot do raises here, before any weight is read.
-It does not look at weights, tokenizer or generation settings.
+Boundary: plain numbers, no torch. What the decoder cannot do raises here, before any weight is read. It does not look at
+weights, tokenizer or generation settings.
 """
 
 from __future__ import annotations
@@ -14,27 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelLoadError, ModelNotFoundError, UnsupportedModelError
-from engine.models.registry import Family, family_of
+from engine.models.config_json import (
+    activation_of,
+    as_ids,
+    language_model_of,
+    positive,
+    read_rotary_size,
+    read_windows,
+    refuse_unknown_parts,
+    softcap_of,
+    split_rope,
+)
+from engine.models.moe_config import MoeConfig, read_moe
+from engine.models.registry import family_of
+from engine.models.rope_config import RopeConfig, read_rope
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary embedding of all layers. Fields beyond `theta` count only for the kinds that name them."""
-
-    kind: str = "default"
-    theta: float = 10_000.0
-    factor: float = 1.0  # linear, llama3, yarn
-    original_max_position: int = 0  # llama3, yarn: the context of pre-training
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn: scale of cos and sin; None: from factor and mscale
-    mscale: float | None = None  # yarn
-    mscale_all_dim: float | None = None  # yarn
-    truncate: bool = True  # yarn: whole dimensions as the ramp's ends
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +49,48 @@ class ModelConfig:
     max_position: int
     rms_norm_eps: float
     rope: RopeConfig
+    rotary_size: int  # values of a head that are turned, from its first on; 0 beside ALiBi
+    attention_scale: float
     tie_embeddings: bool
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]  # one per layer
+    local_rope: RopeConfig | None = None  # of layers with a window, where that is another one
+    block: str = "llama"  # or "neox": LayerNorms, and an MLP without a gate
+    parallel_residual: bool = False  # of "neox": attention and MLP take the same residual
+    has_alibi: bool = False  # instead of a rotary embedding
+    has_normalized_head: bool = False  # rows of the output head are brought to length 1
+    activation: str = "silu"  # of the MLP: "silu", "gelu_tanh" or "gelu"
+    norm_offset: bool = False  # norms multiply by 1 + weight
+    out_norms: bool = False  # norms of what attention and MLP add to the residual
+    embedding_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    moe: MoeConfig | None = None
     dtype: str | None = None  # of the checkpoint
     eos_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def unfused(self) -> tuple[str, ...]:
+        """What of this model no fused step computes: not the compiled one of a CPU, not the Triton kernels between products.
+
+        Empty: they run it. Otherwise the decoder takes torch's operations, beside whichever attention backend.
+        """
+        parts = {
+            "GPT-NeoX's block": self.block == "neox",
+            "ALiBi": self.has_alibi,
+            "partial rotary embedding": 0 < self.rotary_size < self.head_size,
+            "rotary embedding by layer": self.local_rope is not None,
+            "norms by 1 + weight": self.norm_offset,
+            "norms of outputs": self.out_norms,
+            f"activation {self.activation}": self.activation != "silu",
+            "scaled embedding": self.embedding_scale is not None,
+            "experts": self.moe is not None,
+            "soft caps": bool(self.attention_softcap or self.logit_softcap),
+        }
+        return tuple(name for name, has in parts.items() if has)
 
     @property
     def max_context(self) -> int:
@@ -74,22 +105,48 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Values to be stored; tied embeddings count once."""
         q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        h, i = self.hidden_size, self.intermediate_size
-        layer = h * (q + 2 * kv) + q * h + 3 * h * i + 2 * h
-        layer += (q + 2 * kv) * self.qkv_bias + h * self.out_bias + (2 * i + h) * self.mlp_bias
-        layer += 2 * self.head_size * self.qk_norm
-        return self.num_layers * layer + self.vocab_size * h * (1 if self.tie_embeddings else 2) + h
+        h, i, is_neox = self.hidden_size, self.intermediate_size, self.block == "neox"
+        layer = h * (q + 2 * kv) + q * h + 2 * h
+        layer += (q + 2 * kv) * self.qkv_bias + h * self.out_bias + 2 * h * is_neox
+        layer += 2 * self.head_size * self.qk_norm + 2 * h * self.out_norms
+        layer += ((1 if is_neox else 2) * i + h) * self.mlp_bias
+        mlps = self._mlp_parameters(self.moe.num_experts if self.moe else 0)
+        embeddings = self.vocab_size * h * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + mlps + embeddings + h * (2 if is_neox else 1)
 
     @property
     def num_layer_products(self) -> int:
-        """Values of all layers' matrices: a token is multiplied by each of them once."""
+        """Values of all layers' matrices that a token is multiplied by once: of experts, of those that it is given to."""
         q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        return self.num_layers * self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+        mlps = self._mlp_parameters(self.moe.experts_per_token if self.moe else 0)
+        return self.num_layers * self.hidden_size * (2 * q + 2 * kv) + mlps
 
     @property
     def num_step_parameters(self) -> int:
-        """Values that one step reads: all but an untied input embedding, of which it reads a few rows."""
-        return self.num_parameters - (0 if self.tie_embeddings else self.vocab_size * self.hidden_size)
+        """Values that one step reads at least: all but experts that no token is given to, and an untied input embedding, of
+        which it reads a few rows."""
+        unread = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
+        if self.moe is not None:
+            unread += self._mlp_parameters(self.moe.num_experts) - self._mlp_parameters(
+                self.moe.experts_per_token
+            )
+        return self.num_parameters - unread
+
+    @property
+    def mlp_width(self) -> int:
+        """Values between the matrices of a layer's MLP, or of a token's experts, for one token."""
+        if self.moe is None:
+            return self.intermediate_size
+        experts = self.moe.experts_per_token * max(self.moe.intermediate_size, self.hidden_size)
+        return max(self.intermediate_size, experts) + self.moe.shared_size
+
+    def _mlp_parameters(self, num_experts: int) -> int:
+        """Values of all layers' MLPs without biases, where layers of experts have so many of them."""
+        dense = (2 if self.block == "neox" else 3) * self.hidden_size * self.intermediate_size
+        if self.moe is None:
+            return self.num_layers * dense
+        sparse = self.moe.num_parameters(self.hidden_size, num_experts)
+        return sum(sparse if has_experts else dense for has_experts in self.moe.layers)
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> ModelConfig:
@@ -106,9 +163,9 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Read a config.json's content; raises as `from_folder` does."""
         family = family_of(values.get("architectures"))
-        values = {**family.defaults, **values}
-        _refuse_unknown_parts(values, family)
-        hidden, heads = _positive(values, "hidden_size"), _positive(values, "num_attention_heads")
+        values = {**family.defaults, **language_model_of(values, family)}
+        refuse_unknown_parts(values, family)
+        hidden, heads = positive(values, "hidden_size"), positive(values, "num_attention_heads")
         kv_heads = int(values.get("num_key_value_heads") or heads)
         head_size = int(values.get("head_dim") or hidden // heads)
         if heads % kv_heads:
@@ -118,36 +175,55 @@ class ModelConfig:
                 limit=heads,
                 param="num_key_value_heads",
             )
-        if head_size % 2:
-            raise UnsupportedModelError(
-                f"head_dim {head_size} is odd; the rotary embedding turns pairs of values",
-                value=head_size,
-                param="head_dim",
-            )
-        layers = _positive(values, "num_hidden_layers")
-        max_position = _positive(values, "max_position_embeddings")
+        layers = positive(values, "num_hidden_layers")
+        has_alibi = family.has_alibi and "max_position_embeddings" not in values
+        max_position = positive(values, "model_max_length" if has_alibi else "max_position_embeddings")
+        raw_rope, raw_local = split_rope(values)
+        rotary_size = 0 if has_alibi else read_rotary_size(raw_rope, values, family, head_size)
+        rope = read_rope(raw_rope, values, max_position, rotary_size)
+        local = None if raw_local is None else read_rope(raw_local, values, max_position, rotary_size)
+        query_scalar = float(values["query_pre_attn_scalar"]) if family.reads_query_scalar else head_size
         attention_bias = family.reads_attention_bias and bool(values.get("attention_bias", False))
+        is_neox = family.block == "neox"
         dtype = values.get("dtype") or values.get("torch_dtype")
         return cls(
             architecture=family.architecture,
-            vocab_size=_positive(values, "vocab_size"),
+            vocab_size=positive(values, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_positive(values, "intermediate_size"),
+            intermediate_size=positive(values, "intermediate_size"),
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_size=head_size,
             max_position=max_position,
-            rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-            rope=_read_rope(values, max_position),
+            rms_norm_eps=float(
+                values.get("layer_norm_eps", 1e-5) if is_neox else values.get("rms_norm_eps", 1e-6)
+            ),
+            rope=rope,
+            rotary_size=rotary_size,
+            attention_scale=query_scalar**-0.5,
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-            qkv_bias=family.qkv_bias or attention_bias,
+            qkv_bias=family.qkv_bias
+            or attention_bias
+            or (family.reads_qkv_bias and bool(values.get("qkv_bias", True))),
             out_bias=attention_bias,
-            mlp_bias=family.reads_mlp_bias and bool(values.get("mlp_bias", False)),
+            mlp_bias=is_neox or (family.reads_mlp_bias and bool(values.get("mlp_bias", False))),
             qk_norm=family.qk_norm,
-            sliding_windows=_read_windows(values, family, layers),
+            sliding_windows=read_windows(values, family, layers),
+            block=family.block,
+            parallel_residual=is_neox and bool(values.get("use_parallel_residual", True)),
+            has_alibi=has_alibi,
+            has_normalized_head=values["vocab_size"] == family.normalized_head_vocab,
+            local_rope=None if local == rope else local,
+            activation=ACTIVATIONS[activation_of(values, family)],
+            norm_offset=family.norm_offset,
+            out_norms=bool(family.names.mlp_out_norm),
+            embedding_scale=hidden**0.5 if family.scales_embedding else None,
+            attention_softcap=softcap_of(values, family, "attn_logit_softcapping"),
+            logit_softcap=softcap_of(values, family, "final_logit_softcapping"),
+            moe=read_moe(values, family, layers),
             dtype=str(dtype).removeprefix("torch.") if dtype else None,
-            eos_token_ids=_as_ids(values.get("eos_token_id")),
+            eos_token_ids=as_ids(values.get("eos_token_id")),
         )
 
 
@@ -176,137 +252,3 @@ def read_config_values(folder: Path | str) -> dict[str, Any]:
             remedy="Download the model's config.json again.",
         ) from error
     return values
-
-
-def _positive(values: Mapping[str, Any], key: str) -> int:
-    value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelLoadError(
-            f"config.json: {key} must be a positive integer, got {value!r}",
-            value=value,
-            limit=1,
-            param=key,
-            remedy="Use the config.json that belongs to the checkpoint.",
-        )
-    return value
-
-
-def _as_ids(value: Any) -> frozenset[int]:
-    if value is None:
-        return frozenset()
-    return frozenset(int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
-
-
-def _refuse_unknown_parts(values: Mapping[str, Any], family: Family) -> None:
-    """Raise for each part of a config that would silently change the model if it were ignored."""
-    activation = values.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedModelError(
-            f"hidden_act {activation!r} is not supported",
-            value=activation,
-            limit=["silu"],
-            param="hidden_act",
-        )
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"quantized checkpoints ({method}) are not supported",
-            value=method,
-            param="quantization_config",
-            remedy="Use the unquantized checkpoint of the model.",
-        )
-    for key in ("attention_bias", "mlp_bias"):
-        read = family.reads_attention_bias if key == "attention_bias" else family.reads_mlp_bias
-        if values.get(key) and not read and not (key == "attention_bias" and family.qkv_bias):
-            raise UnsupportedModelError(
-                f"{family.architecture} with {key} is not supported",
-                value=values[key],
-                limit=False,
-                param=key,
-            )
-    rotated = (values.get("rope_parameters") or {}).get("partial_rotary_factor") or values.get(
-        "partial_rotary_factor"
-    )
-    if rotated not in (None, 1, 1.0):
-        raise UnsupportedModelError(
-            f"partial_rotary_factor {rotated} is not supported",
-            value=rotated,
-            limit=1.0,
-            param="partial_rotary_factor",
-        )
-
-
-def _read_rope(values: Mapping[str, Any], max_position: int) -> RopeConfig:
-    raw = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    kind = str(raw.get("rope_type") or raw.get("type") or "default")
-    if kind not in ROPE_TYPES:
-        raise UnsupportedModelError(
-            f"rope type {kind!r} is not supported",
-            value=kind,
-            limit=ROPE_TYPES,
-            param="rope_parameters",
-            remedy=f"Supported: {', '.join(ROPE_TYPES)}.",
-        )
-    theta = float(raw.get("rope_theta") or values.get("rope_theta") or 10_000.0)
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    factor = raw.get("factor")
-    original = int(
-        values.get("original_max_position_embeddings")
-        or raw.get("original_max_position_embeddings")
-        or max_position
-    )
-    if factor is None and kind == "yarn":
-        factor = max_position / original
-    if not isinstance(factor, (int, float)) or factor <= 0:
-        raise UnsupportedModelError(
-            f"rope type {kind!r} needs a positive factor, got {factor!r}",
-            value=factor,
-            param="rope_parameters",
-        )
-    optional = {key: raw.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim")}
-    return RopeConfig(
-        kind=kind,
-        theta=theta,
-        factor=float(factor),
-        original_max_position=original,
-        low_freq_factor=float(raw.get("low_freq_factor") or 1.0),
-        high_freq_factor=float(raw.get("high_freq_factor") or 4.0),
-        beta_fast=float(raw.get("beta_fast") or 32.0),
-        beta_slow=float(raw.get("beta_slow") or 1.0),
-        truncate=bool(raw.get("truncate", True)),
-        **{key: None if value is None else float(value) for key, value in optional.items()},
-    )
-
-
-def _read_windows(values: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
-    window = values.get("sliding_window")
-    if family.window == "none":
-        return (None,) * layers
-    if family.window == "all":
-        return (int(window) if window else None,) * layers
-    if not values.get("use_sliding_window", False):
-        window = None
-    kinds = values.get("layer_types")
-    if kinds is None:
-        first = int(values["max_window_layers"])
-        kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
-    if len(kinds) != layers:
-        raise ModelLoadError(
-            f"config.json: layer_types has {len(kinds)} entries for {layers} layers",
-            value=len(kinds),
-            limit=layers,
-            param="layer_types",
-            remedy="Use the config.json that belongs to the checkpoint.",
-        )
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention") or (
-            kind == "sliding_attention" and not window
-        ):
-            raise UnsupportedModelError(
-                f"layer type {kind!r} with sliding_window {window!r} is not supported",
-                value=kind,
-                limit=["full_attention", "sliding_attention"],
-                param="layer_types",
-            )
-    return tuple(int(window) if window and kind == "sliding_attention" else None for kind in kinds)

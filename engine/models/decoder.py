@@ -1,4 +1,4 @@
-"""The decoder of the Llama-like families: Llama, Mistral, Qwen2, Qwen3, by configuration.
+"""The decoder of the Llama-like families, one by configuration: ``engine.models.registry`` names them.
 
 Boundary: token ids and positions of one flat step in, hidden states and logits out; K and V go through the attention
 backend into caches that the runner owns. It knows no sequences, no scheduling and no files: `weight_targets` says where
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -17,8 +18,24 @@ from torch import Tensor, nn
 
 from engine.attention.interface import AttentionBackend, AttentionMetadata
 from engine.models.config import ModelConfig
-from engine.models.layers import Linear, RMSNorm, gated_silu, rotate
+from engine.models.experts import SparseMlp
+from engine.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    alibi_slopes,
+    gated,
+    gated_silu,
+    rotate,
+    softcapped,
+)
+from engine.models.neox import NeoXLayer
+from engine.models.registry import TensorNames, family_of, parts_of
 from engine.models.rope import rotary_table
+from engine.models.rope_config import RopeConfig
+
+HEAD_ROWS = 4096  # of a normalized head, at once: the copy stays small
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +52,7 @@ class LayerCache:
 class StepWeights:
     """Bytes that a step reads of the weights as they are held: quantized values with their scales, panels, biases, norms."""
 
-    layers: int  # by every step
+    layers: int  # by every step; of experts, those that one token is given to
     head: int  # the final norm and the output head: by a step that computes logits
     embedding_row: int  # for each token
 
@@ -81,7 +98,9 @@ class DecoderLayer(nn.Module):
             config.head_size,
         )
         self.window = config.sliding_windows[index]
-        self.scale = config.head_size**-0.5
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.activation = config.activation
+        self.alibi_slopes = alibi_slopes(config.num_heads).to(device) if config.has_alibi else None
         self.invariant = False
         self.use_kernel = False
         q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
@@ -91,38 +110,79 @@ class DecoderLayer(nn.Module):
             return Linear(n_in, n_out, bias=bias, dtype=dtype, device=device)
 
         def norm(size: int) -> RMSNorm:
-            return RMSNorm(size, eps, dtype=dtype, device=device)
+            return RMSNorm(size, eps, dtype=dtype, device=device, offset=config.norm_offset)
 
         self.input_norm, self.post_attention_norm = norm(hidden), norm(hidden)
+        self.attention_out_norm = norm(hidden) if config.out_norms else None
+        self.mlp_out_norm = norm(hidden) if config.out_norms else None
         self.qkv = linear(hidden, q + 2 * kv, config.qkv_bias)
         self.q_norm = norm(config.head_size) if config.qk_norm else None
         self.k_norm = norm(config.head_size) if config.qk_norm else None
         self.out = linear(q, hidden, config.out_bias)
-        self.gate_up = linear(hidden, 2 * inner, config.mlp_bias)
-        self.down = linear(inner, hidden, config.mlp_bias)
+        self.experts: SparseMlp | None = None
+        if config.moe is not None and config.moe.layers[index]:
+            self.experts = SparseMlp(config.moe, hidden, dtype=dtype, device=device)
+        else:
+            self.gate_up = linear(hidden, 2 * inner, config.mlp_bias)
+            self.down = linear(inner, hidden, config.mlp_bias)
 
     def forward(
         self,
         x: Tensor | None,
         residual: Tensor,
         positions: Tensor,
-        rotary: Tensor,
+        rotary: Tensor | None,
         cache: LayerCache,
         meta: AttentionMetadata,
         attention: AttentionBackend,
     ) -> Tensor:
         """What this layer adds to the residual [T, hidden], after `x`, what the one before it adds, was added in place.
 
-        `x` is None before the first layer. `rotary` [max_positions, D] holds cosines and sines by position.
+        `x` is None before the first layer. `rotary` [max_positions, values that are turned] holds cosines and sines by
+        position; None: there are none.
         """
         x = self.input_norm(residual) if x is None else self.input_norm(x, residual)
         q = self._queries(self.qkv(x), positions, rotary, cache, meta, attention)
         mixed = attention.forward(
-            q, cache.k, cache.v, meta, scale=self.scale, sliding_window=self.window, k_scale=cache.k_scale,
-            v_scale=cache.v_scale,
+            q, cache.k, cache.v, meta, scale=self.scale, sliding_window=self.window, softcap=self.softcap,
+            alibi_slopes=self.alibi_slopes, k_scale=cache.k_scale, v_scale=cache.v_scale,
         ).flatten(1)  # fmt: skip
-        x = self.post_attention_norm(self.out(mixed), residual)
-        inner = gated_silu(self.gate_up(x), invariant=self.invariant, use_kernel=self.use_kernel)
+        x = self.out(mixed)
+        if self.attention_out_norm is not None:
+            x = self.attention_out_norm(x)
+        x = self._mlp(self.post_attention_norm(x, residual))
+        return x if self.mlp_out_norm is None else self.mlp_out_norm(x)
+
+    def weight_targets(self, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint tensor names within the layer, each with the view of the merged parameter that it fills."""
+        q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        hidden = self.out.weight.shape[0]
+        yield from self.qkv.targets(parts_of(names.qkv, (q, kv, kv)))
+        yield from self.out.targets(((names.out, hidden),))
+        if self.experts is not None:
+            yield from self.experts.weight_targets(names)
+        else:
+            inner = self.down.weight.shape[1]
+            yield from self.gate_up.targets(parts_of(names.gate_up, (inner, inner)))
+            yield from self.down.targets(((names.down, hidden),))
+        norms = {
+            names.input_norm: self.input_norm, names.mlp_norm: self.post_attention_norm,
+            names.attention_out_norm or "-": self.attention_out_norm, names.mlp_out_norm or "-": self.mlp_out_norm,
+            "self_attn.q_norm": self.q_norm, "self_attn.k_norm": self.k_norm,
+        }  # fmt: skip
+        for name, norm in norms.items():
+            if norm is not None:
+                yield from norm.targets(name)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        if self.experts is not None:
+            mixed: Tensor = self.experts(x)
+            return mixed
+        gate_up = self.gate_up(x)
+        if self.activation == "silu":
+            inner = gated_silu(gate_up, invariant=self.invariant, use_kernel=self.use_kernel)
+        else:
+            inner = gated(gate_up, ACTIVATIONS[self.activation], invariant=self.invariant)
         down: Tensor = self.down(inner)
         return down
 
@@ -130,7 +190,7 @@ class DecoderLayer(nn.Module):
         self,
         qkv: Tensor,
         positions: Tensor,
-        rotary: Tensor,
+        rotary: Tensor | None,
         cache: LayerCache,
         meta: AttentionMetadata,
         attention: AttentionBackend,
@@ -139,6 +199,7 @@ class DecoderLayer(nn.Module):
         if self.use_kernel:
             from engine.kernels.rotary import rotate_and_store
 
+            assert rotary is not None
             return rotate_and_store(
                 qkv, rotary, positions, cache.k, cache.v, meta.slot_mapping, eps=self.input_norm.eps,
                 q_norm=None if self.q_norm is None else self.q_norm.weight,
@@ -148,11 +209,13 @@ class DecoderLayer(nn.Module):
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        table = rotary[positions]
+        if rotary is not None:
+            table = rotary[positions]
+            q, k = rotate(q, table), rotate(k, table)
         attention.store_kv(
-            rotate(k, table), v, cache.k, cache.v, meta.slot_mapping, k_scale=cache.k_scale, v_scale=cache.v_scale
+            k, v, cache.k, cache.v, meta.slot_mapping, k_scale=cache.k_scale, v_scale=cache.v_scale
         )  # fmt: skip
-        return rotate(q, table)
+        return q
 
 
 class Decoder(nn.Module):
@@ -163,12 +226,21 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.names = family_of([config.architecture]).names
         self.embedding = nn.Parameter(
             torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device),
             requires_grad=False,
         )
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.norm: RMSNorm | LayerNorm
+        if config.block == "neox":
+            self.layers = nn.ModuleList(NeoXLayer(config, dtype, device) for _ in range(config.num_layers))
+            self.norm = LayerNorm(hidden, eps, dtype=dtype, device=device)
+        else:
+            self.layers = nn.ModuleList(
+                DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)
+            )
+            self.norm = RMSNorm(hidden, eps, dtype=dtype, device=device, offset=config.norm_offset)
         self.lm_head = Linear(
             config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=torch.device("meta")
         )
@@ -177,7 +249,17 @@ class Decoder(nn.Module):
         else:
             self.lm_head.weight = nn.Parameter(torch.empty_like(self.embedding), requires_grad=False)
         table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.rotary = rotary_table(config.rope, config.head_size, max_positions, table_dtype).to(device)
+
+        def table(rope: RopeConfig) -> Tensor:
+            return rotary_table(rope, config.rotary_size, max_positions, table_dtype).to(device)
+
+        self.rotary = table(config.rope) if config.rotary_size else None
+        # Of layers with a window, where they have their own
+        self.local_rotary = None if config.local_rope is None else table(config.local_rope)
+        self.embedding_scale: Tensor | None = None
+        if config.embedding_scale is not None:  # rounded as the checkpoints' own code does
+            self.embedding_scale = torch.tensor(config.embedding_scale, dtype=torch.float32).to(device, dtype)
+        self.invariant = False
 
     def use_kernels(self, *, deterministic: bool = False) -> None:
         """Take the Triton kernels: on a GPU, in the dtypes that attention has there too. Products stay the library's, but for
@@ -190,10 +272,11 @@ class Decoder(nn.Module):
 
     def set_row_tile(self, row_tile: int) -> None:
         """Make every row's result independent of the rows beside it, by products of exactly `row_tile` rows."""
+        self.invariant = row_tile > 0
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear | SparseMlp):
                 module.row_tile = row_tile
-            elif isinstance(module, DecoderLayer):
+            elif isinstance(module, DecoderLayer | NeoXLayer):
                 module.invariant = row_tile > 0
 
     def forward(
@@ -206,60 +289,57 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states [T, hidden] of a step's tokens, before the final norm; K and V are written to the caches."""
         residual = F.embedding(token_ids, self.embedding)
+        if self.embedding_scale is not None:
+            residual = residual * self.embedding_scale
         x: Tensor | None = None
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, residual, positions, self.rotary, cache, meta, attention)
+        for layer, cache, window in zip(self.layers, caches, self.config.sliding_windows, strict=True):
+            rotary = self.rotary if window is None or self.local_rotary is None else self.local_rotary
+            x = layer(x, residual, positions, rotary, cache, meta, attention)
         return residual if x is None else residual.add_(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of the given rows of `forward`'s result, float32 (float64 for a float64 model)."""
         logits: Tensor = self.lm_head(self.norm(hidden))
+        if self.config.logit_softcap is not None:
+            logits = softcapped(logits, self.config.logit_softcap, invariant=self.invariant)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def step_weights(self) -> StepWeights:
         """What a step reads of the weights; counts anew after they were quantized."""
         head = _num_bytes(self.norm) + _num_bytes(self.lm_head)
-        return StepWeights(_num_bytes(self.layers), head, self.embedding[0].nbytes)
+        idle = sum(module.idle_bytes for module in self.modules() if isinstance(module, SparseMlp))
+        return StepWeights(_num_bytes(self.layers) - idle, head, self.embedding[0].nbytes)
+
+    def matrices(self) -> list[Tensor]:
+        """Matrices [out, in] of all shapes that the decoder multiplies with."""
+        found = [module.weight for module in self.modules() if isinstance(module, Linear)]
+        sparse = (module.matrices() for module in self.modules() if isinstance(module, SparseMlp))
+        return [*found, *chain.from_iterable(sparse)]
 
     def weight_targets(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint tensor names, each with the view of the merged parameter that it fills."""
-        yield "model.embed_tokens.weight", self.embedding
-        yield "model.norm.weight", self.norm.weight
+        names = self.names
+        yield f"{names.embedding}.weight", self.embedding
+        yield from self.norm.targets(names.norm)
         if not self.config.tie_embeddings:
-            yield "lm_head.weight", self.lm_head.weight
+            yield f"{names.head}.weight", self.lm_head.weight
         for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            for name, target in _layer_targets(layer):
-                yield f"model.layers.{index}.{name}", target
+            assert isinstance(layer, DecoderLayer | NeoXLayer)
+            for name, target in layer.weight_targets(names):
+                yield f"{names.layers}.{index}.{name}", target
+
+    def finish_loading(self) -> None:
+        """To be called once all targets are filled: brings rows of a normalized head to length 1, as its training did."""
+        if self.config.has_normalized_head:
+            for rows in torch.split(self.lm_head.weight.data, HEAD_ROWS):
+                rows.copy_(F.normalize(rows))
 
     def place_of(self, stored: str) -> str | None:
-        """The target's name for a checkpoint's; None for tables and for the head of tied embeddings, which older files hold."""
-        is_tied_head = stored == "lm_head.weight" and self.config.tie_embeddings
-        return None if is_tied_head or stored.endswith(".rotary_emb.inv_freq") else stored
+        """The target's name for a checkpoint's; None where the tensor is not part of the model, or is the head of tied embeddings."""
+        name = self.names.of_file(stored)
+        is_tied_head = name == f"{self.names.head}.weight" and self.config.tie_embeddings
+        return None if is_tied_head else name
 
 
 def _num_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _layer_targets(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
-    q, kv = layer.num_heads * layer.head_size, layer.num_kv_heads * layer.head_size
-    inner = layer.down.weight.shape[1]
-    merged: list[tuple[Linear, tuple[tuple[str, int], ...]]] = [
-        (layer.qkv, (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))),
-        (layer.out, (("self_attn.o_proj", layer.out.weight.shape[0]),)),
-        (layer.gate_up, (("mlp.gate_proj", inner), ("mlp.up_proj", inner))),
-        (layer.down, (("mlp.down_proj", layer.down.weight.shape[0]),)),
-    ]
-    for linear, parts in merged:
-        first = 0
-        for name, size in parts:
-            yield f"{name}.weight", linear.weight[first : first + size]
-            if linear.bias is not None:
-                yield f"{name}.bias", linear.bias[first : first + size]
-            first += size
-    yield "input_layernorm.weight", layer.input_norm.weight
-    yield "post_attention_layernorm.weight", layer.post_attention_norm.weight
-    if layer.q_norm is not None and layer.k_norm is not None:
-        yield "self_attn.q_norm.weight", layer.q_norm.weight
-        yield "self_attn.k_norm.weight", layer.k_norm.weight

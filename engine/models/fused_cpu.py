@@ -24,7 +24,7 @@ from engine.kernels.kv_quantization import QUANTIZED_DTYPES
 from engine.kernels.lora import SlotWeights
 from engine.kernels.packed_linear import Packed, PackedWeight, pack_weight
 from engine.models.decoder import Decoder, DecoderLayer, LayerCache, StepWeights
-from engine.models.layers import Linear, RMSNorm
+from engine.models.layers import LayerNorm, Linear, RMSNorm
 from engine.models.lora import LoraSlots
 from engine.plan import Int32
 
@@ -114,10 +114,12 @@ class FusedCpuDecoder:
 
     def __init__(self, decoder: Decoder, library: CpuLibrary) -> None:
         assert decoder.embedding.dtype in (torch.float32, torch.bfloat16), decoder.embedding.dtype
+        assert not decoder.config.unfused, decoder.config.unfused
         self.config = decoder.config
         self.dtype = decoder.embedding.dtype
         self._library = library
         self._kept: list[Tensor | PackedWeight] = []  # memory that the descriptors point into
+        assert decoder.rotary is not None
         self._rotary = decoder.rotary.float().contiguous()
         self._layers = (_Layer * decoder.config.num_layers)()
         self._model = self._describe(decoder)
@@ -234,7 +236,7 @@ class FusedCpuDecoder:
             config.head_size,
             int(narrow),
             config.rms_norm_eps,
-            config.head_size**-0.5,
+            config.attention_scale,
         )
 
     def _describe_layer(self, layer: DecoderLayer, window: int | None) -> _Layer:
@@ -257,7 +259,7 @@ class FusedCpuDecoder:
         self._kept.append(packed)
         return packed.descriptor
 
-    def _norm(self, norm: RMSNorm | None) -> int | None:
+    def _norm(self, norm: RMSNorm | LayerNorm | None) -> int | None:
         return None if norm is None else self._keep(norm.weight.data.float())
 
     def _keep(self, tensor: Tensor) -> int:

@@ -19,6 +19,7 @@ from engine.kernels.invariant import find_row_tile
 from engine.kernels.lora import SlotWeights, TokenSlots, lora_add_ref
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.models.registry import family_of, parts_of
 
 ALIGNMENT = 16  # values: what Triton compiles for starts at multiples of 16 bytes
 
@@ -37,14 +38,23 @@ class Target:
 
 
 def lora_targets(model: ModelConfig) -> tuple[Target, ...]:
-    """What adapters may change in each layer."""
+    """What adapters may change in each layer: of a layer with experts, the attention."""
     hidden, inner = model.hidden_size, model.intermediate_size
     q, kv = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
+    names = family_of([model.architecture]).names
+    attention = (
+        Target("qkv", hidden, parts_of(names.qkv, (q, kv, kv))),
+        Target("out", q, ((names.out, hidden),)),
+    )
+    if model.moe is not None:
+        return attention
+    up = Target("gate_up", hidden, parts_of(names.gate_up, (inner, inner)))
+    if model.block == "neox":
+        up = Target("up", hidden, ((names.gate_up[0], inner),))
     return (
-        Target("qkv", hidden, (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))),
-        Target("out", q, (("self_attn.o_proj", hidden),)),
-        Target("gate_up", hidden, (("mlp.gate_proj", inner), ("mlp.up_proj", inner))),
-        Target("down", inner, (("mlp.down_proj", hidden),)),
+        *attention,
+        up,
+        Target("down", inner, ((names.down, hidden),)),
     )
 
 
@@ -65,6 +75,7 @@ class SlotLayout:
     def __init__(self, model: ModelConfig, rank: int) -> None:
         self.rank = rank
         self.targets = lora_targets(model)
+        layers = family_of([model.architecture]).names.layers
         self.starts: list[
             tuple[int, int]
         ] = []  # offsets of A and B: targets of the first layer, of the second, …
@@ -76,7 +87,7 @@ class SlotLayout:
                 self.starts.append((begin, at))
                 first = 0
                 for number, (name, size) in enumerate(target.parts):
-                    self.places[f"model.layers.{layer}.{name}"] = Place(
+                    self.places[f"{layers}.{layer}.{name}"] = Place(
                         target.size_in, size, begin + number * rank * target.size_in, at + first * rank, len(self.places)
                     )  # fmt: skip
                     first += size

@@ -71,8 +71,16 @@ def check_quantization(
     """Check that a device computes a method at a dtype, before any weight is read. A CPU takes all of them.
 
     Raises:
-        ConfigError: naming what it would take.
+        ConfigError: naming what it would take; a model with experts, whose weights have no quantized product.
     """
+    if model.moe is not None:
+        raise ConfigError(
+            f"quantization {method!r} of a mixture of {model.moe.num_experts} experts is not supported",
+            value=method,
+            limit=None,
+            param="quantization",
+            remedy="Set quantization=None.",
+        )
     if device.type != "cuda":
         return
     dtypes = (torch.bfloat16,) if method == "fp8" else (torch.bfloat16, torch.float16)

@@ -2,8 +2,11 @@
 
 Frequencies and angles are computed in float32 whatever the model's dtype, because the checkpoints were trained with
 float32 angles: at position 100,000 a float64 angle differs by 6e-3 from the one that the model knows.
+LongRoPE has two sets of frequencies, for contexts up to that of pre-training and for longer ones. Keys are cached as they were
+turned, so one engine has one set for all its requests: the table's length, its longest context, decides. For short texts alone
+an engine with `max_model_len` of at most the original context computes what the short set gives.
 Source: "RoFormer" (Su et al. 2021); linear scaling (Chen et al. 2023); YaRN (Peng et al. 2023), section 3.2 and 3.4;
-Llama 3.1 reference implementation for "llama3".
+LongRoPE (Ding et al. 2024) as Phi-3 has it; Llama 3.1 reference implementation for "llama3".
 """
 
 from __future__ import annotations
@@ -13,11 +16,11 @@ import math
 import torch
 from torch import Tensor
 
-from engine.models.config import RopeConfig
+from engine.models.rope_config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_size: int) -> Tensor:
-    """Radians per position of each of the D/2 pairs, float32 [D / 2] on the CPU."""
+def inverse_frequencies(rope: RopeConfig, head_size: int, num_positions: int) -> Tensor:
+    """Radians per position of each of the D/2 pairs, float32 [D / 2] on the CPU, for contexts of up to `num_positions`."""
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
     wavelengths = torch.pow(rope.theta, exponents)  # in positions, over 2 pi
     if rope.kind == "linear":
@@ -26,24 +29,36 @@ def inverse_frequencies(rope: RopeConfig, head_size: int) -> Tensor:
         return _llama3(rope, 1.0 / wavelengths)
     if rope.kind == "yarn":
         return _yarn(rope, wavelengths, head_size)
+    if rope.kind == "longrope":
+        factors = rope.long_factor if num_positions > rope.original_max_position else rope.short_factor
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * wavelengths)
     return 1.0 / wavelengths
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """Scale of the cosines and sines; it stands for a temperature of the attention scores. 1 but for YaRN."""
-    if rope.kind != "yarn":
+    """Scale of the cosines and sines; it stands for a temperature of the attention scores. 1 but for YaRN and LongRoPE."""
+    if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.kind == "longrope":
+        return (
+            1.0
+            if rope.factor <= 1.0
+            else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position))
+        )
     if rope.mscale and rope.mscale_all_dim:
         return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
     return _mscale(rope.factor, 1.0)
 
 
 def rotary_table(rope: RopeConfig, head_size: int, num_positions: int, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines by position: [num_positions, D], the first D/2 columns cosines, the others sines."""
+    """Cosines and sines by position: [num_positions, D], the first D/2 columns cosines, the others sines.
+
+    `head_size` D: the values of a head that are turned.
+    """
     positions = torch.arange(num_positions, dtype=torch.float32)
-    angles = torch.outer(positions, inverse_frequencies(rope, head_size))
+    angles = torch.outer(positions, inverse_frequencies(rope, head_size, num_positions))
     table = torch.cat((angles.cos(), angles.sin()), dim=-1)
     return (table * attention_factor(rope)).to(dtype)
 

@@ -35,8 +35,8 @@ class AttentionLayer:
 class TransformersConfig(ModelConfig):
     """A ModelConfig whose sizes were counted in the model itself.
 
-    What only the native decoder computes with (`rope`, `rms_norm_eps`, biases, `qk_norm`) says nothing here: transformers
-    reads it in config.json.
+    What only the native decoder computes with (`rope`, `rotary_size`, `rms_norm_eps`, biases, `qk_norm`) says nothing here:
+    transformers reads it in config.json.
     """
 
     attention_layers: tuple[AttentionLayer, ...]
@@ -44,6 +44,10 @@ class TransformersConfig(ModelConfig):
     num_table_values: int  # of embeddings that no product reads: a step takes a few rows
     num_product_values: int  # of the layers' matrices
     is_capturable: bool  # nothing in a step needs the host
+
+    @property
+    def unfused(self) -> tuple[str, ...]:
+        return ("transformers' own code",)
 
     @property
     def num_parameters(self) -> int:

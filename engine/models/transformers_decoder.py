@@ -122,6 +122,9 @@ class TransformersDecoder(nn.Module):
         ignored = (*TABLES, *(self.model._keys_to_ignore_on_load_unexpected or ()))
         return None if any(re.search(pattern, stored) for pattern in ignored) else stored
 
+    def finish_loading(self) -> None:
+        """Nothing is left to do."""
+
     def attend(self, index: int, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of a step's queries [1, H, T, D] in one layer; keys and values [1, K, T, D] go to its cache first."""
         assert self._step is not None, f"{layer.module} attends outside of a step"

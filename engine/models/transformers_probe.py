@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
-from engine.models.config import RopeConfig
+from engine.models.rope_config import RopeConfig
 from engine.models.transformers_config import AttentionLayer, TransformersConfig
 from engine.models.transformers_model import (
     ANSWER,
@@ -208,6 +208,9 @@ class Probe:
             max_position=self._max_position,
             rms_norm_eps=0.0,
             rope=RopeConfig(),
+            rotary_size=0,
+            attention_scale=first.scale,
+            attention_softcap=first.softcap,
             tie_embeddings=is_tied,
             qkv_bias=False,
             out_bias=False,

@@ -41,6 +41,10 @@ class WeightedDecoder(Protocol):
         """The target's name for a checkpoint's; None where the tensor is not part of the model."""
         ...
 
+    def finish_loading(self) -> None:
+        """What has to be done once all weights are there."""
+        ...
+
 
 def load_weights(decoder: WeightedDecoder, folder: Path | str, progress: Progress | None = None) -> None:
     """Fill every parameter of the decoder from the folder's safetensors, converting to the decoder's dtype.
@@ -66,6 +70,7 @@ def load_weights(decoder: WeightedDecoder, folder: Path | str, progress: Progres
             param="model",
             remedy="Check that config.json and the weight files belong together. " + AGAIN,
         )
+    decoder.finish_loading()
 
 
 def weight_files(folder: Path) -> list[Path]:

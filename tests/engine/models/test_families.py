@@ -12,4 +12,5 @@ from tests.engine.models.parity import check_parity
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_an_engine_says_what_transformers_says(name: str, tmp_path: Path) -> None:
-    check_parity(NATIVE[name](), tmp_path)
+    case = NATIVE[name]
+    check_parity(case.config(), tmp_path, lengths=case.lengths, **case.settings)
