@@ -28,6 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from engine.errors import UnsupportedModelError
+from engine.models.config import read_config_values
 from engine.models.registry import FAMILIES
 from engine.models.transformers_adapters import register_adapter
 
@@ -63,9 +64,13 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class raises for values that it does not take
-        raise refusal(
-            folder.name, f"transformers does not take its config.json ({_first_line(error)})"
-        ) from error
+        values = read_config_values(folder)
+        name = ", ".join(values.get("architectures") or ())
+        if values.get("auto_map") and not trust_remote_code:
+            raise refusal(
+                name, "its code comes with the checkpoint, and runs only with trust_remote_code=True"
+            ) from error
+        raise refusal(name, f"transformers does not take its config.json ({_first_line(error)})") from error
 
 
 def build_model(config: PretrainedConfig, attention: str, *, trust_remote_code: bool) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
@@ -46,7 +47,6 @@ MIXING = (
     "aten::_fft_r2c",
     "aten::constant_pad_nd",
 )
-COPIES = ("aten::_to_copy", "aten::lift_fresh")  # where they bring values from the host
 
 
 def probe_folder(folder: Path, *, trust_remote_code: bool = False) -> TransformersConfig:
@@ -91,8 +91,8 @@ class Probe:
         for name, module in self._model.named_modules():
             setattr(module, ANSWER, _Recorder(self, name))
         token_ids, positions = (torch.empty(1, NUM_TOKENS, dtype=torch.long, device="meta") for _ in range(2))
-        watch = _Watch(positions)
-        with watch:
+        watch, literals = _Watch(positions), _Literals()
+        with watch, literals:
             hidden = self._attempt(
                 self._body,
                 input_ids=token_ids,
@@ -101,7 +101,7 @@ class Probe:
             )[0]
             self._check(watch)
             logits = self._attempt(head_of(self._model), inputs_embeds=hidden).logits
-        return self._shape(hidden, logits, is_capturable=not watch.copies)
+        return self._shape(hidden, logits, is_capturable=not (watch.copies or literals.found))
 
     def _attempt(self, part: nn.Module, **inputs: Tensor) -> Any:
         try:
@@ -249,7 +249,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._positions = positions
         self.reads_positions = False
         self.mixing: set[str] = set()
-        self.copies: set[str] = set()  # from the host
+        self.copies = False  # a tensor of the host to the device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -258,6 +258,20 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reads_positions |= any(tensor is self._positions for tensor in given)
         if name in MIXING:
             self.mixing.add(name)
-        if name in COPIES and made.device.type == "meta" and not any(x.device.type == "meta" for x in given):
-            self.copies.add(name)
+        if name == "aten::_to_copy" and not any(tensor.device.type == "meta" for tensor in given):
+            self.copies |= made.device.type == "meta"
+        return made
+
+
+class _Literals(TorchFunctionMode):
+    """Whether a run makes tensors on the device of numbers of the host, which no operation shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
+            self.found |= made.device.type == "meta" and made is not args[0]
         return made

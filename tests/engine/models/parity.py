@@ -52,7 +52,7 @@ class Parity:
         return self.error < EXACT and self.num_wrong_tokens == 0 and self.entropy < MOST_ENTROPY
 
 
-class _InFloat64(TorchFunctionMode):
+class InFloat64(TorchFunctionMode):
     """Float64 tensors stay what they are where code asks for float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,7 +69,7 @@ class _InFloat64(TorchFunctionMode):
 
 def exact_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
     """transformers' logits [n, V] of one text, float64 throughout but for the angles of the rotary embedding."""
-    with torch.no_grad(), _InFloat64():
+    with torch.no_grad(), InFloat64():
         logits: Tensor = model(torch.tensor([list(tokens)])).logits[0]
     return logits
 

@@ -33,6 +33,7 @@ def case(name: str, **changes: Any) -> Callable[[], PretrainedConfig]:
         "GPT2Config": GPT2,
         "GPTBigCodeConfig": GPT2,
         "GPTJConfig": {**GPT2, "pad_token_id": None},
+        "CTRLConfig": GPT2,
         "FalconConfig": FALCON,
         "OPTConfig": OPT,
     }.get(name, SHAPE)
@@ -42,8 +43,10 @@ def case(name: str, **changes: Any) -> Callable[[], PretrainedConfig]:
 THROUGH_TRANSFORMERS: dict[str, Callable[[], PretrainedConfig]] = {
     "apertus": case("ApertusConfig"),
     "arcee": case("ArceeConfig"),
+    "biogpt": case("BioGptConfig"),
     "cohere": case("CohereConfig", logit_scale=0.25, use_qk_norm=True),
     "cohere2": case("Cohere2Config", sliding_window=WINDOW, num_hidden_layers=4),
+    "ctrl": case("CTRLConfig", dff=80),
     "ernie4_5": case("Ernie4_5Config", head_dim=16),
     "exaone4": case("Exaone4Config", sliding_window=WINDOW, sliding_window_pattern=2),
     "falcon": case(
@@ -51,6 +54,19 @@ THROUGH_TRANSFORMERS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "falcon_grouped": case("FalconConfig", alibi=False, num_kv_heads=2, new_decoder_architecture=True),
     "gemma": case("GemmaConfig", head_dim=20),
+    "gemma3n": case(
+        "Gemma3nTextConfig",
+        head_dim=12,
+        sliding_window=WINDOW,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        intermediate_size=[80] * 4,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=97,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
     "glm": case("GlmConfig", head_dim=12, attention_bias=True),
     "glm4": case("Glm4Config", head_dim=12, attention_bias=True),
     "gpt2": case("GPT2Config", scale_attn_by_inverse_layer_idx=True),
@@ -77,4 +93,5 @@ THROUGH_TRANSFORMERS: dict[str, Callable[[], PretrainedConfig]] = {
         "StableLmConfig", partial_rotary_factor=0.5, use_parallel_residual=True, qk_layernorm=True
     ),
     "starcoder2": case("Starcoder2Config", sliding_window=WINDOW),
+    "vaultgemma": case("VaultGemmaConfig", head_dim=12, sliding_window=WINDOW, attn_logit_softcapping=3.0),
 }
