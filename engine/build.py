@@ -114,7 +114,7 @@ def build_engine(
     """Load the model and make its engine. `progress` gets a message and a share in [0, 1], from this thread.
 
     `allocator`: tells what the device's memory is used for; None: torch's own on a GPU, on a CPU there is none.
-    `load` fills the decoder's weights from the model's folder; benchmarks bring weights that are in no file.
+    `load` fills the native decoder's weights from the model's folder; benchmarks bring weights that are in no file.
 
     Raises:
         EngineError: as `resolve_config`, and CorruptWeightsError while weights are read.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -42,6 +43,8 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "mistral": (MistralConfig, {"sliding_window": 100}),
     "qwen2": (Qwen2Config, {"num_attention_heads": 7, "num_key_value_heads": 1}),
     "qwen3": (Qwen3Config, {"head_dim": 80, "tie_word_embeddings": True}),
+    # Through transformers' attention interface; three layers of four have the window.
+    "cohere2": (Cohere2Config, {"sliding_window": 100, "num_hidden_layers": 4, "logit_scale": 1.0}),
 }
 # How far a chosen token's log-probability may lie below transformers' best one in float32, in nats: rounding of
 # activations to bfloat16 (2^-8 each) over three layers moves logits of a spread of about 4 by some hundredths.

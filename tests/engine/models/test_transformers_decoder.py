@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,6 +193,26 @@ def decoder_of(folder: Path) -> TransformersDecoder:
     decoder = TransformersDecoder(model, folder, dtype=torch.float64, device=CPU)
     load_weights(decoder, folder)
     return decoder
+
+
+def test_a_model_is_built_before_its_weights_take_memory(tmp_path: Path) -> None:
+    """200 MiB of embeddings and matrices in float32, which no step of building touches."""
+    config = transformers.GPT2Config(
+        vocab_size=40_000, n_embd=1024, n_layer=1, n_head=8, architectures=["GPT2LMHeadModel"]
+    )
+    config.save_pretrained(tmp_path)
+    model = read_model_config(tmp_path)
+    assert isinstance(model, TransformersConfig)
+    before = resident_bytes()
+    TransformersDecoder(model, tmp_path, dtype=torch.bfloat16, device=CPU)
+    assert model.num_parameters * 4 > 200 << 20
+    assert resident_bytes() - before < 20 << 20
+
+
+def resident_bytes() -> int:
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -103,7 +103,10 @@ MORE_FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": False}),
     ("granite", {"attention_multiplier": 0.5}),
     ("opt", {"do_layer_norm_before": True, "_remove_final_layer_norm": True}),
-    ("stablelm", {"use_parallel_residual": False}),
+    (
+        "stablelm",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 900.0, "partial_rotary_factor": 0.5}},
+    ),
     ("starcoder2", {"sliding_window": None}),
 ]
 
