@@ -61,7 +61,7 @@ def test_the_best_path_of_this_machine_says_it_in_float32(name: str, is_fused: b
     case = NATIVE[name]
     model = make_model(case.config())
     model.save_pretrained(tmp_path)
-    assert bool(ModelConfig.from_folder(tmp_path).unfused) != is_fused
+    assert bool(ModelConfig.from_folder(tmp_path).unfused("cpu")) != is_fused
     found = compare(tmp_path, lambda tokens: exact_logits(model, tokens), lengths=(5, 60), dtype="float32")
     assert found.error < FLOAT32, found
 
