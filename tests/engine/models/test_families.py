@@ -4,21 +4,25 @@ ignored.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm, Gemma2TextScaledWordEmbedding
 
 from engine.build import build_engine
 from engine.config import EngineConfig
-from engine.errors import EngineError
+from engine.errors import EngineError, UnsupportedModelError
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.layers import RMSNorm
+from engine.models.weights import load_weights
 from tests.engine.models.native_configs import NATIVE
 from tests.engine.models.parity import (
     EXACT,
@@ -64,6 +68,50 @@ def test_the_best_path_of_this_machine_says_it_in_float32(name: str, is_fused: b
     assert bool(ModelConfig.from_folder(tmp_path).unfused("cpu")) != is_fused
     found = compare(tmp_path, lambda tokens: exact_logits(model, tokens), lengths=(5, 60), dtype="float32")
     assert found.error < FLOAT32, found
+
+
+# Merged projections that a checkpoint merges too have one adapter; a layer with experts takes one for its attention.
+ADAPTED = [
+    ("phi3", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "float64", EXACT),
+    ("phi3", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "float32", FLOAT32),
+    ("mixtral", ("q_proj", "k_proj", "v_proj", "o_proj"), "float64", EXACT),
+    ("gpt-neox", ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), "float64", EXACT),
+]
+
+
+@pytest.mark.parametrize(("name", "targets", "dtype", "margin"), ADAPTED)
+def test_an_adapter_is_what_it_adds_to_the_weights(
+    name: str, targets: tuple[str, ...], dtype: str, margin: float, tmp_path: Path
+) -> None:
+    model = make_model(NATIVE[name].config())
+    model.save_pretrained(tmp_path / "base")
+    add_adapter(model, targets, tmp_path / "adapter")
+    found = compare(
+        tmp_path / "base", lambda tokens: exact_logits(model, tokens), lengths=(40,), adapter=tmp_path / "adapter",
+        dtype=dtype, enable_lora=True, max_lora_rank=8,
+    )  # fmt: skip
+    assert found.error < margin, found
+
+
+def add_adapter(model: PreTrainedModel, targets: tuple[str, ...], folder: Path) -> None:
+    """Write a PEFT folder with random A and B for the target modules of each layer, and add what they make to the model."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in targets:
+            a, b = (
+                torch.randn(*shape).double() * 0.2
+                for shape in ((4, module.in_features), (module.out_features, 4))
+            )
+            tensors |= {
+                f"base_model.model.{name}.lora_A.weight": a,
+                f"base_model.model.{name}.lora_B.weight": b,
+            }
+            module.weight.data += 2.0 * b @ a
+    assert len(tensors) == 2 * 2 * len(targets)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": list(targets)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def full(**changes: Any) -> dict[str, Any]:
@@ -272,6 +320,21 @@ def test_deterministic_mode_holds_on_a_cpu(name: str, folder_of: Callable[[str],
         assert engine.stats().is_proven_deterministic
     finally:
         engine.close()
+
+
+def test_tensors_of_other_modalities_alone_are_left_out(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of("gemma3-multimodal")
+    tensors = load_file(folder / "model.safetensors")
+    assert any(name.startswith("vision_tower.") for name in tensors)
+    decoder = Decoder(
+        ModelConfig.from_folder(folder), dtype=torch.float64, device=torch.device("cpu"), max_positions=8
+    )
+    load_weights(decoder, folder)
+    save_file({**tensors, "audio_tower.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"audio_tower\.weight"):
+        load_weights(decoder, tmp_path)
 
 
 def test_experts_are_not_quantized(folder_of: Callable[[str], Path]) -> None:
