@@ -1,6 +1,6 @@
 """Small configs of every architecture that the native decoder runs and transformers has a class for.
 
-Windows and rotary thresholds lie well inside the contexts of `parity.check_parity` (120 tokens).
+Windows and rotary thresholds lie well inside the contexts of `parity.check_parity` (82 tokens).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Native:
     """A config, and where it is compared: prompt lengths, and settings of the engine."""
 
     config: Callable[[], PretrainedConfig]
-    lengths: tuple[int, ...] = (5, 37, 96)
+    lengths: tuple[int, ...] = (5, 70)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -115,6 +115,6 @@ NATIVE: dict[str, Native] = {
     "gemma3": Native(gemma3),
     "gemma3-multimodal": Native(gemma3_multimodal, lengths=(60,)),
     # An engine turns by the factors of its longest context: every text of the one is beyond the threshold, of the other none.
-    "phi3-longrope-beyond": Native(phi3, lengths=(66, 96)),
+    "phi3-longrope-beyond": Native(phi3, lengths=(66, 70)),
     "phi3-longrope-within": Native(phi3, lengths=(5, 37), settings={"max_model_len": 64}),
 }

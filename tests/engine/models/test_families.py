@@ -37,7 +37,15 @@ NOTICED = 1e4 * EXACT  # a changed config moves some log-probability by more tha
 FLOAT32 = 2e-3  # largest difference of a log-probability in float32, sharp as they are
 
 
-@pytest.mark.parametrize("name", NATIVE)
+# The first four are compared in `test_parity.py` too.
+KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def long(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("name", [long(name) if name in KNOWN else name for name in NATIVE])
 def test_an_engine_says_what_transformers_says(name: str, tmp_path: Path) -> None:
     case = NATIVE[name]
     check_parity(case.config(), tmp_path, lengths=case.lengths, **case.settings)
@@ -59,7 +67,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 # What has a part of its own on the compiled path of a CPU: the fused step, and torch's operations around compiled attention.
 @pytest.mark.parametrize(
-    ("name", "is_fused"), [("phi3", True), ("gemma3", False), ("mixtral", False), ("gpt-neox", False)]
+    ("name", "is_fused"), [("phi3", True), ("gemma3", False), long("mixtral", False), long("gpt-neox", False)]
 )
 def test_the_best_path_of_this_machine_says_it_in_float32(name: str, is_fused: bool, tmp_path: Path) -> None:
     case = NATIVE[name]
@@ -72,7 +80,7 @@ def test_the_best_path_of_this_machine_says_it_in_float32(name: str, is_fused: b
 
 # Merged projections that a checkpoint merges too have one adapter; a layer with experts takes one for its attention.
 ADAPTED = [
-    ("phi3", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "float64", EXACT),
+    long("phi3", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "float64", EXACT),
     ("phi3", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "float32", FLOAT32),
     ("mixtral", ("q_proj", "k_proj", "v_proj", "o_proj"), "float64", EXACT),
     ("gpt-neox", ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), "float64", EXACT),
@@ -302,10 +310,7 @@ def test_gemma_rounds_where_its_own_code_does() -> None:
     assert torch.equal(decoder.embedding_scale, scale.bfloat16())
 
 
-LONG = [pytest.param(name, marks=pytest.mark.full) for name in ("gemma2", "gpt-neox")]
-
-
-@pytest.mark.parametrize("name", ["mixtral", *LONG])
+@pytest.mark.parametrize("name", ["mixtral", long("gemma2"), long("gpt-neox")])
 def test_deterministic_mode_holds_on_a_cpu(name: str, folder_of: Callable[[str], Path]) -> None:
     config = EngineConfig(
         model=str(folder_of(name)),
