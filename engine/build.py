@@ -80,15 +80,7 @@ def resolve_config(
         check_quantization(
             config.quantization, model, dtype=dtype, device=device, deterministic=config.deterministic
         )
-    if config.deterministic and device.type == "cuda" and model.unfused:
-        raise ConfigError(
-            f"deterministic mode on {device} needs the kernels between products, which do not have this model's "
-            + ", ".join(model.unfused),
-            value=True,
-            limit=False,
-            param="deterministic",
-            remedy='Set deterministic=False, or device="cpu".',
-        )
+    _check_parts(config, model, device)
     config = replace(config, kv_cache_dtype=_resolve_kv_cache(asked, config, model))
     backend = _resolve_attention(config, model, dtype, device)
     batched = config.max_batched_tokens
@@ -164,7 +156,7 @@ def make_attention(config: EngineConfig) -> AttentionBackend:
 
 def prepare_decoder(decoder: Decoder, config: EngineConfig) -> StepDecoder:
     """The loaded decoder in the form that runs: one compiled call a step beside the compiled CPU attention, else torch."""
-    unfused = ", ".join(decoder.config.unfused)
+    unfused = ", ".join(decoder.config.unfused(torch.device(config.device).type))
     if unfused:
         log.info("%s has what no fused step computes (%s): torch's operations", config.model, unfused)
     # fp8 rounds what the linear layers multiply, which the compiled step does not
@@ -340,6 +332,33 @@ def _resolve_dtype(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     return "bfloat16" if cpu_multiplies_bfloat16() else "float32"
+
+
+def _check_parts(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
+    """Refuse what a GPU does not compute of a model's parts.
+
+    Raises:
+        ConfigError: deterministic mode beside parts without a kernel whose rows keep their bits, or experts in float64.
+    """
+    if device.type != "cuda":
+        return
+    unproven = (*model.unfused(device.type), *(("experts",) if model.moe is not None else ()))
+    if config.deterministic and unproven:
+        raise ConfigError(
+            f"deterministic mode on {device} does not have this model's {', '.join(unproven)}",
+            value=True,
+            limit=False,
+            param="deterministic",
+            remedy='Set deterministic=False, or device="cpu".',
+        )
+    if model.moe is not None and config.dtype == "float64":
+        raise ConfigError(
+            f"experts on {device} have no float64 product",
+            value="float64",
+            limit=["bfloat16", "float16", "float32"],
+            param="dtype",
+            remedy='Set dtype="bfloat16".',
+        )
 
 
 def _resolve_kv_cache(asked: EngineConfig, config: EngineConfig, model: ModelConfig) -> str:

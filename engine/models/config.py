@@ -72,24 +72,26 @@ class ModelConfig:
     dtype: str | None = None  # of the checkpoint
     eos_token_ids: frozenset[int] = frozenset()
 
-    @property
-    def unfused(self) -> tuple[str, ...]:
-        """What of this model no fused step computes: not the compiled one of a CPU, not the Triton kernels between products.
-
-        Empty: they run it. Otherwise the decoder takes torch's operations, beside whichever attention backend.
+    def unfused(self, device_type: str) -> tuple[str, ...]:
+        """What of this model the device's fused step does not compute: the one compiled call of a CPU, or on a GPU the Triton
+        kernels between products. Empty: it runs it. Otherwise the decoder takes torch's operations, beside whichever attention
+        backend.
         """
-        parts = {
+        nowhere = {
             "GPT-NeoX's block": self.block == "neox",
-            "ALiBi": self.has_alibi,
             "partial rotary embedding": 0 < self.rotary_size < self.head_size,
-            "rotary embedding by layer": self.local_rope is not None,
             "norms by 1 + weight": self.norm_offset,
-            "norms of outputs": self.out_norms,
             f"activation {self.activation}": self.activation != "silu",
-            "scaled embedding": self.embedding_scale is not None,
+        }
+        on_gpu_alone = {
+            "ALiBi": self.has_alibi,
+            "rotary embedding by layer": self.local_rope is not None,
+            "norms of outputs": self.out_norms,
             "experts": self.moe is not None,
+            "scaled embedding": self.embedding_scale is not None,
             "soft caps": bool(self.attention_softcap or self.logit_softcap),
         }
+        parts = nowhere if device_type == "cuda" else nowhere | on_gpu_alone
         return tuple(name for name, has in parts.items() if has)
 
     @property

@@ -196,10 +196,9 @@ class DecoderLayer(nn.Module):
         attention: AttentionBackend,
     ) -> Tensor:
         """The queries [T, H, D] as attention takes them; keys and values go to the cache."""
-        if self.use_kernel:
+        if self.use_kernel and rotary is not None:
             from engine.kernels.rotary import rotate_and_store
 
-            assert rotary is not None
             return rotate_and_store(
                 qkv, rotary, positions, cache.k, cache.v, meta.slot_mapping, eps=self.input_norm.eps,
                 q_norm=None if self.q_norm is None else self.q_norm.weight,
@@ -265,7 +264,7 @@ class Decoder(nn.Module):
         """Take the Triton kernels: on a GPU, in the dtypes that attention has there too. Products stay the library's, but for
         `deterministic`, which no library promises to be."""
         for module in self.modules():
-            if isinstance(module, RMSNorm | DecoderLayer):
+            if isinstance(module, RMSNorm | DecoderLayer | SparseMlp):
                 module.use_kernel = True
             elif isinstance(module, Linear):
                 module.use_invariant_kernel = deterministic

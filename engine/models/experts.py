@@ -1,10 +1,11 @@
 """Mixture of experts: a router gives each token to a few MLPs of a layer and weighs what they make of it.
 
 All experts of a layer are one tensor [E, …]. Tokens are sorted by expert, so that each expert multiplies its own tokens once and
-those that no token chose are not touched. With `row_tile` a token's result does not depend on the tokens beside it: products
-have one shape, and a token's sum runs over its experts in their order.
+those that no token chose are not touched. On a CPU the sizes of the groups are read; on a GPU they stay there, and one kernel
+does the products of all experts, so that nothing waits and a step can be captured. With `row_tile`, on a CPU, a token's result does
+not depend on the tokens beside it: products have one shape, and a token's sum runs over its experts in their order.
 
-Boundary: torch's operations; sizes of the groups are read on the host, which is free on a CPU.
+Boundary: the MLP of one layer; no quantized experts. Kernel: ``engine.kernels.expert_linear``.
 Source: Mixtral (Jiang et al. 2024); Qwen1.5-MoE, whose shared MLP every token takes.
 """
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.kernels.invariant import in_pieces, tiled_linear
-from engine.models.layers import Linear, gated
+from engine.models.layers import Linear, gated, gated_silu
 from engine.models.moe_config import MoeConfig
 from engine.models.registry import TensorNames
 
@@ -37,6 +38,7 @@ class SparseMlp(nn.Module):
 
         self.moe = moe
         self.row_tile = 0
+        self.use_kernel = False
         self.router = linear(hidden_size, moe.num_experts)
         self.gate_up = experts(hidden_size, 2 * moe.intermediate_size)
         self.down = experts(moe.intermediate_size, hidden_size)
@@ -93,19 +95,33 @@ class SparseMlp(nn.Module):
 
     def _experts(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         order = chosen.flatten().argsort(stable=True)  # places [T k], expert by expert, tokens ascending
-        tokens, weights = order // chosen.shape[1], weights.flatten()[order, None]
+        tokens = order // chosen.shape[1]
+        if self.use_kernel or x.is_cuda:
+            return self._on_device(x, weights, chosen, order, tokens)
+        weights = weights.flatten()[order, None]
         counts = torch.bincount(chosen.flatten(), minlength=self.moe.num_experts).tolist()
         out, end = torch.zeros_like(x), 0
         for index, count in enumerate(counts):
             if not count:
                 continue
             own, end = slice(end, end + count), end + count
-            inner = gated(
-                self._product(x[tokens[own]], self.gate_up[index]), F.silu, invariant=self.row_tile > 0
-            )
+            gate_up = self._product(x[tokens[own]], self.gate_up[index])
+            inner = gated(gate_up, F.silu, invariant=self.row_tile > 0)
             result = self._product(inner, self.down[index]) * weights[own]
             out.index_add_(0, tokens[own], result.to(out.dtype))
         return out
+
+    def _on_device(self, x: Tensor, weights: Tensor, chosen: Tensor, order: Tensor, tokens: Tensor) -> Tensor:
+        from engine.kernels.expert_linear import expert_linear
+
+        experts = torch.arange(self.moe.num_experts + 1, device=x.device)
+        starts = torch.searchsorted(chosen.flatten()[order], experts)
+        inner = gated_silu(expert_linear(x, self.gate_up, starts, tokens), invariant=False, use_kernel=True)
+        result = expert_linear(inner, self.down, starts)
+        by_token = torch.empty_like(order)
+        by_token[order] = torch.arange(len(order), device=x.device)
+        mixed = result[by_token].view(*chosen.shape, -1) * weights[..., None]
+        return mixed.sum(dim=1, dtype=torch.float32).to(x.dtype)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.row_tile:

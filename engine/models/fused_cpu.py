@@ -114,7 +114,7 @@ class FusedCpuDecoder:
 
     def __init__(self, decoder: Decoder, library: CpuLibrary) -> None:
         assert decoder.embedding.dtype in (torch.float32, torch.bfloat16), decoder.embedding.dtype
-        assert not decoder.config.unfused, decoder.config.unfused
+        assert not decoder.config.unfused("cpu"), decoder.config.unfused("cpu")
         self.config = decoder.config
         self.dtype = decoder.embedding.dtype
         self._library = library

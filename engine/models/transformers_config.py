@@ -46,10 +46,6 @@ class TransformersConfig(ModelConfig):
     is_capturable: bool  # nothing in a step needs the host
 
     @property
-    def unfused(self) -> tuple[str, ...]:
-        return ("transformers' own code",)
-
-    @property
     def num_parameters(self) -> int:
         return self.num_values
 

@@ -18,6 +18,7 @@ import torch
 import triton
 
 from engine.kernels.attention_tiles import AttentionShape, Mode, Variant, combine_variant, tile_for, variant
+from engine.kernels.expert_linear import expert_constants, expert_linear_kernel, expert_options
 from engine.kernels.invariant_linear import invariant_linear_kernel, linear_constants, linear_options
 from engine.kernels.paged_attention import combine_kernel, paged_attention_kernel
 from engine.kernels.rms_norm import rms_norm_constants, rms_norm_kernel, rms_norm_warps
@@ -249,3 +250,16 @@ def test_invariant_linear(
     built.assert_fits()
     if dtype != torch.float32:
         assert ("wgmma" if capability == 90 else "mma.sync") in built.ptx
+
+
+@both_targets
+def test_expert_linear(capability: int, compile_kernel: CompileKernel) -> None:
+    constants = expert_constants(4096, 14336, 8, torch.bfloat16, gather=True)
+    types = dict.fromkeys(("out", "x", "weight"), "*bf16") | {
+        "starts": "*i64",
+        "rows": "*i64",
+        "stride_x": "i32",
+    }
+    built = compile_kernel(capability, expert_linear_kernel, types, constants, expert_options(torch.bfloat16))
+    built.assert_fits()
+    assert "mma.sync" in built.ptx

@@ -261,6 +261,17 @@ def our_logits() -> Callable[..., Tensor]:
     return decoder_logits
 
 
+@pytest.fixture(scope="session")
+def config_values() -> Callable[[Path], dict[str, Any]]:
+    """``config_values(folder)``: what its config.json says."""
+
+    def read(folder: Path) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        return values
+
+    return read
+
+
 @dataclass
 class Run:
     """What an engine did: tokens and log-probabilities by request, and its step records."""

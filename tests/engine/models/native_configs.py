@@ -1,6 +1,6 @@
 """Small configs of every architecture that the native decoder runs and transformers has a class for.
 
-Windows and rotary thresholds lie well inside the contexts of `parity.check_parity` (120 tokens).
+Windows and rotary thresholds lie well inside the contexts of `parity.check_parity` (82 tokens).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import (
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -22,6 +23,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SiglipVisionConfig,
 )
 
 
@@ -30,7 +32,7 @@ class Native:
     """A config, and where it is compared: prompt lengths, and settings of the engine."""
 
     config: Callable[[], PretrainedConfig]
-    lengths: tuple[int, ...] = (5, 37, 96)
+    lengths: tuple[int, ...] = (5, 70)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -73,6 +75,18 @@ def gemma3() -> Gemma3TextConfig:
     return Gemma3TextConfig(**{**GEMMA, **uncapped}, layer_types=kinds, rope_parameters={**GEMMA3_ROPES})
 
 
+def gemma3_multimodal() -> PretrainedConfig:
+    vision = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    return Gemma3Config(text_config=gemma3(), vision_config=vision, mm_tokens_per_image=4)
+
+
 NATIVE: dict[str, Native] = {
     "llama": Native(lambda: LlamaConfig(**SHAPE)),
     "mistral": Native(lambda: MistralConfig(**SHAPE, sliding_window=20)),
@@ -99,7 +113,8 @@ NATIVE: dict[str, Native] = {
     ),
     "gemma2": Native(lambda: Gemma2Config(**GEMMA)),
     "gemma3": Native(gemma3),
+    "gemma3-multimodal": Native(gemma3_multimodal, lengths=(60,)),
     # An engine turns by the factors of its longest context: every text of the one is beyond the threshold, of the other none.
-    "phi3-longrope-beyond": Native(phi3, lengths=(66, 96)),
+    "phi3-longrope-beyond": Native(phi3, lengths=(66, 70)),
     "phi3-longrope-within": Native(phi3, lengths=(5, 37), settings={"max_model_len": 64}),
 }

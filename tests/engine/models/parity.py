@@ -31,7 +31,7 @@ Logits = Callable[[Sequence[int]], Tensor]
 # may pass on a hundred times as much. A part that is computed in float32 shows as 1e-6 and more.
 EXACT = 1e-9
 MOST_ENTROPY = 2.0  # nats
-MAX_TOKENS = 24
+MAX_TOKENS = 12
 CHUNK = 48  # tokens of a step: the longest prompt goes in pieces, beside others that decode
 TOP = 5
 
@@ -129,7 +129,7 @@ def entropy_of(logprobs: Tensor) -> float:
 
 
 def check_parity(
-    config: PretrainedConfig, folder: Path, *, lengths: Sequence[int] = (5, 37, 96), **settings: Any
+    config: PretrainedConfig, folder: Path, *, lengths: Sequence[int] = (5, 70), **settings: Any
 ) -> Parity:
     """Write a checkpoint of the config to the folder and compare an engine on it with transformers.
 
@@ -145,11 +145,17 @@ def check_parity(
     return found
 
 
-def compare(folder: Path, reference: Logits, *, lengths: Sequence[int], **settings: Any) -> Parity:
-    """An engine on the folder's checkpoint beside a reference that gives the logits [n, V] of a text, in float64."""
+def compare(
+    folder: Path, reference: Logits, *, lengths: Sequence[int], adapter: Path | None = None, **settings: Any
+) -> Parity:
+    """An engine on the folder's checkpoint beside a reference that gives the logits [n, V] of a text, in float64.
+
+    `adapter`: a LoRA folder that all requests use.
+    """
     defaults = {"dtype": "float64", "num_blocks": 128, "block_size": 8, "max_num_seqs": 8, "num_threads": 1}
     chunk = {"max_batched_tokens": CHUNK, "enable_prefix_cache": False}
     engine = build_engine(EngineConfig(model=str(folder), **{**defaults, **chunk, **settings}))
+    lora = None if adapter is None else engine.add_lora("adapter", adapter).name
     params = SamplingParams(
         max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True, logprobs=TOP, prompt_logprobs=True
     )
@@ -159,7 +165,7 @@ def compare(folder: Path, reference: Logits, *, lengths: Sequence[int], **settin
     of_output: dict[str, list[TokenLogprobs]] = {name: [] for name in texts}
     try:
         for name, prompt in texts.items():
-            engine.add(engine.make_request(tuple(prompt), params, request_id=name))
+            engine.add(engine.make_request(tuple(prompt), params, request_id=name, lora=lora))
         while engine.has_work:
             for delta in engine.step().deltas:
                 assert delta.error is None, delta.error
