@@ -18,9 +18,11 @@ from torch import Tensor
 
 @triton.jit
 def rms_norm_kernel(
-    out, x, residual, weight, stride_x, eps, SIZE: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr
+    out, x, residual, weight, stride_x, eps, SIZE: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Row i of `out` [rows, SIZE] is row i of x, normalised. With ADD it is that of residual + x, kept as the residual.
+    """Row i of `out` [rows, SIZE] is row i of x, normalised. With ADD it is that of residual + x, kept as the residual. With
+    OFFSET the weight is 1 + `weight`.
 
     `out` may be x: a program has read its row before it writes it.
     """
@@ -35,15 +37,18 @@ def rms_norm_kernel(
         tl.store(cell, kept, mask=inside)
         wide = kept.to(tl.float32)  # the norm is that of the residual as it is kept
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
-    # As checkpoints were trained: rounded, then weighted.
-    rounded = (wide * scale).to(x.dtype.element_ty).to(tl.float32)
-    result = rounded * tl.load(weight + lane, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(weight + lane, mask=inside, other=0.0).to(tl.float32)
+    # As checkpoints were trained: rounded, then weighted; Gemma's weighted, then rounded.
+    if OFFSET:
+        result = wide * scale * (1.0 + gain)
+    else:
+        result = (wide * scale).to(x.dtype.element_ty).to(tl.float32) * gain
     tl.store(out + row * SIZE + lane, result.to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm_constants(size: int, *, add: bool) -> dict[str, int]:
+def rms_norm_constants(size: int, *, add: bool, offset: bool = False) -> dict[str, int]:
     """Compile-time constants; launch and compile tests read them here."""
-    return {"SIZE": size, "WIDTH": triton.next_power_of_2(size), "ADD": add}
+    return {"SIZE": size, "WIDTH": triton.next_power_of_2(size), "ADD": add, "OFFSET": offset}
 
 
 def rms_norm_warps(size: int) -> int:
@@ -52,23 +57,27 @@ def rms_norm_warps(size: int) -> int:
     return max(1, min(8, width // 256), width // 1024)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / rms(x) * weight`` for x [T, size], whose rows may have any stride; contiguous result."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: bool = False) -> Tensor:
+    """``x / rms(x) * weight`` for x [T, size], whose rows may have any stride; contiguous result. `offset`: 1 + weight."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(out, x, None, weight, eps)
+    _launch(out, x, None, weight, eps, offset)
     return out
 
 
-def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: bool = False
+) -> Tensor:
     """``residual += x``, then the norm of it as `rms_norm`, written over x and returned. Both [T, size], contiguous."""
     assert (residual.shape, residual.dtype) == (x.shape, x.dtype), (residual.shape, residual.dtype)
     assert residual.is_contiguous(), residual.stride()
     assert x.is_contiguous(), x.stride()
-    _launch(x, x, residual, weight, eps)
+    _launch(x, x, residual, weight, eps, offset)
     return x
 
 
-def _launch(out: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> None:
+def _launch(
+    out: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: bool
+) -> None:
     rows, size = x.shape
     assert x.stride(1) == 1, x.stride()
     assert weight.shape == (size,), (weight.shape, size)
@@ -81,6 +90,6 @@ def _launch(out: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, eps
             weight,
             x.stride(0),
             eps,
-            **rms_norm_constants(size, add=residual is not None),
+            **rms_norm_constants(size, add=residual is not None, offset=offset),
             num_warps=rms_norm_warps(size),
         )

@@ -29,22 +29,27 @@ from engine.kernels.store_quantized_kv import fp8_code, int8_code, int8_inverse,
 
 
 @triton.jit
-def _normalised(values, scale, weight, live):
-    rounded = (values * scale).to(weight.dtype.element_ty).to(tl.float32)
-    wide = rounded * tl.load(weight, mask=live, other=0.0).to(tl.float32)[None, :]
+def _normalised(values, scale, weight, live, OFFSET: tl.constexpr):
+    gain = tl.load(weight, mask=live, other=0.0).to(tl.float32)[None, :]
+    if OFFSET:
+        wide = values * scale * (1.0 + gain)
+    else:
+        wide = (values * scale).to(weight.dtype.element_ty).to(tl.float32) * gain
     return wide.to(weight.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
-def _rotated(cell, inside, live, cos, sin, weight, eps, HALF: tl.constexpr, NORM: tl.constexpr):
+def _rotated(
+    cell, inside, live, cos, sin, weight, eps, HALF: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr
+):  # fmt: skip
     """Both halves of the heads at `cell` [heads, HALF], normalised with NORM, then rotated; in the dtype of `cell`."""
     first = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(cell + HALF, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF)
         scale = tl.rsqrt(mean + eps)[:, None]
-        first = _normalised(first, scale, weight, live)
-        second = _normalised(second, scale, weight + HALF, live)
+        first = _normalised(first, scale, weight, live, OFFSET)
+        second = _normalised(second, scale, weight + HALF, live, OFFSET)
     dtype = cell.dtype.element_ty
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
@@ -73,7 +78,7 @@ def rotate_and_store_kernel(
     qkv, table, positions, k_cache, v_cache, slot_mapping, q_weight, k_weight, stride_token, eps, k_scale, v_scale,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     KV_HEADS: tl.constexpr,  # KV heads of one program; divides NUM_KV_HEADS
-    Q_PAD: tl.constexpr, HALF_PAD: tl.constexpr, NORM: tl.constexpr, CACHE: tl.constexpr,
+    Q_PAD: tl.constexpr, HALF_PAD: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """Program (t, i): token t's KV heads from i * KV_HEADS on, and as many groups of query heads.
 
@@ -94,14 +99,14 @@ def rotate_and_store_kernel(
     query = tl.arange(0, Q_PAD)
     cell = heads + (first_kv * GROUP + query)[:, None] * (2 * HALF) + lane[None, :]
     inside = (query < KV_HEADS * GROUP)[:, None] & live[None, :]
-    first, second = _rotated(cell, inside, live, cos, sin, q_weight + lane, eps, HALF, NORM)
+    first, second = _rotated(cell, inside, live, cos, sin, q_weight + lane, eps, HALF, NORM, OFFSET)
     tl.store(cell, first, mask=inside)
     tl.store(cell + HALF, second, mask=inside)
 
     kv_head = first_kv + tl.arange(0, KV_HEADS)
     row = (slot // BLOCK_SIZE * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
     cell = heads + (NUM_KV_HEADS * GROUP + kv_head)[:, None] * (2 * HALF) + lane[None, :]
-    first, second = _rotated(cell, live[None, :], live, cos, sin, k_weight + lane, eps, HALF, NORM)
+    first, second = _rotated(cell, live[None, :], live, cos, sin, k_weight + lane, eps, HALF, NORM, OFFSET)
     _store(first, second, k_cache, k_scale, row, kv_head, lane, live, HALF, CACHE)
     cell += NUM_KV_HEADS * (2 * HALF)
     first = tl.load(cell, mask=live[None, :], other=0.0)
@@ -110,7 +115,7 @@ def rotate_and_store_kernel(
 
 
 def rotate_and_store_constants(
-    num_heads: int, num_kv_heads: int, head_size: int, block_size: int, *, norm: bool
+    num_heads: int, num_kv_heads: int, head_size: int, block_size: int, *, norm: bool, offset: bool = False
 ) -> dict[str, int]:
     """Compile-time constants but CACHE; launch and compile tests read them here.
 
@@ -128,6 +133,7 @@ def rotate_and_store_constants(
         "Q_PAD": triton.next_power_of_2(kv_heads * group),
         "HALF_PAD": triton.next_power_of_2(half),
         "NORM": norm,
+        "OFFSET": offset,
     }
 
 
@@ -147,6 +153,7 @@ def rotate_and_store(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    norm_offset: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
@@ -154,7 +161,7 @@ def rotate_and_store(
 
     qkv [T, (H + 2 K) D] may have any token stride, and the result is a view of it. `table` [positions, D] holds cosines,
     then sines; a position beyond it is not noticed. `q_norm` and `k_norm` [D]: weights of an RMSNorm over each head, before
-    the rotation. `k_scale` and `v_scale`: of a quantized cache. A token with a negative slot is padding: it is left as it is.
+    the rotation, with `norm_offset` 1 + weight. `k_scale` and `v_scale`: of a quantized cache. A token with a negative slot is padding: it is left as it is.
     """
     check_layout(k_cache, v_cache)
     _, num_kv_heads, block_size, size = k_cache.shape
@@ -175,7 +182,7 @@ def rotate_and_store(
         assert weight is None or (weight.shape == (size,) and weight.dtype == qkv.dtype), weight.shape
     if tokens:
         constants = rotate_and_store_constants(
-            num_heads, num_kv_heads, size, block_size, norm=q_norm is not None
+            num_heads, num_kv_heads, size, block_size, norm=q_norm is not None, offset=norm_offset
         )
         if kind:
             k_cache, v_cache = k_cache.view(torch.int8), v_cache.view(torch.int8)

@@ -80,11 +80,11 @@ class ModelConfig:
         nowhere = {
             "GPT-NeoX's block": self.block == "neox",
             "partial rotary embedding": 0 < self.rotary_size < self.head_size,
-            "norms by 1 + weight": self.norm_offset,
-            f"activation {self.activation}": self.activation != "silu",
         }
         on_gpu_alone = {
             "ALiBi": self.has_alibi,
+            "norms by 1 + weight": self.norm_offset,
+            f"activation {self.activation}": self.activation != "silu",
             "rotary embedding by layer": self.local_rope is not None,
             "norms of outputs": self.out_norms,
             "experts": self.moe is not None,

@@ -19,17 +19,7 @@ from torch import Tensor, nn
 from engine.attention.interface import AttentionBackend, AttentionMetadata
 from engine.models.config import ModelConfig
 from engine.models.experts import SparseMlp
-from engine.models.layers import (
-    ACTIVATIONS,
-    LayerNorm,
-    Linear,
-    RMSNorm,
-    alibi_slopes,
-    gated,
-    gated_silu,
-    rotate,
-    softcapped,
-)
+from engine.models.layers import LayerNorm, Linear, RMSNorm, alibi_slopes, gated, rotate, softcapped
 from engine.models.neox import NeoXLayer
 from engine.models.registry import TensorNames, family_of, parts_of
 from engine.models.rope import rotary_table
@@ -179,10 +169,7 @@ class DecoderLayer(nn.Module):
             mixed: Tensor = self.experts(x)
             return mixed
         gate_up = self.gate_up(x)
-        if self.activation == "silu":
-            inner = gated_silu(gate_up, invariant=self.invariant, use_kernel=self.use_kernel)
-        else:
-            inner = gated(gate_up, ACTIVATIONS[self.activation], invariant=self.invariant)
+        inner = gated(gate_up, self.activation, invariant=self.invariant, use_kernel=self.use_kernel)
         down: Tensor = self.down(inner)
         return down
 
@@ -201,6 +188,7 @@ class DecoderLayer(nn.Module):
 
             return rotate_and_store(
                 qkv, rotary, positions, cache.k, cache.v, meta.slot_mapping, eps=self.input_norm.eps,
+                norm_offset=self.input_norm.offset,
                 q_norm=None if self.q_norm is None else self.q_norm.weight,
                 k_norm=None if self.k_norm is None else self.k_norm.weight, k_scale=cache.k_scale, v_scale=cache.v_scale,
             )  # fmt: skip

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.kernels.invariant import in_pieces, tiled_linear
-from engine.models.layers import Linear, gated, gated_silu
+from engine.models.layers import Linear, gated
 from engine.models.moe_config import MoeConfig
 from engine.models.registry import TensorNames
 
@@ -52,7 +52,7 @@ class SparseMlp(nn.Module):
         out: Tensor = self._experts(x, weights, chosen)
         if self.shared_gate_up is None or self.shared_down is None or self.shared_gate is None:
             return out
-        shared: Tensor = self.shared_down(gated(self.shared_gate_up(x), F.silu, invariant=self.row_tile > 0))
+        shared: Tensor = self.shared_down(gated(self.shared_gate_up(x), "silu", invariant=self.row_tile > 0))
         gate = self.shared_gate(x)
         open_by: Tensor = in_pieces(torch.sigmoid, gate) if self.row_tile else torch.sigmoid(gate)
         return out + open_by * shared
@@ -106,7 +106,7 @@ class SparseMlp(nn.Module):
                 continue
             own, end = slice(end, end + count), end + count
             gate_up = self._product(x[tokens[own]], self.gate_up[index])
-            inner = gated(gate_up, F.silu, invariant=self.row_tile > 0)
+            inner = gated(gate_up, "silu", invariant=self.row_tile > 0)
             result = self._product(inner, self.down[index]) * weights[own]
             out.index_add_(0, tokens[own], result.to(out.dtype))
         return out
@@ -116,7 +116,9 @@ class SparseMlp(nn.Module):
 
         experts = torch.arange(self.moe.num_experts + 1, device=x.device)
         starts = torch.searchsorted(chosen.flatten()[order], experts)
-        inner = gated_silu(expert_linear(x, self.gate_up, starts, tokens), invariant=False, use_kernel=True)
+        inner = gated(
+            expert_linear(x, self.gate_up, starts, tokens), "silu", invariant=False, use_kernel=True
+        )
         result = expert_linear(inner, self.down, starts)
         by_token = torch.empty_like(order)
         by_token[order] = torch.arange(len(order), device=x.device)

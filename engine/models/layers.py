@@ -89,8 +89,8 @@ class RMSNorm(nn.Module):
             from engine.kernels.rms_norm import fused_add_rms_norm, rms_norm
 
             if residual is None:
-                return rms_norm(x, self.weight, self.eps)
-            return fused_add_rms_norm(x, residual, self.weight, self.eps)
+                return rms_norm(x, self.weight, self.eps, offset=self.offset)
+            return fused_add_rms_norm(x, residual, self.weight, self.eps, offset=self.offset)
         if residual is not None:
             x = residual.add_(x)
         wide = x if x.dtype == torch.float64 else x.float()
@@ -146,19 +146,16 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), dim=-1)
 
 
-def gated_silu(gate_up: Tensor, *, invariant: bool, use_kernel: bool = False) -> Tensor:
-    """``silu(gate) * up`` for the merged projection [T, 2 I] -> [T, I]."""
+def gated(gate_up: Tensor, activation: str, *, invariant: bool, use_kernel: bool = False) -> Tensor:
+    """``activation(gate) * up`` for the merged projection [T, 2 I] -> [T, I]. `use_kernel`: "silu" and "gelu_tanh" alone."""
     if use_kernel:
-        from engine.kernels.silu_and_mul import silu_and_mul
+        from engine.kernels.silu_and_mul import gelu_tanh_and_mul, silu_and_mul
 
-        return silu_and_mul(gate_up)
-    return gated(gate_up, F.silu, invariant=invariant)
-
-
-def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor], *, invariant: bool) -> Tensor:
-    """``activation(gate) * up`` for the merged projection [T, 2 I] -> [T, I]."""
+        assert activation in ("silu", "gelu_tanh"), activation
+        return silu_and_mul(gate_up) if activation == "silu" else gelu_tanh_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
-    return (in_pieces(activation, gate) if invariant else activation(gate)) * up
+    function = ACTIVATIONS[activation]
+    return (in_pieces(function, gate) if invariant else function(gate)) * up
 
 
 def softcapped(x: Tensor, cap: float, *, invariant: bool) -> Tensor:

@@ -38,7 +38,7 @@ from engine.kernels.weight_only import FEW_TOKENS, weight_only_linear, weight_on
 from engine.memory import decoder_bytes
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
-from engine.models.layers import RMSNorm, gated_silu, rotate
+from engine.models.layers import RMSNorm, gated, rotate
 from engine.models.quantized import QUANTIZERS as WEIGHT_QUANTIZERS
 from engine.models.quantized import quantize_decoder
 from engine.runner.controls import Ban, Controls
@@ -147,7 +147,7 @@ def test_silu_and_mul(dtype: torch.dtype, device: torch.device) -> None:
         got = silu_and_mul(gate_up)
         # Two roundings; in float32 exponential and quotient add a few units in the last place.
         rtol = max(2.1 * torch.finfo(dtype).eps, 1e-6)
-        torch.testing.assert_close(got, gated_silu(gate_up, invariant=False), rtol=rtol, atol=1e-6)
+        torch.testing.assert_close(got, gated(gate_up, "silu", invariant=False), rtol=rtol, atol=1e-6)
         assert torch.equal(silu_and_mul(gate_up[2:3]), got[2:3]), "a row depends on its neighbours"
 
 

@@ -189,15 +189,17 @@ def test_rms_norm(capability: int, size: int, add: bool, compile_kernel: Compile
 
 
 @both_targets
-@pytest.mark.parametrize("size", [4864, 14336])  # with and without a last piece that is not full
-def test_silu_and_mul(capability: int, size: int, compile_kernel: CompileKernel) -> None:
+@pytest.mark.parametrize(
+    ("size", "gelu"), [(4864, False), (14336, False), (14336, True)]
+)  # last pieces full or not
+def test_silu_and_mul(capability: int, size: int, gelu: bool, compile_kernel: CompileKernel) -> None:
     types = {"out": "*bf16", "gate_up": "*bf16", "stride_token": "i32"}
     _assert_moves_16_bytes_a_thread(
         compile_kernel(
             capability,
             silu_and_mul_kernel,
             types,
-            {"SIZE": size, "BLOCK": SILU_BLOCK},
+            {"SIZE": size, "BLOCK": SILU_BLOCK, "GELU": gelu},
             {"num_warps": SILU_WARPS},
         )
     )

@@ -9,18 +9,18 @@ from torch import Tensor
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES, new_scales, store_quantized_kv_ref
 from engine.kernels.rms_norm import fused_add_rms_norm, rms_norm
 from engine.kernels.rotary import rotate_and_store
-from engine.kernels.silu_and_mul import silu_and_mul
+from engine.kernels.silu_and_mul import gelu_tanh_and_mul, silu_and_mul
 from engine.kernels.store_kv import store_kv_ref
-from engine.models.layers import RMSNorm, gated_silu, rotate
+from engine.models.layers import RMSNorm, gated, rotate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCK = 16
 UNWRITTEN = 1000.0  # no rotated value comes near
 
 
-def _norm(size: int, dtype: torch.dtype) -> RMSNorm:
-    norm = RMSNorm(size, 1e-5, dtype=dtype, device=torch.device("cpu"))
-    norm.weight.normal_(1.0, 0.3)
+def _norm(size: int, dtype: torch.dtype, *, offset: bool = False) -> RMSNorm:
+    norm = RMSNorm(size, 1e-5, dtype=dtype, device=torch.device("cpu"), offset=offset)
+    norm.weight.normal_(0.0 if offset else 1.0, 0.3)
     return norm
 
 
@@ -36,6 +36,18 @@ def test_rms_norm(rows: int, size: int, dtype: torch.dtype) -> None:
     # Two roundings, either of which may fall to the other side of a tie.
     torch.testing.assert_close(got, norm(x), rtol=2.1 * torch.finfo(dtype).eps, atol=1e-6)
     assert torch.equal(rms_norm(x[-1:], norm.weight, norm.eps), got[-1:]), "a row depends on its neighbours"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_by_one_plus_weight_is_rounded_once(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = _norm(80, dtype, offset=True)
+    x, residual = torch.randn(3, 80).to(dtype), 4 * torch.randn(3, 80).to(dtype)
+    rtol = 1.1 * torch.finfo(dtype).eps
+    torch.testing.assert_close(rms_norm(x, norm.weight, norm.eps, offset=True), norm(x), rtol=rtol, atol=1e-6)
+    want = norm(x, residual.clone())
+    got = fused_add_rms_norm(x, residual, norm.weight, norm.eps, offset=True)
+    torch.testing.assert_close(got, want, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize(("rows", "size"), [(5, 256), (3, 80), (1, 300)])
@@ -64,8 +76,18 @@ def test_silu_and_mul(rows: int, size: int, dtype: torch.dtype) -> None:
     assert got.is_contiguous()
     # Two roundings; in float32 the exponential adds a few units in the last place.
     rtol = max(2.1 * torch.finfo(dtype).eps, 1e-6)
-    torch.testing.assert_close(got, gated_silu(gate_up, invariant=False), rtol=rtol, atol=1e-6)
+    torch.testing.assert_close(got, gated(gate_up, "silu", invariant=False), rtol=rtol, atol=1e-6)
     assert torch.equal(silu_and_mul(gate_up[-1:]), got[-1:]), "a row depends on its neighbours"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_and_mul(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate_up = 3 * torch.randn(3, 160).to(dtype)
+    # Two roundings; in float32 the exponential's error is that of an argument of up to a hundred.
+    rtol = max(2.1 * torch.finfo(dtype).eps, 1e-5)
+    want = gated(gate_up, "gelu_tanh", invariant=False)
+    torch.testing.assert_close(gelu_tanh_and_mul(gate_up), want, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -78,7 +100,9 @@ def test_silu_far_from_zero() -> None:
 class HeadsCase:
     """A merged projection of some tokens, where its keys and values go, and what must come of it."""
 
-    def __init__(self, heads: int, kv_heads: int, size: int, dtype: torch.dtype, *, norm: bool) -> None:
+    def __init__(
+        self, heads: int, kv_heads: int, size: int, dtype: torch.dtype, *, norm: bool, offset: bool = False
+    ) -> None:
         torch.manual_seed(0)
         tokens, blocks, positions = 7, 3, 90
         self.split = (heads, kv_heads, kv_heads)
@@ -90,7 +114,8 @@ class HeadsCase:
         self.slots[[2, 6]] = -1
         shape = (2, blocks, kv_heads, BLOCK, size)
         self.caches = torch.full(shape, UNWRITTEN, dtype=dtype)
-        self.norms = (_norm(size, dtype), _norm(size, dtype)) if norm else None
+        self.norms = (_norm(size, dtype, offset=offset), _norm(size, dtype, offset=offset)) if norm else None
+        self.offset = offset
 
     def run(
         self, qkv: Tensor, caches: Tensor, tokens: slice = slice(None), scales: tuple[Tensor, ...] = (None, None)
@@ -99,7 +124,7 @@ class HeadsCase:
         return rotate_and_store(
             qkv[tokens], self.table, self.positions[tokens], caches[0], caches[1], self.slots[tokens],
             q_norm=None if q_norm is None else q_norm.weight, k_norm=None if k_norm is None else k_norm.weight,
-            eps=1e-5, k_scale=scales[0], v_scale=scales[1],
+            eps=1e-5, norm_offset=self.offset, k_scale=scales[0], v_scale=scales[1],
         )  # fmt: skip
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,6 +179,18 @@ def test_rotate_and_store(heads: int, kv_heads: int, size: int, norm: bool, dtyp
     assert torch.equal(alone, got[3:4]), "a token's queries depend on its neighbours"
     block, offset = case.slots[3] // BLOCK, case.slots[3] % BLOCK
     assert torch.equal(alone_caches[0, block, :, offset], got_caches[0, block, :, offset])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_norms_by_one_plus_weight(dtype: torch.dtype) -> None:
+    case = HeadsCase(4, 2, 64, dtype, norm=True, offset=True)
+    want, want_caches, bound = case.expected()
+    got_caches, live = case.caches.clone(), case.slots >= 0
+    got = case.run(case.qkv, got_caches)
+    assert ((got - want).abs().float() <= bound[:, :4])[live].all(), "queries"
+    blocks, offsets = case.slots[live] // BLOCK, case.slots[live] % BLOCK
+    keys, want_keys = got_caches[0][blocks, :, offsets], want_caches[0][blocks, :, offsets]
+    assert ((keys - want_keys).abs().float() <= bound[live, 4:]).all(), "keys"
 
 
 @pytest.mark.parametrize(
