@@ -9,7 +9,7 @@ rather than computes (scheduler, cache accounting, records, streams, worker). Wh
 ``engine.runner``, ``engine.models``, ``engine.attention``, ``engine.kernels``.
 """
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, SpeculativeConfig
 from engine.engine import Engine
 from engine.errors import (
     ConfigError,
@@ -82,6 +82,7 @@ __all__ = [
     "SamplingParams",
     "Score",
     "Sink",
+    "SpeculativeConfig",
     "StepFailedError",
     "StepRecord",
     "StreamDelta",

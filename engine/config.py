@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,6 +17,61 @@ ATTENTION_BACKENDS = ("auto", "reference", "triton", "cpu")
 QUANTIZATIONS = ("int8", "int4", "fp8")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")
 LORA_RANKS = (8, 16, 32, 64, 128, 256)
+SPECULATION_METHODS = ("ngram",)
+MAX_SPECULATIVE_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """How tokens are guessed that one step then computes together (``engine.speculation``); names follow vLLM's.
+
+    Raises:
+        ConfigError: naming the setting, its value and what is accepted.
+    """
+
+    method: str = "ngram"  # what followed the same tokens before, in the prompt or the output
+    num_speculative_tokens: int = 4  # guesses for a sequence in a step, at most
+    prompt_lookup_min: int = 2  # tokens that have to occur again
+    prompt_lookup_max: int = 4  # the longest run of them that is looked for
+    min_gain: float = (
+        1.0  # guessing pauses while it brings less than this times the tokens a second; 0: never
+    )
+
+    def __post_init__(self) -> None:
+        _one_of("speculative_config.method", self.method, SPECULATION_METHODS)
+        for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max"):
+            _at_least(f"speculative_config.{name}", getattr(self, name), 1)
+        if self.num_speculative_tokens > MAX_SPECULATIVE_TOKENS:
+            raise ConfigError(
+                f"speculative_config.num_speculative_tokens is {self.num_speculative_tokens}, at most {MAX_SPECULATIVE_TOKENS}",
+                value=self.num_speculative_tokens,
+                limit=MAX_SPECULATIVE_TOKENS,
+                param="speculative_config.num_speculative_tokens",
+            )
+        if self.prompt_lookup_max < self.prompt_lookup_min:
+            raise ConfigError(
+                f"speculative_config.prompt_lookup_max is {self.prompt_lookup_max}, below prompt_lookup_min {self.prompt_lookup_min}",
+                value=self.prompt_lookup_max,
+                limit=self.prompt_lookup_min,
+                param="speculative_config.prompt_lookup_max",
+            )
+        if (
+            isinstance(self.min_gain, bool)
+            or not isinstance(self.min_gain, int | float)
+            or not 0 <= self.min_gain <= 100
+        ):
+            raise ConfigError(
+                f"speculative_config.min_gain must be a number from 0 to 100, got {self.min_gain!r}",
+                value=self.min_gain,
+                limit=(0, 100),
+                param="speculative_config.min_gain",
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SpeculativeConfig:
+        """Build from plain values; an unknown key raises instead of being dropped."""
+        _refuse_unknown(values, cls, "speculative_config.")
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +100,7 @@ class EngineConfig:
     enable_lora: bool = False  # adapters may be loaded while the engine runs
     max_loras: int = 8  # different adapters in one batch: each has a slot on the device
     max_lora_rank: int = 16  # a slot's size; adapters of a lower rank are padded
+    speculative_config: SpeculativeConfig | None = None  # also given as a mapping; None: a token a step
     attention_backend: str = "auto"
     enforce_eager: bool = False  # True: no captured graphs on a GPU
     async_scheduling: bool = True  # on a GPU the next step is planned and launched while one runs
@@ -58,6 +115,9 @@ class EngineConfig:
             raise ConfigError(
                 "model is empty", value=self.model, remedy="Name a folder or a hub id.", param="model"
             )
+        given: Any = self.speculative_config
+        if isinstance(given, Mapping):
+            object.__setattr__(self, "speculative_config", SpeculativeConfig.from_dict(given))
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
@@ -89,17 +149,21 @@ class EngineConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
         """Build from plain values; an unknown key raises instead of being dropped."""
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(
-                    f"unknown engine setting {key!r}",
-                    value=key,
-                    limit=sorted(known),
-                    param=key,
-                    remedy="See engine.EngineConfig for the settings that exist.",
-                )
+        _refuse_unknown(values, cls, "")
         return cls(**values)
+
+
+def _refuse_unknown(values: Mapping[str, Any], kind: type[Any], prefix: str) -> None:
+    known = {each.name for each in fields(kind)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(
+                f"unknown engine setting {prefix}{key!r}",
+                value=key,
+                limit=sorted(known),
+                param=f"{prefix}{key}",
+                remedy=f"See engine.{kind.__name__} for the settings that exist.",
+            )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -39,6 +39,7 @@ from engine.records import EngineStats, MemoryLedger, RequestRecord, StepRecord,
 from engine.request import FinishReason, Request
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
+from engine.speculation import Speculator
 from engine.tokenizer import TokenizerLike
 
 
@@ -111,12 +112,17 @@ class Engine:
             version_digest=config.version_digest,
             enable_prefix_cache=config.enable_prefix_cache,
         )
+        speculative = config.speculative_config
+        self._speculator = Speculator(speculative) if speculative is not None else None
+        # What follows wrong guesses is known only when a step was taken in.
+        self._max_inflight = runner.max_inflight if speculative is None else 1
         self._scheduler = Scheduler(
             blocks,
             max_batched_tokens=max_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             eos_token_ids=eos_token_ids,
             max_loras=config.max_loras,
+            speculator=self._speculator,
         )
         self._loras = LoraRegistry(lora_store, self._scheduler.loras.num_live)
         self._recorder = Recorder(self._scheduler)
@@ -242,7 +248,7 @@ class Engine:
         planned = self._submit_error is None and self._submit_next()
         inflight = len(self._scheduler.inflight)
         record = None
-        if inflight and (not planned or inflight >= self._runner.max_inflight):
+        if inflight and (not planned or inflight >= self._max_inflight):
             record = self._take_oldest()
         elif not inflight and self._scheduler.blocks.events:
             record = self._record_idle()
@@ -284,12 +290,18 @@ class Engine:
         commit = self._scheduler.commit(result)
         now_ns = time.monotonic_ns()
         timing.schedule_ns += now_ns - collected_ns
-        self._recorder.num_output_tokens += len(commit.token_ids)
+        if self._speculator is not None and step.num_decode_tokens == step.num_tokens:
+            self._speculator.observe(
+                step.num_tokens - step.num_draft_tokens, len(commit.token_ids), (collected_ns - timing.started_ns) / 1e9,
+                guessed=bool(step.num_draft_tokens),
+            )  # fmt: skip
         stopped = self._outbox.put_commit(commit, now_ns)
         for seq in stopped:
             self._scheduler.finish(seq, FinishReason.STOP)
         finished = tuple(seq.request_id for seq in (*(finish.seq for finish in commit.finished), *stopped))
-        return self._recorder.step(step, timing, now_ns, result, finished=finished)
+        return self._recorder.step(
+            step, timing, now_ns, result, finished=finished, num_accepted_tokens=commit.num_accepted_tokens
+        )
 
     def _collect(self) -> StepResult:
         if self._submit_error is not None and len(self._scheduler.inflight) == 1:
@@ -404,6 +416,9 @@ class Engine:
             num_cached_host_blocks=0 if pool.tier is None else pool.tier.num_cached,
             blocks_out=recorder.num_blocks_out,
             blocks_back=recorder.num_blocks_back,
+            draft_tokens=0 if self._speculator is None else self._speculator.num_draft_tokens,
+            accepted_tokens=0 if self._speculator is None else self._speculator.num_accepted_tokens,
+            speculation_gains={} if self._speculator is None else self._speculator.gains(),
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_model_len=limits.max_model_len,

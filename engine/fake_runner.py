@@ -220,21 +220,24 @@ class FakeRunner:
 
     def _compute(self, plan: StepPlan) -> StepResult:
         if not self._verify:
-            return StepResult(plan.step_id, ((plan.start[plan.logit_rows] * 7) % self.vocab_size).tolist())
+            return StepResult(plan.step_id, ((plan.choices().positions - 1) * 7 % self.vocab_size).tolist())
         self.plans.append(plan)
         self._apply_row_events(plan)
         self._check_shape(plan)
         result = StepResult(plan.step_id, [])
         sampling = set(plan.logit_rows.tolist())
+        guesses = iter(plan.draft_token_ids.tolist())
+        num_draft = plan.num_draft.tolist()
         for i, (row_id, start, count) in enumerate(
             zip(plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True)
         ):
             row = self._rows[row_id]
+            row.tokens += (drafts := [next(guesses) for _ in range(num_draft[i])])
             self._write(row, start, start + count)
             if row.admission.params.prompt_logprobs:
                 result.prompt_logprobs[i] = self._score(row, start, count)
             if i in sampling:
-                self._sample(row, start + count, result)
+                self._sample(row, start + count, drafts, result)
         return result
 
     def _apply_row_events(self, plan: StepPlan) -> None:
@@ -323,18 +326,29 @@ class FakeRunner:
             state = next_state(state, row.tokens[position])
             self._kv[row.slots[position]] = row.states[position] = state
 
-    def _sample(self, row: _Row, end: int, result: StepResult) -> None:
+    def _sample(self, row: _Row, end: int, drafts: list[int], result: StepResult) -> None:
+        """Choose a token behind the last known one and behind each guess; what was guessed wrongly goes."""
         name, params = row.admission.request_id, row.admission.params
         self._check(end == len(row.tokens), f"{name}: samples at {end} of {len(row.tokens)} tokens")
+        chosen = [self._choose(row, at) for at in range(end - len(drafts), end + 1)]
+        for token in chosen:
+            if params.logprobs is not None:
+                result.logprobs[len(result.token_ids)] = fake_logprobs(
+                    token, params.logprobs, self.vocab_size
+                )
+            result.token_ids.append(token)
+        num_right = next((i for i, token in enumerate(drafts) if token != chosen[i]), len(drafts))
+        del row.tokens[end - len(drafts) + num_right :]
+        row.tokens.append(chosen[num_right])
+
+    def _choose(self, row: _Row, end: int) -> int:
+        """The token at position `end`."""
         token = None
         if self.choose is not None:
-            token = self.choose(name, end - row.admission.num_prompt_tokens)
+            token = self.choose(row.admission.request_id, end - row.admission.num_prompt_tokens)
         if token is None:
             token = next_token(int(self._kv[row.slots[end - 1]]), end - 1, self.vocab_size)
-        if params.logprobs is not None:
-            result.logprobs[len(result.token_ids)] = fake_logprobs(token, params.logprobs, self.vocab_size)
-        result.token_ids.append(token)
-        row.tokens.append(token)
+        return token
 
     def _score(self, row: _Row, start: int, count: int) -> list[TokenLogprobs]:
         end = min(start + count + 1, row.admission.num_prompt_tokens)

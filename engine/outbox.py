@@ -6,6 +6,9 @@ sequence itself: a stop text that it finds is reported back, and the engine ends
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
+
 from engine.decode_rows import NO_ROWS, DecodeRows, without
 from engine.plan import TokenLogprobs
 from engine.planned_step import Commit
@@ -53,6 +56,20 @@ class RequestTrack:
         if reason is not None and matcher.matched is None:
             text += matcher.flush()
         return text
+
+    def watch_all(self, tokens: list[int], reason: FinishReason | None, now_ns: int) -> tuple[str, int]:
+        """Text that these tokens make certain, and how many of them were read: a stop text ends the output amid them.
+
+        `reason`: why the last of them ends the request.
+        """
+        assert self.matcher is not None
+        text = ""
+        for i, token in enumerate(tokens, 1):
+            self.token_ns.append(now_ns)
+            text += self.watch(token, reason if i == len(tokens) else None)
+            if self.matcher.matched is not None:
+                return text, i
+        return text, len(tokens)
 
     def rest(self) -> str | None:
         """Text still held back when the request ends without another token; None if its text is not followed."""
@@ -125,10 +142,14 @@ class Outbox:
         if len(plain):
             tokens = commit.token_ids[: len(decoding)]
             self._tokens = TokenBatch(plain.cohort, without(tokens, special), now_ns)
+            self._recorder.num_output_tokens += len(tokens) - len(special)
             for token_ns in self._plain_token_ns:
                 token_ns.append(now_ns)
-        rest = range(len(decoding), len(commit.sequences))
-        return self._put_special(commit, [*special, *rest], now_ns)
+        rest = zip(commit.sequences[len(decoding) :], commit.token_ids[len(decoding) :], strict=True)
+        grouped = groupby(rest, itemgetter(0))  # a sequence's tokens stand side by side
+        news = [(decoding.sequences[i], [commit.token_ids[i]]) for i in special]
+        news += [(seq, [token for _, token in tokens]) for seq, tokens in grouped]
+        return self._put_special(commit, news, now_ns)
 
     def _special(self, commit: Commit) -> list[int]:
         """Rows that decoded and bring more than a token: an end, log-probabilities, or text watched for stop texts."""
@@ -149,30 +170,32 @@ class Outbox:
             self._plain_token_ns = [tracks[seq.request.request_id].token_ns for seq in sequences]
         return self._plain_rows
 
-    def _put_special(self, commit: Commit, rows: list[int], now_ns: int) -> list[Sequence]:
-        """Deltas of their own for these rows of the commit: a row's first token, or one with more than a token."""
+    def _put_special(
+        self, commit: Commit, news: list[tuple[Sequence, list[int]]], now_ns: int
+    ) -> list[Sequence]:
+        """Deltas of their own for these sequences: their first tokens, or such with more than a token."""
         ends = {finish.seq.request_id: finish for finish in commit.finished}
         stopped = []
-        for i in rows:
-            seq, token = commit.sequences[i], commit.token_ids[i]
+        for seq, tokens in news:
             request_id = seq.request_id
             track, end = self._tracks[request_id], ends.get(request_id)
-            track.token_ns.append(now_ns)
             reason = end.reason if end else None
             stop_reason: str | int | None = end.stop_reason if end else None
             text = None
-            if track.matcher is not None:
-                text = track.watch(token, reason)
+            if track.matcher is None:
+                track.token_ns.extend([now_ns] * len(tokens))
+            else:
+                text, num_read = track.watch_all(tokens, reason, now_ns)
+                tokens = tokens[:num_read]
                 if track.matcher.matched is not None:
                     reason, stop_reason = FinishReason.STOP, track.matcher.matched
                     if end is None:
                         stopped.append(seq)
-            entry = commit.logprobs.get(request_id)
             delta = StreamDelta(
                 request_id,
-                (token,),
+                tuple(tokens),
                 text,
-                () if entry is None else (entry,),
+                tuple(commit.logprobs.get(request_id, ())[: len(tokens)]),
                 reason,
                 stop_reason,
                 num_cached_tokens=track.num_cached_tokens,
@@ -180,6 +203,7 @@ class Outbox:
                 prompt_logprobs=track.prompt_logprobs_in_order() if reason else (),
             )
             self._deltas.append(delta)
+            self._recorder.num_output_tokens += len(tokens)
             if reason is not None:
                 self._close(seq, reason, now_ns, None)
         return stopped
@@ -218,6 +242,8 @@ class Outbox:
                 num_cached_tokens=track.num_cached_tokens,
                 num_output_tokens=len(token_ns),
                 num_preemptions=seq.num_preemptions,
+                num_draft_tokens=seq.num_draft_tokens,
+                num_accepted_tokens=seq.num_accepted_tokens,
                 finish_reason=reason,
                 token_ns=token_ns,
                 error=error,

@@ -11,7 +11,7 @@ Boundary: no torch, no Sequence. Row order is result order.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,17 @@ class RowAdmission:
     lora_id: int = 0  # the adapter that the slot must hold from this step on; 0: whatever it holds
 
 
+class Choices(NamedTuple):
+    """The tokens that a step chooses, L in all."""
+
+    row_index: NDArray[np.intp]  # which of the S scheduled rows
+    positions: NDArray[np.int64]  # of the chosen token in its row
+
+
+_NO_TOKENS = np.zeros(0, np.int32)
+_NO_TOKENS.flags.writeable = False
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """What one step computes. S scheduled rows.
@@ -100,14 +111,18 @@ class StepPlan:
     Row ``rows[i]`` computes tokens at positions ``start[i] … start[i] + num_tokens[i] - 1``. `logit_rows` are the
     indices i whose last position is the sequence's last token: they sample one token, written by the runner at position
     ``start[i] + num_tokens[i]`` of that row. Order within a step: `finished`, `copies`, `admitted`, `new_block_ids`, compute.
-    Rows that compute one token (decode) come first, rows that compute several (prefill) after them.
+    Rows that compute one token (decode) come first, rows that compute several (prefill, or guesses) after them.
+
+    The last ``num_draft[i]`` tokens of a row are guesses, which come with the plan. Such a row chooses a token behind its last
+    known one and behind each guess, all written by the runner; those behind the first wrong guess are of no use, and a later
+    step computes their positions again.
     """
 
     step_id: int
     rows: Int32  # [S]
     start: Int32  # [S]
     num_tokens: Int32  # [S]
-    num_draft: Int32  # [S] speculative tokens among num_tokens
+    num_draft: Int32  # [S] guesses among num_tokens
     logit_rows: Int32  # indices into the S rows, ascending
     # Per KV group: blocks appended to the table of rows[i] are block_ids[offsets[i]:offsets[i + 1]]. The blocks of a row
     # admitted in this very plan are in its admission, not here.
@@ -116,6 +131,9 @@ class StepPlan:
     admitted: tuple[RowAdmission, ...] = ()
     finished: tuple[int, ...] = ()  # rows given back before this step; their buffers may be reused
     copies: BlockCopies = NO_COPIES
+    draft_token_ids: Int32 = field(
+        default_factory=lambda: _NO_TOKENS
+    )  # all rows' guesses, one row after the other
 
     @property
     def num_rows(self) -> int:
@@ -124,6 +142,17 @@ class StepPlan:
     @property
     def total_tokens(self) -> int:
         return int(self.num_tokens.sum())
+
+    def choices(self) -> Choices:
+        """Of each token that is chosen, its row and position, in the order of ``StepResult.token_ids``."""
+        picked = self.logit_rows
+        end = (self.start[picked] + self.num_tokens[picked]).astype(np.int64)
+        if not len(self.draft_token_ids):
+            return Choices(picked.astype(np.intp), end)
+        count = self.num_draft[picked] + 1
+        last = np.cumsum(count)
+        behind = np.repeat(last, count) - 1 - np.arange(last[-1])  # choices of the same row behind each
+        return Choices(np.repeat(picked, count).astype(np.intp), np.repeat(end, count) - behind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +170,7 @@ class TokenLogprobs:
 class StepResult:
     """What a step chose, in the plan's order.
 
-    `token_ids[j]` belongs to ``plan.logit_rows[j]``. `logprobs` maps j to its entry for rows that asked; `prompt_logprobs`
+    `token_ids[j]` is the j-th of ``plan.choices()``. `logprobs` maps j to its entry for rows that asked; `prompt_logprobs`
     maps the row index i to the log-probabilities of the tokens at positions ``start[i] + 1 … start[i] + num_tokens[i]``
     that are prompt tokens, for rows that asked.
     """

@@ -30,6 +30,7 @@ class PlanBuilder:
         num_rows = num_decoding + len(step.chunks)
         rows, start = step.decoding.rows, step.start
         num_tokens, logit_rows = self._ones[:num_rows], self._indices[:num_rows]
+        num_draft, drafts = self._zeros[:num_rows], self._zeros[:0]
         if step.chunks:
             step.chunks.sort(key=_computes_several)  # stable
             chunks = step.chunks
@@ -39,19 +40,24 @@ class PlanBuilder:
             num_tokens[num_decoding:] = [chunk.num_tokens for chunk in chunks]
             sampling = [num_decoding + i for i, chunk in enumerate(chunks) if chunk.samples]
             logit_rows = np.concatenate((logit_rows[:num_decoding], np.array(sampling, np.int32)))
+            if step.num_draft_tokens:
+                num_draft = num_draft.copy()
+                num_draft[num_decoding:] = [len(chunk.drafts) for chunk in chunks]
+                drafts = np.array([token for chunk in chunks for token in chunk.drafts], np.int32)
         offsets, block_ids = self._block_arrays(step, num_rows)
         return StepPlan(
             step_id=step.step_id,
             rows=rows,
             start=start,
             num_tokens=num_tokens,
-            num_draft=self._zeros[:num_rows],
+            num_draft=num_draft,
             logit_rows=logit_rows,
             new_block_offsets=(offsets,),
             new_block_ids=(block_ids,),
             admitted=tuple(admitted),
             finished=tuple(finished_rows),
             copies=step.copies,
+            draft_token_ids=drafts,
         )
 
     def _block_arrays(self, step: PlannedStep, num_rows: int) -> tuple[Int32, Int32]:

@@ -22,6 +22,7 @@ class Chunk:
     num_tokens: int
     samples: bool
     fresh: list[int]  # blocks appended to its table; empty with its admission, which names them all
+    drafts: list[int] = field(default_factory=list)  # guesses: its last tokens
 
 
 @dataclass(slots=True)
@@ -49,6 +50,10 @@ class PlannedStep:
     @property
     def num_tokens(self) -> int:
         return len(self.decoding) + sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return sum(len(chunk.drafts) for chunk in self.chunks)
 
     def rows(self) -> tuple[tuple[str, int], ...]:
         """(request_id, num_tokens) of each row, in plan order."""
@@ -83,12 +88,18 @@ class PromptLogprobs:
 
 @dataclass(slots=True)
 class Commit:
-    """What a committed step added. `token_ids[i]` is the new token of `sequences[i]`; those that decoded come first."""
+    """What a committed step added. `token_ids[i]` is a new token of `sequences[i]`; those that decoded come first.
+
+    A sequence whose guesses were right has several, side by side.
+    """
 
     step: PlannedStep
     decoding: DecodeRows = NO_ROWS
     sequences: list[Sequence] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finished: list[Finish] = field(default_factory=list)
-    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # by request_id
+    logprobs: dict[str, list[TokenLogprobs]] = field(
+        default_factory=dict
+    )  # by request_id: of each of its tokens
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    num_accepted_tokens: int = 0  # guesses that were right

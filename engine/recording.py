@@ -59,6 +59,7 @@ class Recorder:
         result: StepResult = NO_RESULT,
         *,
         finished: tuple[str, ...] = (),
+        num_accepted_tokens: int = 0,
         error: str | None = None,
     ) -> StepRecord:
         """The record of a step that was committed or failed, with all block events since the last record."""
@@ -97,6 +98,8 @@ class Recorder:
             flops_needed=result.flops_needed,
             weight_bytes=result.weight_bytes,
             attention_flops=result.attention_flops,
+            num_draft_tokens=step.num_draft_tokens,
+            num_accepted_tokens=num_accepted_tokens,
             error=error,
         )
 

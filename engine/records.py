@@ -179,6 +179,8 @@ class StepRecord:
     error: str | None = None
     num_blocks_out: int = 0  # copied to the host tier before they were reused
     num_blocks_back: int = 0  # copied from there instead of being computed
+    num_draft_tokens: int = 0  # guesses that were computed
+    num_accepted_tokens: int = 0  # those of them that were right
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,8 @@ class RequestRecord:
     finish_reason: FinishReason
     token_ns: tuple[int, ...] = ()  # when each output token was committed
     error: str | None = None
+    num_draft_tokens: int = 0  # guessed for it
+    num_accepted_tokens: int = 0  # rightly
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +272,10 @@ class EngineStats:
     num_cached_host_blocks: int = 0  # that it keeps: matchable
     blocks_out: int = 0  # copied to the host tier
     blocks_back: int = 0  # copied from it
+    draft_tokens: int = 0  # guesses that were computed
+    accepted_tokens: int = 0  # those of them that were right
+    # Tokens a second with guesses over those without, by the number of rows (a power of two), where both were measured.
+    speculation_gains: dict[int, float] = field(default_factory=dict)
 
 
 class HealthState(str, Enum):

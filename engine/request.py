@@ -60,6 +60,8 @@ class Sequence:
     num_computed: int = 0
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache at first admission
     num_preemptions: int = 0
+    num_draft_tokens: int = 0  # guessed for it
+    num_accepted_tokens: int = 0  # rightly
     block_ids: list[int] = field(
         default_factory=list
     )  # its block table; only grows, and is replaced when given back

@@ -29,6 +29,7 @@ from engine.plan import RowAdmission, StepPlan, StepResult
 from engine.plan_builder import PlanBuilder
 from engine.planned_step import Chunk, Commit, Finish, PlannedStep, PromptLogprobs
 from engine.request import FinishReason, Sequence, SequenceStatus
+from engine.speculation import Speculator
 
 MAX_DEFERRED = 16  # waiting sequences passed by in one plan: bounds what a plan may cost
 
@@ -44,6 +45,7 @@ class Scheduler:
         max_num_seqs: int,
         eos_token_ids: frozenset[int],
         max_loras: int = 1,
+        speculator: Speculator | None = None,
     ) -> None:
         self.blocks = blocks
         self.max_batched_tokens = max_batched_tokens
@@ -70,6 +72,7 @@ class Scheduler:
         # (request_id, free blocks) when the queue's head did not fit.
         self._blocked: tuple[str, int] | None = None
         self._builder = PlanBuilder(max_num_seqs)
+        self._speculator = speculator
         self._block_mask = blocks.block_size - 1  # block sizes are powers of two
 
     # ── in and out ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -128,7 +131,8 @@ class Scheduler:
         """The next step, or None if nothing can be computed before a step in flight is committed."""
         step = PlannedStep(self._next_step_id, preempted=self._preempted)
         num_preempted = len(step.preempted)
-        budget = self._plan_prefill(step, self._plan_decoding(step))
+        num_guessing = self._plan_guesses(step) if self._speculator is not None else 0
+        budget = self._plan_prefill(step, self._plan_decoding(step) - num_guessing)
         admitted: list[RowAdmission] = []
         if budget > 0 and self.waiting and len(step.preempted) == num_preempted:
             admitted = self._plan_waiting(step, budget)
@@ -144,6 +148,37 @@ class Scheduler:
         finished_rows, self._finished_rows = self._finished_rows, []
         return self._builder.build(step, admitted, finished_rows)
 
+    def _plan_guesses(self, step: PlannedStep) -> int:
+        """Let sequences that decode compute guesses too, where budget and blocks are left for what may be in vain.
+
+        Returns the tokens that these sequences compute. They are not among the decoding ones until the step is committed: how
+        far each of them comes is not known before. For the same reason nothing is guessed while a step is in flight.
+        """
+        speculator, pool = self._speculator, self.blocks.pool
+        decoding = [seq for seq in self.running if seq.is_decoding]
+        if speculator is None or self.inflight or not speculator.wants(len(decoding)):
+            return 0
+        # Of what the decoding ones leave, half is for those that wait.
+        spare = (self.max_batched_tokens - len(decoding)) // 2
+        num_tokens = 0
+        for seq in decoding:
+            start = self.num_scheduled(seq)
+            limit = min(spare, seq.max_total_tokens - len(seq.token_ids) - 1)
+            if limit < 1 or start < seq.num_prompt_tokens:
+                continue
+            drafts = speculator.guess(seq, limit)
+            end = start + 1 + len(drafts)
+            if not drafts or self.blocks.num_missing(seq, end) > pool.num_free - len(decoding):
+                continue
+            spare -= len(drafts)
+            num_tokens += end - start
+            fresh = self.blocks.grow(seq, end)
+            self._num_scheduled[seq.row] = end
+            seq.is_decoding = False
+            step.chunks.append(Chunk(seq, start, end - start, True, fresh, drafts))
+            self._decode_rows = None
+        return num_tokens
+
     def _plan_decoding(self, step: PlannedStep) -> int:
         """Give each sequence that decodes one token, in order of admission; returns the budget left."""
         decoding = self._decoding()
@@ -151,6 +186,8 @@ class Scheduler:
             seq = decoding.sequences[i]
             if not seq.is_decoding:
                 break  # preempted for one before it, and so are all behind it
+            if self.blocks.num_missing(seq, self.num_scheduled(seq) + 1) <= 0:
+                continue  # it kept the block of a wrong guess
             if not self.blocks.pool.num_free and not self._free_up(1, seq, step):
                 break
             step.growth.append((i, [self.blocks.append_block(seq)]))
@@ -161,7 +198,7 @@ class Scheduler:
         # Who fills a block in this step begins one in the next.
         step.full = self._beginning = ((end & self._block_mask) == 0).nonzero()[0].tolist()
         step.decoding, step.start = decoding, start
-        step.num_decode_tokens = len(decoding)
+        step.num_decode_tokens = len(decoding) + sum(chunk.num_tokens for chunk in step.chunks)
         if len(decoding) and start[-1] < decoding.sequences[-1].num_prompt_tokens:
             step.num_decode_tokens -= 1  # the last token of a prompt whose prefill left just this one
         self._until_last -= 1
@@ -305,7 +342,7 @@ class Scheduler:
         step = self.inflight.popleft()
         assert result.step_id == step.step_id, f"result of step {result.step_id}, expected {step.step_id}"
         num_decoding, token_ids = len(step.decoding), result.token_ids
-        sampling = [chunk.seq for chunk in step.chunks if chunk.samples]
+        sampling = [chunk.seq for chunk in step.chunks if chunk.samples for _ in range(len(chunk.drafts) + 1)]
         expected = num_decoding + len(sampling)
         assert len(token_ids) == expected, f"{len(token_ids)} tokens for {expected} rows that sample"
         self.blocks.release_copies(step.copies)
@@ -315,7 +352,8 @@ class Scheduler:
             self._commit_chunks(commit, token_ids[num_decoding:])
         if result.logprobs:
             sampled = [*step.decoding.sequences, *sampling]
-            commit.logprobs = {sampled[j].request_id: entry for j, entry in result.logprobs.items()}
+            for j, entry in result.logprobs.items():
+                commit.logprobs.setdefault(sampled[j].request_id, []).append(entry)
         if result.prompt_logprobs:
             self._commit_prompt_logprobs(commit, result)
         return commit
@@ -348,8 +386,11 @@ class Scheduler:
         tokens = iter(token_ids)
         for chunk in step.chunks:
             seq, end = chunk.seq, chunk.start + chunk.num_tokens
-            sampled = [next(tokens)] if chunk.samples else []
+            sampled = [next(tokens) for _ in range(len(chunk.drafts) + 1)] if chunk.samples else []
             if seq in step.dropped:
+                continue
+            if chunk.drafts:
+                self._commit_guesses(commit, chunk, sampled)
                 continue
             self.blocks.publish(seq, seq.num_computed, end)
             seq.num_computed = end
@@ -358,6 +399,28 @@ class Scheduler:
                 commit.sequences.append(seq)
                 commit.token_ids.append(token)
                 self._finish_if_over(commit, seq, token)
+
+    def _commit_guesses(self, commit: Commit, chunk: Chunk, sampled: list[int]) -> None:
+        """Take in what was chosen behind the last known token and behind each guess, up to the first wrong guess."""
+        seq = chunk.seq
+        num_right = 0
+        while num_right < len(chunk.drafts) and chunk.drafts[num_right] == sampled[num_right]:
+            num_right += 1
+        assert self._speculator is not None, "guesses without a speculator"
+        self._speculator.count(seq, len(chunk.drafts), num_right)
+        commit.num_accepted_tokens += num_right
+        self._num_scheduled[seq.row] = chunk.start + 1 + num_right
+        seq.is_decoding = True
+        self._decode_rows = None
+        for token in sampled[: num_right + 1]:
+            self.blocks.publish(seq, seq.num_computed, len(seq.token_ids))
+            seq.num_computed = len(seq.token_ids)
+            seq.token_ids.append(token)
+            commit.sequences.append(seq)
+            commit.token_ids.append(token)
+            self._finish_if_over(commit, seq, token)
+            if seq.status is SequenceStatus.FINISHED:
+                break
 
     def _commit_prompt_logprobs(self, commit: Commit, result: StepResult) -> None:
         step = commit.step
@@ -435,6 +498,8 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
         del self._live[seq.request_id]
+        if self._speculator is not None:
+            self._speculator.forget(seq)
         if seq.request.lora is not None:
             self.loras.end(seq.request.lora.lora_id)
 
@@ -471,14 +536,18 @@ class Scheduler:
         num_tokens, num_scheduled = len(seq.token_ids), self.num_scheduled(seq)
         assert 0 <= seq.num_computed <= num_scheduled < seq.max_total_tokens, f"{name}: counts"
         assert seq.num_computed < num_tokens <= seq.max_total_tokens, f"{name}: {num_tokens} tokens"
-        assert len(seq.block_ids) == -(-num_scheduled // size), f"{name}: {len(seq.block_ids)} blocks"
+        most = num_scheduled + (self._speculator.num_tokens if self._speculator is not None else 0)
+        assert -(-num_scheduled // size) <= len(seq.block_ids) <= -(-most // size), (
+            f"{name}: {len(seq.block_ids)} blocks"
+        )
         num_choosing = (
             num_scheduled + 1 - num_tokens
         )  # steps in flight that choose a token; negative in a prefill
-        assert num_choosing <= len(self.inflight), (
+        guessed = [len(chunk.drafts) for step in self.inflight for chunk in step.chunks if chunk.seq is seq]
+        assert num_choosing <= len(self.inflight) + sum(guessed), (
             f"{name}: {num_choosing} tokens in {len(self.inflight)} steps"
         )
-        is_decoding = num_choosing >= 0 and num_scheduled + 1 < seq.max_total_tokens
+        is_decoding = num_choosing >= 0 and num_scheduled + 1 < seq.max_total_tokens and not any(guessed)
         assert seq.is_decoding == is_decoding, f"{name}: decodes is {seq.is_decoding} at {num_scheduled}"
         assert num_choosing >= 0 or seq is self.running[-1], f"{name}: a prefill amid the running list"
         for i, block in enumerate(seq.block_ids):

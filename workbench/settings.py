@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -52,6 +53,9 @@ class Settings(BaseSettings):
     swap_space_bytes: int = Field(default=0, ge=0)  # host memory for cached KV blocks; 0: none
     deterministic: bool = False
     enable_prefix_cache: bool = True
+    speculative_config: dict[str, Any] | None = (
+        None  # JSON: {"method": "ngram", "num_speculative_tokens": 4, …}
+    )
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)  # of one API request
     log_level: LogLevel = "warning"
     fake: bool = False  # no model: the engine runs on FakeRunner (tests and page work)
@@ -91,7 +95,7 @@ class Settings(BaseSettings):
 
     def engine_config(self) -> EngineConfig:
         """The engine's settings. Raises ConfigError."""
-        from engine.config import EngineConfig
+        from engine.config import EngineConfig, SpeculativeConfig
 
         return EngineConfig(
             model=self.model_path,
@@ -105,6 +109,9 @@ class Settings(BaseSettings):
             swap_space_bytes=self.swap_space_bytes,
             deterministic=self.deterministic,
             enable_prefix_cache=self.enable_prefix_cache,
+            speculative_config=SpeculativeConfig.from_dict(self.speculative_config)
+            if self.speculative_config is not None
+            else None,
         )
 
     def to_env(self) -> dict[str, str]:
@@ -115,8 +122,12 @@ class Settings(BaseSettings):
         for name in type(self).model_fields:
             value = getattr(self, name)
             if name not in _UNPREFIXED and value is not None:
-                env[f"QUIRE_{name.upper()}"] = str(value).lower() if isinstance(value, bool) else str(value)
+                env[f"QUIRE_{name.upper()}"] = _as_text(value)
         return env
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool | dict) else str(value)
 
 
 _UNPREFIXED = {"port": "PORT", "mlflow_port": "MLFLOW_PORT", "home_dir": "HOME_DIR",

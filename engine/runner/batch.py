@@ -23,7 +23,7 @@ from torch import Tensor
 
 from engine.attention.interface import AttentionMetadata
 from engine.kernels.penalties import FULL, ONE_OUTPUT
-from engine.plan import RowAdmission, StepPlan
+from engine.plan import Int32, RowAdmission, StepPlan
 from engine.runner.controls import Controls, controls_of
 from engine.runner.cpu_sampler import make_sampler
 from engine.runner.sampler import LogitEdits, Sampled, SampleSettings
@@ -53,7 +53,7 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """One flat step. T tokens, S rows, L rows that sample."""
+    """One flat step. T tokens, S rows, L choices."""
 
     token_ids: Tensor  # [T] int32
     positions: Tensor  # [T] int64
@@ -94,6 +94,12 @@ class RowBatch(ABC):
             self.num_blocks[plan.rows] += counts
             self._append_blocks(rows, columns, ids)
 
+        if len(plan.draft_token_ids):
+            rows = np.repeat(plan.rows, plan.num_draft).astype(np.int64)
+            behind = np.repeat(np.cumsum(plan.num_draft), plan.num_draft) - np.arange(len(rows))
+            end = np.repeat(plan.start + plan.num_tokens, plan.num_draft)
+            self._put_tokens(rows, end.astype(np.int64) - behind, plan.draft_token_ids)
+
     def reset(self) -> None:
         """Forget every row."""
         for row in range(len(self.num_blocks)):
@@ -115,12 +121,14 @@ class RowBatch(ABC):
     def _append_blocks(self, rows: Int64, columns: Int64, ids: Int64) -> None:
         """Write block ids to their places in the tables."""
 
+    @abstractmethod
+    def _put_tokens(self, rows: Int64, positions: Int64, ids: Int32) -> None:
+        """Write token ids to their places in the rows."""
+
     def controlled(self, plan: StepPlan) -> Int64:
-        """Which of the rows that sample have controls that change this step's logits."""
-        picked = plan.logit_rows
-        return np.nonzero(
-            plan.start[picked] + plan.num_tokens[picked] < self._control_end[plan.rows[picked]]
-        )[0]
+        """Which of the step's choices have controls that change their logits."""
+        index, positions = plan.choices()
+        return np.nonzero(positions < self._control_end[plan.rows[index]])[0]
 
     def _note(self, admission: RowAdmission) -> None:
         row, params = admission.row, admission.params
@@ -189,9 +197,8 @@ class HostRowBatch(RowBatch):
 
     def choose(self, logits: Tensor, plan: StepPlan) -> Sampled:
         """Sample a token from each of the logits [L, V] and put it behind its row's last token, for the next step to read."""
-        picked = plan.logit_rows
-        rows = plan.rows[picked]
-        position = (plan.start[picked] + plan.num_tokens[picked]).astype(np.int64)
+        index, position = plan.choices()
+        rows = plan.rows[index]
         controlled = self.controlled(plan)
         settings = SampleSettings(
             temperature=self._temperature[rows],
@@ -251,10 +258,13 @@ class HostRowBatch(RowBatch):
     def _append_blocks(self, rows: Int64, columns: Int64, ids: Int64) -> None:
         self._tables[rows, columns] = ids
 
+    def _put_tokens(self, rows: Int64, positions: Int64, ids: Int32) -> None:
+        self._tokens[rows, positions] = ids
+
 
 @dataclass(frozen=True, slots=True)
 class FlatLayout:
-    """Where a plan's tokens stand side by side. T tokens, S rows, L rows that sample; all int64."""
+    """Where a plan's tokens stand side by side. T tokens, S rows, L choices; all int64."""
 
     row_of: Int64  # [T]
     positions: Int64  # [T]
@@ -270,7 +280,10 @@ def flat_layout(plan: StepPlan) -> FlatLayout:
     np.cumsum(count, out=query_start[1:])
     row_of = np.repeat(rows, count)
     positions = np.arange(len(row_of)) + np.repeat(start - query_start[:-1], count)
-    return FlatLayout(row_of, positions, query_start, start + count, query_start[1:][plan.logit_rows] - 1)
+    index, chosen = plan.choices()
+    return FlatLayout(
+        row_of, positions, query_start, start + count, query_start[index] + chosen - 1 - start[index]
+    )
 
 
 def num_decode_rows(plan: StepPlan) -> int:

@@ -67,10 +67,10 @@ class DeviceRowBatch(RowBatch):
 
     def step_inputs(self, plan: StepPlan) -> StepInputs:
         """The flat tensors of the plan that was applied last, by one copy to the device."""
-        layout, picked = flat_layout(plan), plan.logit_rows
+        layout, (index, chosen) = flat_layout(plan), plan.choices()
         row_at, at, rows, starts, seq_lens, logit_index, *rest = self._upload(
             layout.row_of, layout.positions, plan.rows, layout.query_start, layout.seq_lens, layout.logit_index,
-            plan.rows[picked], layout.seq_lens[picked], self.wanted(plan),
+            plan.rows[index], chosen, self.wanted(plan),
         )  # fmt: skip
         size, max_seq_len, wide = self.shape.block_size, int(layout.seq_lens.max()), at.long()
         meta = AttentionMetadata(
@@ -134,8 +134,8 @@ class DeviceRowBatch(RowBatch):
         return Sampled(token_ids, figures, tuple(rows.tolist()))
 
     def wanted(self, plan: StepPlan) -> Int64:
-        """Which of the rows that sample want log-probabilities."""
-        return np.nonzero(self.num_logprobs[plan.rows[plan.logit_rows]] >= 0)[0]
+        """Of which choices log-probabilities are wanted."""
+        return np.nonzero(self.num_logprobs[plan.rows[plan.choices().row_index]] >= 0)[0]
 
     def is_filtered(self, plan: StepPlan) -> bool:
         """Whether any of the rows that sample drops tokens before it draws."""
@@ -163,6 +163,10 @@ class DeviceRowBatch(RowBatch):
 
     def _append_blocks(self, rows: Int64, columns: Int64, ids: Int64) -> None:
         self._table_entries.append((rows, columns, ids))
+
+    def _put_tokens(self, rows: Int64, positions: Int64, ids: Int32) -> None:
+        at_rows, at, values = upload((rows, positions, ids), self.device)
+        self.tokens[at_rows, at] = values
 
     def _upload(self, *parts: ArrayLike) -> list[Tensor]:
         """`parts` as int32 tensors on the device; what came with the plan's deltas is put to its places by the same copy."""

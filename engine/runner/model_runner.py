@@ -329,7 +329,7 @@ class ModelRunner:
             if logits is not None:
                 sampled = batch.choose(logits, plan)
             prompt = self._prompt_logprobs(plan, decoder, batch, hidden)
-        wanted = batch.num_logprobs[plan.rows[plan.logit_rows]][list(sampled.logprob_rows)].tolist()
+        wanted = batch.num_logprobs[plan.rows[plan.choices().row_index]][list(sampled.logprob_rows)].tolist()
         if not isinstance(
             batch, HostRowBatch
         ):  # there is nothing to copy there, and asking would let other threads in

@@ -56,7 +56,8 @@ class StepCost:
             short = count - whole  # and those before them
             keys += layers * int(np.minimum(end, window + count - 1).sum())
             pairs += layers * int(np.dot(short, 2 * start + short + 1) // 2 + window * whole.sum())
-        tokens, logits = int(count.sum()), len(plan.logit_rows) + num_prompt_logits
+        tokens = int(count.sum())
+        logits = len(plan.logit_rows) + len(plan.draft_token_ids) + num_prompt_logits
         weights = self._weights
         return StepNeeds(
             weights.layers + tokens * weights.embedding_row + (weights.head if logits else 0),

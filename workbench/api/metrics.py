@@ -244,6 +244,8 @@ def _stats_families(model: str, worker: EngineWorker) -> Iterator[Metric]:
         ("kv_cache_blocks_out", stats.blocks_out, "KV blocks copied to host memory"),
         ("kv_cache_blocks_back", stats.blocks_back, "KV blocks copied from host memory"),
         ("num_preemptions", stats.preemptions, "Preemptions"),
+        ("spec_decode_num_draft_tokens", stats.draft_tokens, "Guessed tokens that were computed"),
+        ("spec_decode_num_accepted_tokens", stats.accepted_tokens, "Guessed tokens that were right"),
         ("engine_steps", stats.steps, "Steps"),
         ("engine_step_errors", stats.step_errors, "Steps that failed"),
     )

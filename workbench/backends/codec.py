@@ -153,7 +153,10 @@ def stats_to_json(stats: EngineStats) -> dict[str, Any]:
 
 def stats_from_json(values: Mapping[str, Any]) -> EngineStats:
     memory = values.get("memory")
-    return EngineStats(**{**values, "memory": MemoryLedger(**memory) if memory else None})
+    gains = {int(rows): gain for rows, gain in values.get("speculation_gains", {}).items()}
+    return EngineStats(
+        **{**values, "memory": MemoryLedger(**memory) if memory else None, "speculation_gains": gains}
+    )
 
 
 def step_summary(record: StepRecord) -> StepSummary:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, SpeculativeConfig
 from engine.engine import Engine, StepOutput
 from engine.errors import OutOfMemoryError
 from engine.fake_runner import FakeRunner, FakeTokenizer, next_state, next_token
@@ -42,6 +42,7 @@ class Shape:
     max_inflight: int
     enable_prefix_cache: bool = True
     num_host_blocks: int = 0
+    num_guesses: int = 0  # speculative tokens; 0: none
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,15 @@ def first_stop(text: str, params: SamplingParams, num_tokens: int) -> tuple[str,
     return stop, text[: at + len(stop)] if params.include_stop_str_in_output else text[:at]
 
 
+def _guesses(num_tokens: int) -> SpeculativeConfig | None:
+    """Guess whatever followed the last token before; the fake model's texts hardly ever repeat more."""
+    if not num_tokens:
+        return None
+    return SpeculativeConfig(
+        num_speculative_tokens=num_tokens, prompt_lookup_min=1, prompt_lookup_max=2, min_gain=0
+    )
+
+
 class Harness:
     """One engine, what was asked of it, and what must come out."""
 
@@ -112,6 +122,7 @@ class Harness:
             max_num_seqs=shape.max_num_seqs,
             max_model_len=MAX_MODEL_LEN,
             enable_prefix_cache=shape.enable_prefix_cache,
+            speculative_config=_guesses(shape.num_guesses),
         )
         self.engine = Engine(
             config,
@@ -248,6 +259,11 @@ class Harness:
             self.seen.add("host tier hit")
             hits = sum(num_tokens for _, num_tokens in record.prefix_hits)
             assert record.num_blocks_back * self.shape.block_size <= hits
+        assert record.num_accepted_tokens <= record.num_draft_tokens < max(1, record.num_decode_tokens)
+        if record.num_accepted_tokens:
+            self.seen.add("right guess")
+        if record.num_accepted_tokens < record.num_draft_tokens:
+            self.seen.add("wrong guess")
         if record.num_prefill_tokens and record.num_decode_tokens:
             self.seen.add("mixed step")
         assert record.num_prefill_tokens + record.num_decode_tokens == sum(n for _, n in record.rows)
@@ -294,6 +310,7 @@ SHAPES = st.builds(
     Shape,
     num_blocks=st.integers(2, 14),
     num_host_blocks=st.sampled_from([0, 0, 1, 2, 5, 20]),
+    num_guesses=st.sampled_from([0, 0, 1, 3]),
     block_size=st.sampled_from([1, 2, 4]),
     max_batched_tokens=st.integers(1, 16),
     max_num_seqs=st.integers(1, 5),
@@ -393,7 +410,12 @@ def random_prompt(rng: random.Random, known: list[list[int]]) -> list[int]:
 
 
 def drive(
-    seed: int, num_operations: int, operations_per_engine: int = 400, *, with_tier: bool = False
+    seed: int,
+    num_operations: int,
+    operations_per_engine: int = 400,
+    *,
+    with_tier: bool = False,
+    with_guesses: bool = False,
 ) -> set[str]:
     """`num_operations` random operations, over engines of random shapes; returns what has happened on the way."""
     rng = random.Random(seed)
@@ -409,6 +431,7 @@ def drive(
                 max_inflight=rng.randint(1, 3),
                 enable_prefix_cache=rng.random() < 0.85 or with_tier,
                 num_host_blocks=rng.randint(1, 24) if with_tier else 0,
+                num_guesses=rng.randint(1, 4) if with_guesses else 0,
             )
         )
         for _ in range(operations_per_engine):
@@ -442,12 +465,28 @@ EVERYTHING = {
 }
 
 
+WITH_TIER_AND_GUESSES = {"host tier hit", "right guess", "wrong guess"}
+
+
 def test_random_operations_reach_every_kind_of_event() -> None:
     assert drive(seed=1, num_operations=8_000) == EVERYTHING
 
 
 def test_random_operations_with_a_host_tier() -> None:
     assert drive(seed=2, num_operations=10_000, with_tier=True) == {*EVERYTHING, "host tier hit"}
+
+
+def test_random_operations_with_speculation() -> None:
+    seen = drive(seed=3, num_operations=8_000, with_tier=True, with_guesses=True)
+    assert seen == {*EVERYTHING, *WITH_TIER_AND_GUESSES}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_a_hundred_thousand_operations_with_speculation() -> None:
+    seed = int(os.environ.get("QUIRE_PROOF_SEED", time.time_ns() % 2**32))
+    print(f"QUIRE_PROOF_SEED={seed}")
+    assert drive(seed, 100_000, with_tier=True, with_guesses=True) == {*EVERYTHING, *WITH_TIER_AND_GUESSES}
 
 
 @pytest.mark.full

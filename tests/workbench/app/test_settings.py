@@ -50,7 +50,9 @@ def test_children_get_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_pat
         follow="",
         demo=False,
         request_text="full",
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3},
     )
+    assert settings.engine_config().speculative_config.num_speculative_tokens == 3
     for name, value in settings.to_env().items():
         monkeypatch.setenv(name, value)
     assert settings_module.load() == settings
@@ -60,7 +62,7 @@ def test_children_get_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ("name", "value"),
     [("PORT", "99999"), ("PORT", "abc"), ("MLFLOW_PORT", "0"), ("QUIRE_DTYPE", "int7"), ("QUIRE_KV_CACHE_DTYPE", "int4"), ("QUIRE_THREADS", "0"),
      ("QUIRE_LOG_LEVEL", "loud"), ("QUIRE_MAX_BODY_BYTES", "1"), ("QUIRE_FOLLOW", "ticket-extractor"),
-     ("QUIRE_FOLLOW", "a@b@c"), ("QUIRE_FOLLOW", "a@champion, @x"), ("QUIRE_REQUEST_TEXT", "some"), ("QUIRE_DEMO", "perhaps")],
+     ("QUIRE_FOLLOW", "a@b@c"), ("QUIRE_FOLLOW", "a@champion, @x"), ("QUIRE_REQUEST_TEXT", "some"), ("QUIRE_SPECULATIVE_CONFIG", "{"), ("QUIRE_SPECULATIVE_CONFIG", "3"), ("QUIRE_DEMO", "perhaps")],
 )  # fmt: skip
 def test_a_bad_variable_is_named_with_value_limit_and_remedy(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str

@@ -77,7 +77,7 @@ _NO_STEP = markup.panel(
 def _tiles(stats: EngineStats) -> list[Tile]:
     held = stats.num_blocks - stats.num_free_blocks
     kept = f", {stats.num_cached_host_blocks:,} in host memory" if stats.num_host_blocks else ""
-    return [
+    tiles = [
         Tile("Running", f"{stats.num_running:,} of {stats.max_num_seqs:,}", "slots"),
         Tile(term("queue", "Queue"), f"{stats.num_waiting:,}", "waiting requests"),
         Tile(term("KV block", "Blocks held"), f"{held:,} of {stats.num_blocks:,}", f"{stats.num_cached_blocks:,} cached{kept}"),
@@ -86,3 +86,13 @@ def _tiles(stats: EngineStats) -> list[Tile]:
         Tile(term("preemption", "Preemptions"), f"{stats.preemptions:,}", "since the start"),
         Tile(term("step", "Steps"), f"{stats.steps:,}", f"{stats.step_errors:,} failed"),
     ]  # fmt: skip
+    if stats.draft_tokens:
+        right = f"{stats.accepted_tokens:,} of {stats.draft_tokens:,} guessed tokens"
+        tiles.append(
+            Tile(
+                term("speculation", "Guesses right"),
+                formats.percent(stats.accepted_tokens, stats.draft_tokens),
+                right,
+            )
+        )
+    return tiles

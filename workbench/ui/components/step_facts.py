@@ -45,7 +45,7 @@ def _tiles(step: StepRecord, now_ns: int) -> list[Tile]:
             f"{(now_ns - step.ended_ns) / 1e9:.1f} s before the pause",
         ),
         Tile(term("prefill", "Prefill"), f"{step.num_prefill_tokens:,}", "tokens"),
-        Tile(term("decode", "Decode"), f"{step.num_decode_tokens:,}", "tokens"),
+        Tile(term("decode", "Decode"), f"{step.num_decode_tokens:,}", f"tokens{_guesses(step)}"),
         Tile("CPU time", formats.milliseconds(total), f"forward {formats.significant(step.forward_ms)} ms"),
         Tile(term("queue", "Queue"), f"{step.num_waiting:,}", f"{step.num_running:,} running"),
         Tile(
@@ -54,10 +54,16 @@ def _tiles(step: StepRecord, now_ns: int) -> list[Tile]:
     ]
 
 
+def _guesses(step: StepRecord) -> str:
+    if not step.num_draft_tokens:
+        return ""
+    return f", {step.num_accepted_tokens:,} of {step.num_draft_tokens:,} guesses right"
+
+
 def _rows(step: StepRecord) -> str:
     hits = dict(step.prefix_hits)
     rows = [
-        [Cell(request_id[:12], "q-mono"), Cell("prefill" if n > 1 else "decode"), Cell(f"{n:,}"),
+        [Cell(request_id[:12], "q-mono"), Cell("prefill" if n > 1 and step.num_prefill_tokens else "decode"), Cell(f"{n:,}"),
          Cell(f"{hits[request_id]:,}" if request_id in hits else "")]
         for request_id, n in step.rows[:MAX_ROWS]
     ]  # fmt: skip
