@@ -57,6 +57,10 @@ class PlannedStep:
             rows += tuple([(chunk.seq.request_id, chunk.num_tokens) for chunk in self.chunks])
         return rows
 
+    def sampling(self) -> list[Sequence]:
+        """Whose rows sample, in the order of the result's tokens."""
+        return [*self.decoding.sequences, *(chunk.seq for chunk in self.chunks if chunk.samples)]
+
     def sequences(self) -> Iterator[Sequence]:
         yield from self.decoding.sequences
         for chunk in self.chunks:

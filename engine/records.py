@@ -197,6 +197,7 @@ class RequestRecord:
     finish_reason: FinishReason
     token_ns: tuple[int, ...] = ()  # when each output token was committed
     error: str | None = None
+    grammar_compile_ms: float = 0.0  # before arrival; 0 where there is no grammar, or a cached one
 
 
 @dataclass(frozen=True, slots=True)

@@ -292,6 +292,7 @@ class Scheduler:
             seed=request.seed,
             lora_slot=-1 if request.lora is None else self.loras.enter(request.lora.lora_id),
             lora_id=0 if request.lora is None else request.lora.lora_id,
+            grammar=request.grammar,
         )
 
     # ── commit ──────────────────────────────────────────────────────────────────────────────────────────────────────

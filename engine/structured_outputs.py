@@ -53,6 +53,11 @@ class StructuredOutputsParams:
                     param=f"structured_outputs.{name}",
                 )
 
+    @property
+    def kind(self) -> str:
+        """The name of the field that says what is asked for."""
+        return next(name for name in KINDS if getattr(self, name) not in (None, False))
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StructuredOutputsParams:
         """Build from plain values; an unknown key raises instead of being dropped."""

@@ -26,6 +26,7 @@ struct Edit {
     double repetition, frequency, presence;
     const int64_t* banned;  // [num_banned]
     int64_t num_banned;
+    const int32_t* mask;  // [ceil(vocab / 32)], or none: bit j % 32 of word j / 32 is token j's, 0 where it must not come
 };
 
 struct Sampling {
@@ -213,6 +214,13 @@ inline void apply(const Edit& edit, float* x, int64_t size) {
         }
     }
     for (int64_t i = 0; i < edit.num_banned; i++) x[edit.banned[i]] = NOTHING;
+    if (edit.mask)
+        for (int64_t begin = 0; begin < size; begin += 32) {
+            const uint32_t word = uint32_t(edit.mask[begin >> 5]);
+            if (word == ~0u) continue;
+            const int64_t end = std::min<int64_t>(32, size - begin);
+            for (int64_t bit = 0; bit < end; bit++) x[begin + bit] = word >> bit & 1 ? x[begin + bit] : NOTHING;
+        }
 }
 
 inline void sample_row(const Sampling& s, int64_t row, std::vector<float>& scratch, std::vector<Candidate>& found) {

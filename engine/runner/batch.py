@@ -27,6 +27,7 @@ from engine.plan import RowAdmission, StepPlan
 from engine.runner.controls import Controls, controls_of
 from engine.runner.cpu_sampler import make_sampler
 from engine.runner.sampler import LogitEdits, Sampled, SampleSettings
+from engine.runner.structured import Followed, GrammarRows
 
 Int64 = NDArray[np.int64]
 
@@ -74,6 +75,7 @@ class RowBatch(ABC):
         self.num_logprobs = np.full(rows, -1, dtype=np.int64)
         self.wants_prompt_logprobs = np.zeros(rows, dtype=bool)
         self.controls: dict[int, Controls] = {}  # of rows that ask for any
+        self.grammars = GrammarRows(shape.vocab_size)
         self._control_end = np.zeros(rows, dtype=np.int64)  # positions from it on are free of them
 
     def apply(self, plan: StepPlan) -> None:
@@ -104,6 +106,10 @@ class RowBatch(ABC):
         """The flat tensors of the plan that was applied last."""
 
     @abstractmethod
+    def limit(self, step: Followed) -> None:
+        """What `choose` draws next for these rows is what their grammars allow."""
+
+    @abstractmethod
     def choose(self, logits: Tensor, plan: StepPlan) -> Sampled:
         """Sample a token from each of the logits [L, V] and put it behind its row's last token, for the next step to read."""
 
@@ -132,6 +138,7 @@ class RowBatch(ABC):
         if controls is not None:
             self.controls[row] = controls
             self._control_end[row] = controls.end
+            self.grammars.admit(admission, controls)
 
     def _clear(self, row: int) -> None:
         self.num_blocks[row] = 0
@@ -139,6 +146,7 @@ class RowBatch(ABC):
         self.wants_prompt_logprobs[row] = False
         self._control_end[row] = 0
         self.controls.pop(row, None)
+        self.grammars.leave(row)
 
 
 class HostRowBatch(RowBatch):
@@ -157,6 +165,7 @@ class HostRowBatch(RowBatch):
         self._seed = np.zeros(rows, dtype=np.int64)
         self._marks: dict[int, NDArray[np.int16]] = {}  # [V], of rows with penalties
         self._biases: dict[int, NDArray[np.float32]] = {}  # [V], -inf where a token is not allowed
+        self._masks: dict[int, NDArray[np.int32]] = {}  # of the step at hand, by row
         self._sample = make_sampler(torch.device("cpu"), deterministic=deterministic)
 
     def step_inputs(self, plan: StepPlan) -> StepInputs:
@@ -186,6 +195,10 @@ class HostRowBatch(RowBatch):
             num_decode_rows=num_decode_rows(plan),
         )
         return StepInputs(token_ids, at, meta, logit_index)
+
+    def limit(self, step: Followed) -> None:
+        """What `choose` draws next for these rows is what their grammars allow."""
+        self._masks = dict(zip(step.rows, self.grammars.masks(step), strict=True))
 
     def choose(self, logits: Tensor, plan: StepPlan) -> Sampled:
         """Sample a token from each of the logits [L, V] and put it behind its row's last token, for the next step to read."""
@@ -219,7 +232,8 @@ class HostRowBatch(RowBatch):
             self._biases.get(row),
             self._marks.get(row),
             (controls.repetition, controls.frequency, controls.presence),
-            tuple(controls.banned(self._tokens[row], position)),
+            tuple(controls.banned(self._tokens[row, controls.num_prompt_tokens : position])),
+            self._masks.pop(row, None),
         )
 
     def _admit(self, admission: RowAdmission) -> None:

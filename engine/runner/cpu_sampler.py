@@ -58,6 +58,7 @@ class _Edit(ctypes.Structure):
         ("presence", ctypes.c_double),
         ("banned", ctypes.c_void_p),
         ("num_banned", ctypes.c_int64),
+        ("mask", ctypes.c_void_p),
     ]
 
 
@@ -135,7 +136,8 @@ class CpuSampler:
 def _edit_of(edit: LogitEdits, banned: NDArray[np.int64]) -> _Edit:
     bias = None if edit.bias is None else _of(edit.bias, np.float32)
     marks = None if edit.marks is None else _of(edit.marks, np.int16)
-    return _Edit(edit.row, bias, marks, *edit.penalties, _of(banned, np.int64), len(banned))
+    mask = None if edit.mask is None else _of(edit.mask, np.int32)
+    return _Edit(edit.row, bias, marks, *edit.penalties, _of(banned, np.int64), len(banned), mask)
 
 
 def _of(array: NDArray[Any], kind: type[np.generic]) -> int:

@@ -48,6 +48,7 @@ class LogitEdits:
     marks: NDArray[np.int16] | None  # [V], as ``engine.kernels.penalties`` has them
     penalties: tuple[float, float, float] = (1.0, 0.0, 0.0)  # repetition, frequency, presence
     banned: tuple[int, ...] = ()  # token ids
+    mask: NDArray[np.int32] | None = None  # [ceil(V / 32)]: a bit a token, 0 where it must not come
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,4 +281,7 @@ def _edited(logits: Tensor, edits: tuple[LogitEdits, ...]) -> Tensor:
             scalars = torch.tensor(edit.penalties, dtype=row.dtype)
             row.copy_(penalized(row, torch.from_numpy(edit.marks), *scalars))
         row[list(edit.banned)] = float("-inf")
+        if edit.mask is not None:
+            is_allowed = np.unpackbits(edit.mask.view(np.uint8), bitorder="little", count=len(row))
+            row[torch.from_numpy(is_allowed) == 0] = float("-inf")
     return logits
