@@ -147,7 +147,8 @@ class GrammarCompiler:
             if self._tokenizer is None or not self._eos:
                 missing = "tokenizer" if self._tokenizer is None else "end-of-sequence token"
                 raise InvalidParamsError(
-                    f"structured outputs need a {missing}, and this engine has none", param="structured_outputs"
+                    f"structured outputs need a {missing}, and this engine has none",
+                    param="structured_outputs",
                 )
             import xgrammar
 

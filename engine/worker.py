@@ -206,7 +206,10 @@ class EngineWorker:
         each = [(ids, one, lora, compiled) for ids, given, lora, compiled in asked for one in given.each()]
         with self._lock:
             return self._queue(
-                [self._open_stream(ids, one, lora=lora, compiled=compiled) for ids, one, lora, compiled in each]
+                [
+                    self._open_stream(ids, one, lora=lora, compiled=compiled)
+                    for ids, one, lora, compiled in each
+                ]
             )
 
     def _open_stream(

@@ -68,11 +68,7 @@ class Controls:
     def banned(self, output: Int32 | list[int]) -> list[int]:
         """Tokens that must not come behind these output tokens."""
         position = self.num_prompt_tokens + len(output)
-        return [
-            ban.token_id
-            for ban in self.bans
-            if position < ban.until and _ends_with(output, ban.prefix)
-        ]
+        return [ban.token_id for ban in self.bans if position < ban.until and _ends_with(output, ban.prefix)]
 
 
 def controls_of(admission: RowAdmission, eos_token_ids: frozenset[int], vocab_size: int) -> Controls | None:

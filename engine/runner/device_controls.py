@@ -85,7 +85,9 @@ class DeviceControls:
             _ban_words(asked),
             ids.astype(np.int32),
             marks.astype(np.int32),
-            np.zeros(0, np.int32) if asked.allowed is None else token_bits(asked.allowed, self.tables.allowed.shape[1]),
+            np.zeros(0, np.int32)
+            if asked.allowed is None
+            else token_bits(asked.allowed, self.tables.allowed.shape[1]),
         ]
 
     def put(self, row: int, sent: Sequence[Tensor]) -> None:
@@ -114,5 +116,3 @@ def _ban_words(controls: Controls) -> Int32:
         word[0], word[UNTIL], word[LENGTH] = ban.token_id, ban.until, len(ban.prefix)
         word[PREFIX : PREFIX + len(ban.prefix)] = ban.prefix
     return words.ravel()
-
-

@@ -153,6 +153,4 @@ def _take_out(follower: _Follower, mask: Int32) -> None:
 
 def _dead_end(follower: _Follower) -> str:
     others = "" if follower.controls is None else "; allowed_token_ids, bad_words and min_tokens count"
-    return (
-        f"structured_outputs: no token can follow the {len(follower.output)} that were generated{others}"
-    )
+    return f"structured_outputs: no token can follow the {len(follower.output)} that were generated{others}"
