@@ -35,8 +35,8 @@ _OF_TYPE = {
             "maxProperties",
             "patternProperties",
             "propertyNames",
-        ),
-    ),  # fmt: skip
+        )
+    ),
     "array": frozenset(("items", "prefixItems", "minItems", "maxItems")),
     "string": frozenset(("minLength", "maxLength", "pattern", "format")),
     "integer": frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")),

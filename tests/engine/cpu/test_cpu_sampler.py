@@ -58,12 +58,15 @@ def edits_of(vocab: int) -> tuple[LogitEdits, ...]:
     bias = random.uniform(-3, 3, vocab).astype(np.float32)
     bias[::3] = -np.inf
     marks = random.choice([0, 0, 1, 2, 3, 9, 200], vocab).astype(np.int16)
+    mask = random.integers(-(2**31), 2**31, -(-vocab // 32)).astype(np.int32)
+    mask[random.random(len(mask)) < 0.3] = -1
     return (
         LogitEdits(1, None, None, banned=(0, 1, vocab - 1)),
         LogitEdits(2, bias, None),
         LogitEdits(4, None, marks, (1.3, 0.0, 0.0)),
         LogitEdits(5, None, marks, (1.0, 0.01, 1.7)),
-        LogitEdits(23, bias, marks, (0.7, -0.02, -0.4), (2,)),
+        LogitEdits(7, None, None, mask=mask),
+        LogitEdits(23, bias, marks, (0.7, -0.02, -0.4), (2,), ~mask | 1),
     )
 
 
