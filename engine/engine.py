@@ -468,6 +468,7 @@ class Engine:
         """Give the device's memory back. Live requests are lost. A second call does nothing."""
         if self._dead is None:
             self._dead = "closed"
+        self.grammars.close()
         self._runner.close()
 
 

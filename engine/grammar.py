@@ -16,8 +16,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from engine.errors import InvalidParamsError
-from engine.json_schema import enforceable
+from engine.grammar_process import MAX_SECONDS, GrammarProcess, Job, TooCostly, compile_job
+from engine.json_schema import enforceable, is_small
+from engine.regex_syntax import check_regex
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
@@ -26,7 +30,6 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 64 << 20
 MAX_TEXT_BYTES = 64 << 10  # of one schema, expression, grammar, or all choices together
-MAX_BLANKS = 20  # between two parts of a JSON text: a sampled one would else be all blanks once in a while
 JSON_OBJECT = '{"type":"object","additionalProperties":true}'
 
 
@@ -60,17 +63,23 @@ class GrammarCompiler:
         vocab_size: int,
         eos_token_ids: frozenset[int],
         max_bytes: int = MAX_BYTES,
+        max_seconds: float = MAX_SECONDS,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
-        self._max_bytes = max_bytes
+        self._max_bytes, self._max_seconds = max_bytes, max_seconds
         self._num_bytes = 0
         self._known: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
         self._untold: dict[StructuredOutputsParams, float] = {}
-        self._lock = threading.Lock()  # of the two above
-        self._compiling = threading.Lock()  # one at a time: a flood of new grammars takes one core
-        self._xgrammar: Any = None  # the compiler of xgrammar
+        self._lock = threading.Lock()  # of the three above
+        self._here, self._apart = (
+            threading.Lock(),
+            threading.Lock(),
+        )  # one compiles in this process, one in the other
+        self._vocabulary: Any = None  # xgrammar.TokenizerInfo
+        self._compiler: Any = None  # xgrammar.GrammarCompiler
+        self._process: GrammarProcess | None = None
 
     def compile(self, structured: StructuredOutputsParams) -> None:
         """Have the grammar ready for requests to come.
@@ -80,15 +89,22 @@ class GrammarCompiler:
         """
         if self._get(structured) is not None:
             return
-        with self._compiling:
-            if self._get(structured) is not None:
+        _check_size(structured)
+        job = _job_of(structured)
+        with self._here:
+            self._prepare()
+        is_quick = _is_quick(structured, job)
+        with self._here if is_quick else self._apart:
+            if self._get(structured) is not None:  # by somebody who asked at the same time
                 return
             began = time.perf_counter()
-            grammar = self._compile(structured)
-            elapsed_ms = (time.perf_counter() - began) * 1e3
+            grammar = self._compile(structured, job, is_quick)
+            self._keep(structured, grammar, (time.perf_counter() - began) * 1e3)
+
+    def _keep(self, structured: StructuredOutputsParams, grammar: Grammar, compile_ms: float) -> None:
         with self._lock:
             self._known[structured] = grammar
-            self._untold[structured] = elapsed_ms
+            self._untold[structured] = compile_ms
             self._num_bytes += grammar.num_bytes
             while self._num_bytes > self._max_bytes and len(self._known) > 1:
                 oldest, dropped = self._known.popitem(last=False)
@@ -121,52 +137,90 @@ class GrammarCompiler:
                 self._known.move_to_end(structured)
             return grammar
 
-    def _compile(self, structured: StructuredOutputsParams) -> Grammar:
-        _check_size(structured)
+    def close(self) -> None:
+        """End the process that compiles, where there is one."""
+        if self._process is not None:
+            self._process.close()
+
+    def _compile(self, structured: StructuredOutputsParams, job: Job, is_quick: bool) -> Grammar:
         kind = structured.kind
-        text = enforceable(structured.json) if structured.json is not None else None
-        compiler = self._compiler()
         try:
-            if text is not None or structured.json_object:
-                compiled = _compile_json(compiler, text or JSON_OBJECT, structured.any_whitespace)
-            elif structured.regex is not None:
-                compiled = compiler.compile_regex(structured.regex)
+            if is_quick:
+                compiled = compile_job(self._compiler, job)
             else:
-                compiled = compiler.compile_grammar(structured.grammar or _choice_grammar(structured.choice))
+                assert self._process is not None
+                compiled = xgrammar().CompiledGrammar.deserialize_json(
+                    self._process.compile(job), self._vocabulary
+                )
         except RuntimeError as error:  # what xgrammar raises for everything that it does not take
             raise InvalidParamsError(
                 f"structured_outputs.{kind} cannot be compiled: {_reason(error)}",
                 value=getattr(structured, kind),
                 param=f"structured_outputs.{kind}",
             ) from error
+        except TooCostly as error:
+            raise InvalidParamsError(
+                f"structured_outputs.{kind} takes more than {self._max_seconds:g} s, or too much memory, to compile",
+                value=getattr(structured, kind),
+                limit=self._max_seconds,
+                remedy="Nest and repeat less in it.",
+                param=f"structured_outputs.{kind}",
+            ) from error
+        self._check_beginning(compiled, structured)
         return Grammar(compiled, self._eos, int(compiled.memory_size_bytes))
 
-    def _compiler(self) -> Any:
-        """xgrammar's compiler, made for the first grammar."""
-        if self._xgrammar is None:
-            if self._tokenizer is None or not self._eos:
-                missing = "tokenizer" if self._tokenizer is None else "end-of-sequence token"
-                raise InvalidParamsError(
-                    f"structured outputs need a {missing}, and this engine has none",
-                    param="structured_outputs",
-                )
-            import xgrammar
+    def _check_beginning(self, compiled: Any, structured: StructuredOutputsParams) -> None:
+        """Refuse what no output can begin with."""
+        mask = np.zeros((1, -(-self._vocab_size // 32)), np.int32)
+        xgrammar().GrammarMatcher(compiled).fill_next_token_bitmask(mask)
+        if not mask.any():
+            raise InvalidParamsError(
+                f"no output matches structured_outputs.{structured.kind}",
+                value=getattr(structured, structured.kind),
+                param=f"structured_outputs.{structured.kind}",
+            )
 
-            special = self._tokenizer.special_token_ids
-            count = min(self._vocab_size, self._tokenizer.vocab_size)
-            # A token without bytes is never allowed.
-            vocabulary = [b"" if i in special else self._tokenizer.token_bytes(i) for i in range(count)]
-            info = xgrammar.TokenizerInfo(
-                vocabulary, xgrammar.VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=sorted(self._eos)
-            )  # fmt: skip
-            self._xgrammar = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-        return self._xgrammar
+    def _prepare(self) -> None:
+        """The vocabulary and the compilers, for the first grammar."""
+        if self._vocabulary is not None:
+            return
+        if self._tokenizer is None or not self._eos:
+            missing = "tokenizer" if self._tokenizer is None else "end-of-sequence token"
+            raise InvalidParamsError(
+                f"structured outputs need a {missing}, and this engine has none", param="structured_outputs"
+            )
+        special = self._tokenizer.special_token_ids
+        count = min(self._vocab_size, self._tokenizer.vocab_size)
+        # A token without bytes is never allowed.
+        texts = [b"" if i in special else self._tokenizer.token_bytes(i) for i in range(count)]
+        self._vocabulary = xgrammar().TokenizerInfo(
+            texts, xgrammar().VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=sorted(self._eos)
+        )  # fmt: skip
+        self._compiler = xgrammar().GrammarCompiler(self._vocabulary, max_threads=1, cache_enabled=False)
+        self._process = GrammarProcess(self._vocabulary.serialize_json(), self._max_seconds)
 
 
-def _compile_json(compiler: Any, schema: str, any_whitespace: bool) -> Any:
-    if any_whitespace:
-        return compiler.compile_json_schema(schema, max_whitespace_cnt=MAX_BLANKS)
-    return compiler.compile_json_schema(schema, any_whitespace=False, separators=(",", ":"))
+def xgrammar() -> Any:
+    """The module, imported when it is asked for: it brings torch in."""
+    import xgrammar
+
+    return xgrammar
+
+
+def _job_of(structured: StructuredOutputsParams) -> Job:
+    if structured.json is not None:
+        return Job("json", enforceable(structured.json), structured.any_whitespace)
+    if structured.json_object:
+        return Job("json", JSON_OBJECT, structured.any_whitespace)
+    if structured.regex is not None:
+        check_regex(structured.regex, where="structured_outputs.regex")
+        return Job("regex", structured.regex)
+    return Job("ebnf", structured.grammar or _choice_grammar(structured.choice))
+
+
+def _is_quick(structured: StructuredOutputsParams, job: Job) -> bool:
+    """Whether its size alone promises that compiling ends soon: then no process is started for it."""
+    return structured.choice is not None or (job.language == "json" and is_small(job.text))
 
 
 def _choice_grammar(choice: tuple[str, ...] | None) -> str:

@@ -20,6 +20,9 @@ from engine.regex_syntax import check_regex
 
 MAX_DEPTH = 64  # schemas inside each other
 
+MAX_PARTS = 512  # of a small schema: every value in it is one
+COUNT_PARTS = 8  # that a length or a number of items counts as, for each of its units
+
 # Say nothing about what is valid.
 _ANNOTATIONS = frozenset(
     ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "discriminator",
@@ -51,6 +54,8 @@ FORMATS = frozenset(
 _RANGE = _OF_TYPE["number"]
 # What a schema says with one of these, it says with it alone.
 _ALONE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
+_COUNTS = frozenset(("minLength", "maxLength", "minItems", "maxItems"))
+_UNBOUNDED = frozenset(("pattern", "patternProperties"))
 _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,), "array": (list,), "string": (str,), "integer": (int,), "number": (int, float),
     "boolean": (bool,), "null": (type(None),),
@@ -67,6 +72,24 @@ def enforceable(text: str) -> str:
         return json.dumps(_Reader(json.loads(text)).schema((), 0), ensure_ascii=False)
     except (TypeError, AttributeError) as error:  # a keyword's value of another kind than the keyword's
         raise _refusal((), f"is no JSON schema ({error})") from error
+
+
+def is_small(text: str) -> bool:
+    """Whether an enforceable schema compiles within a moment, whatever it says: few parts, short counts, no expressions."""
+    left = MAX_PARTS
+    found = [json.loads(text)]
+    while found and left >= 0:
+        part = found.pop()
+        if isinstance(part, Mapping):
+            if not _UNBOUNDED.isdisjoint(part):
+                return False
+            counts = [value for key, value in part.items() if key in _COUNTS and isinstance(value, int)]
+            left -= COUNT_PARTS * sum(counts)
+            found += part.values()
+        elif isinstance(part, list):
+            found += part
+        left -= 1
+    return left >= 0
 
 
 class _Reader:

@@ -41,7 +41,9 @@ ASKS_THE_HOST = {
     "aten::_pin_memory",
 }  # fmt: skip
 
-DIGITS = StructuredOutputsParams(regex="[0-9]{2,20}(-[0-9]{2,9})*")  # of FakeTokenizer's bytes, the model has the first 61
+DIGITS = StructuredOutputsParams(
+    regex="[0-9]{2,20}(-[0-9]{2,9})*"
+)  # of FakeTokenizer's bytes, the model has the first 61
 
 
 class Refused(Exception):
