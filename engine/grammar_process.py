@@ -77,18 +77,20 @@ class GrammarProcess:
             TooCostly: the process was ended over it.
         """
         with self._lock:
-            for is_last in (False, True):
-                process, began = self._running(), time.monotonic()
-                answer = _ask(process, asdict(job))
-                if answer is not None:
-                    break
-                self._stop()
-                # It may have ended by itself just before, for want of jobs.
-                if is_last or time.monotonic() - began > self._max_seconds / 2:
-                    raise TooCostly
+            answer = self._ask(job)
+        if answer is None:
+            raise TooCostly
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return str(answer["compiled"])
+
+    def _ask(self, job: Job) -> dict[str, Any] | None:
+        """The answer to one job; None if it took too much."""
+        began = time.monotonic()
+        answer = _ask(self._running(), asdict(job))
+        if answer is None and time.monotonic() - began < self._max_seconds / 2:
+            answer = _ask(self._running(), asdict(job))  # it had just ended by itself, for want of jobs
+        return answer
 
     def close(self) -> None:
         """End the process. The next job starts another one."""
