@@ -32,8 +32,8 @@ __all__ = [
 STATE_MODULUS = 65521
 UNWRITTEN = -1
 # Bytes that bring a JSON text to its end, first things first: inside of a string, and outside.
-ENDS_STRING = np.frombuffer(b'"}]:', np.uint8)
-ENDS_VALUE = np.frombuffer(b'}]":', np.uint8)
+ENDS_STRING = b'"}]:'
+ENDS_VALUE = b'}]":'
 
 Choose = Callable[
     [str, int], int | None
@@ -399,10 +399,17 @@ class FakeRunner:
 
 def _first_allowed(mask: Int32, stop_token_ids: frozenset[int]) -> int:
     """The end where it is allowed, else a byte that leads there, else the first token."""
-    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
-    allowed = np.flatnonzero(bits)
-    ends = [token for token in stop_token_ids if bits[token]]
-    closing = ENDS_STRING if bits[ord("a")] else ENDS_VALUE
-    soon = closing[bits[closing] == 1]
-    visible = allowed[allowed > ord(" ")]
-    return int([*sorted(ends), *soon, *visible[:1], *allowed[:1]][0])
+    for token in sorted(stop_token_ids):
+        if mask[token // 32] >> token % 32 & 1:
+            return token
+    bits = np.unpackbits(mask[:8].view(np.uint8), bitorder="little")  # of the bytes
+    for token in ENDS_STRING if bits[ord("a")] else ENDS_VALUE:
+        if bits[token]:
+            return token
+    visible = np.flatnonzero(bits[ord("!") :])
+    if len(visible):
+        return ord("!") + int(visible[0])
+    word = int(np.flatnonzero(mask)[0])
+    return 32 * word + int(
+        np.flatnonzero(np.unpackbits(mask[word : word + 1].view(np.uint8), bitorder="little"))[0]
+    )

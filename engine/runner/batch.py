@@ -26,7 +26,7 @@ from engine.kernels.penalties import FULL, ONE_OUTPUT
 from engine.plan import RowAdmission, StepPlan
 from engine.runner.controls import Controls, controls_of
 from engine.runner.cpu_sampler import make_sampler
-from engine.runner.sampler import LogitEdits, Sampled, SampleSettings
+from engine.runner.sampler import LogitEdits, Masks, Sampled, SampleSettings
 from engine.runner.structured import Followed, GrammarRows
 
 Int64 = NDArray[np.int64]
@@ -165,7 +165,7 @@ class HostRowBatch(RowBatch):
         self._seed = np.zeros(rows, dtype=np.int64)
         self._marks: dict[int, NDArray[np.int16]] = {}  # [V], of rows with penalties
         self._biases: dict[int, NDArray[np.float32]] = {}  # [V], -inf where a token is not allowed
-        self._masks: dict[int, NDArray[np.int32]] = {}  # of the step at hand, by row
+        self._masks: Masks | None = None  # of the step at hand
         self._sample = make_sampler(torch.device("cpu"), deterministic=deterministic)
 
     def step_inputs(self, plan: StepPlan) -> StepInputs:
@@ -198,7 +198,7 @@ class HostRowBatch(RowBatch):
 
     def limit(self, step: Followed) -> None:
         """What `choose` draws next for these rows is what their grammars allow."""
-        self._masks = dict(zip(step.rows, self.grammars.masks(step), strict=True))
+        self._masks = Masks(np.array(step.places, np.int64), self.grammars.masks(step))
 
     def choose(self, logits: Tensor, plan: StepPlan) -> Sampled:
         """Sample a token from each of the logits [L, V] and put it behind its row's last token, for the next step to read."""
@@ -215,7 +215,9 @@ class HostRowBatch(RowBatch):
             position=position,
             num_logprobs=self.num_logprobs[rows],
             edits=tuple(self._edits(i, int(rows[i]), int(position[i])) for i in controlled.tolist()),
+            masks=self._masks,
         )
+        self._masks = None
         sampled = self._sample(logits, settings)
         self._tokens[rows, position] = sampled.token_ids.numpy()
         for i in controlled.tolist():
@@ -233,7 +235,6 @@ class HostRowBatch(RowBatch):
             self._marks.get(row),
             (controls.repetition, controls.frequency, controls.presence),
             tuple(controls.banned(self._tokens[row, controls.num_prompt_tokens : position])),
-            self._masks.pop(row, None),
         )
 
     def _admit(self, admission: RowAdmission) -> None:

@@ -50,8 +50,8 @@ class Controls:
 
     @property
     def end(self) -> int:
-        """The position from which on they change nothing."""
-        if self.counts_tokens or self.biases or self.is_limited:
+        """The position from which on they change nothing, but for a grammar's masks."""
+        if self.counts_tokens or self.biases or self.allowed is not None:
             return NEVER_ENDS
         return max((ban.until for ban in self.bans), default=0)
 
@@ -91,7 +91,7 @@ def controls_of(admission: RowAdmission, eos_token_ids: frozenset[int], vocab_si
         tuple(bans),
         admission.grammar is not None,
     )
-    return found if found.end else None
+    return found if found.end or found.has_grammar else None
 
 
 def _ends_with(output: Int32 | list[int], prefix: tuple[int, ...]) -> bool:

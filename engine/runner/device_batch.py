@@ -22,6 +22,7 @@ from engine.kernels import logprobs, sampling
 from engine.kernels.sampling import RowSettings
 from engine.plan import RowAdmission, StepPlan
 from engine.runner.batch import BatchShape, Int64, RowBatch, StepInputs, flat_layout, num_decode_rows
+from engine.runner.controls import NEVER_ENDS
 from engine.runner.device_controls import DeviceControls
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
 from engine.runner.structured import Followed
@@ -163,6 +164,8 @@ class DeviceRowBatch(RowBatch):
 
     def _admit(self, admission: RowAdmission) -> None:
         params, blocks = admission.params, np.asarray(admission.block_ids[0], dtype=np.int64)
+        if admission.grammar is not None:
+            self._control_end[admission.row] = NEVER_ENDS
         self._is_filtered[admission.row] = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         if self._device_controls is None and admission.row in self.controls:
             self._device_controls = DeviceControls(self.idle_row + 1, self.shape.vocab_size, self.device)

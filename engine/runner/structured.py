@@ -26,7 +26,7 @@ EVERYTHING = -1  # a word of a mask with all bits set
 class _Follower:
     """One row's place in its grammar."""
 
-    __slots__ = ("allowed", "controls", "is_over", "matcher", "output", "stop_token_ids")
+    __slots__ = ("allowed", "controls", "is_limited", "is_over", "matcher", "output", "stop_token_ids")
 
     def __init__(self, admission: RowAdmission, controls: Controls | None, words: int) -> None:
         import xgrammar
@@ -37,6 +37,7 @@ class _Follower:
         self.matcher: Any = xgrammar.GrammarMatcher(admission.grammar.compiled)
         self.controls = controls
         self.output: list[int] = list(admission.token_ids[admission.num_prompt_tokens :])
+        self.is_limited = controls is not None and bool(controls.bans or controls.allowed)
         self.is_over = False  # nothing follows, or nothing could
         self.allowed: Int32 | None = None
         if controls is not None and controls.allowed is not None:
@@ -63,6 +64,7 @@ class GrammarRows:
         self._words = -(-vocab_size // 32)
         self._followers: dict[int, _Follower] = {}
         self._filler: Any = None  # xgrammar.BatchGrammarMatcher
+        self._found = np.empty((0, self._words), np.int32)  # the masks of one step
 
     def admit(self, admission: RowAdmission, controls: Controls | None) -> None:
         """A row is taken; after a preemption the outputs so far are followed again."""
@@ -87,14 +89,20 @@ class GrammarRows:
     def masks(self, step: Followed) -> Int32:
         """Which tokens each of the rows may take: int32 [rows, ceil(V / 32)], bit ``j % 32`` of word ``j // 32`` is token j's.
 
-        A row that may take none is a dead end of the step, and its mask is full, as is that of a row whose output is over.
+        A row that may take none is a dead end of the step, and its mask is full, as is that of a row whose output is over. Valid until
+        the next call.
         """
-        found = np.full((len(step.rows), self._words), EVERYTHING, np.int32)
+        if len(self._found) < len(step.rows):
+            self._found = np.empty((len(step.rows), self._words), np.int32)
+        found = self._found[: len(step.rows)]
         going = [i for i, follower in enumerate(step.followers) if not follower.is_over]
+        if len(going) < len(found):
+            found[:] = EVERYTHING
         if going:
             self._fill([step.followers[i].matcher for i in going], found, going)
         for i in going:
-            _take_out(step.followers[i], found[i])
+            if step.followers[i].is_limited:
+                _take_out(step.followers[i], found[i])
         for i in np.flatnonzero(~found.any(axis=1)).tolist():
             step.followers[i].is_over = True
             step.dead_ends[step.places[i]] = _dead_end(step.followers[i])
@@ -143,8 +151,7 @@ def token_bits(token_ids: Sequence[int], words: int) -> Int32:
 def _take_out(follower: _Follower, mask: Int32) -> None:
     """Take what the row's other controls forbid at its next token out of its mask."""
     controls = follower.controls
-    if controls is None:
-        return
+    assert controls is not None
     if follower.allowed is not None:
         mask &= follower.allowed
     for token in controls.banned(follower.output):
@@ -152,5 +159,5 @@ def _take_out(follower: _Follower, mask: Int32) -> None:
 
 
 def _dead_end(follower: _Follower) -> str:
-    others = "" if follower.controls is None else "; allowed_token_ids, bad_words and min_tokens count"
+    others = "" if not follower.is_limited else "; allowed_token_ids, bad_words and min_tokens count"
     return f"structured_outputs: no token can follow the {len(follower.output)} that were generated{others}"

@@ -11,7 +11,7 @@ import torch
 
 from engine.kernels.cpu_library import CpuLibrary
 from engine.runner.cpu_sampler import CpuSampler, make_sampler
-from engine.runner.sampler import LogitEdits, SampleSettings, gumbel_noise, noise_keys, sample
+from engine.runner.sampler import LogitEdits, Masks, SampleSettings, gumbel_noise, noise_keys, sample
 
 CHOICES: tuple[dict[str, Any], ...] = (
     {},
@@ -43,6 +43,7 @@ def settings_of(rows: int, **values: Any) -> SampleSettings:
         position=column("position", 0, np.int64),
         num_logprobs=column("num_logprobs", -1, np.int64),
         edits=values.get("edits", ()),
+        masks=values.get("masks"),
     )
 
 
@@ -58,16 +59,23 @@ def edits_of(vocab: int) -> tuple[LogitEdits, ...]:
     bias = random.uniform(-3, 3, vocab).astype(np.float32)
     bias[::3] = -np.inf
     marks = random.choice([0, 0, 1, 2, 3, 9, 200], vocab).astype(np.int16)
-    mask = random.integers(-(2**31), 2**31, -(-vocab // 32)).astype(np.int32)
-    mask[random.random(len(mask)) < 0.3] = -1
     return (
         LogitEdits(1, None, None, banned=(0, 1, vocab - 1)),
         LogitEdits(2, bias, None),
         LogitEdits(4, None, marks, (1.3, 0.0, 0.0)),
         LogitEdits(5, None, marks, (1.0, 0.01, 1.7)),
-        LogitEdits(7, None, None, mask=mask),
-        LogitEdits(23, bias, marks, (0.7, -0.02, -0.4), (2,), ~mask | 1),
+        LogitEdits(23, bias, marks, (0.7, -0.02, -0.4), (2,)),
     )
+
+
+def masks_of(vocab: int, *rows: int) -> Masks:
+    """Random ones, with words that allow all and words that allow none; the first token may always come."""
+    random = np.random.default_rng(vocab)
+    bits = random.integers(-(2**31), 2**31, (len(rows), -(-vocab // 32))).astype(np.int32)
+    bits[random.random(bits.shape) < 0.3] = -1
+    bits[random.random(bits.shape) < 0.3] = 0
+    bits[:, 0] |= 1
+    return Masks(np.array(rows, np.int64), bits)
 
 
 @pytest.fixture
@@ -81,7 +89,7 @@ def test_same_tokens_and_figures_as_torch(compiled: CpuSampler, vocab: int, choi
     rows = 24
     settings = settings_of(
         rows, seed=np.arange(rows) * 2**33 - 7, position=np.arange(rows), num_logprobs=min(4, vocab),
-        edits=edits_of(vocab),
+        edits=edits_of(vocab), masks=masks_of(vocab, 0, 3, 4, 20),
         **choice,
     )  # fmt: skip
     logits = logits_of(rows, vocab, seed=vocab)
