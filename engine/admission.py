@@ -13,6 +13,7 @@ from random import Random
 from uuid import uuid4
 
 from engine.errors import InvalidRequestError, PromptTooLongError
+from engine.grammar import Compiled
 from engine.lora import Lora
 from engine.request import Request
 from engine.request import Sequence as RequestSequence
@@ -115,6 +116,7 @@ def make_request(
     cache_salt: str = "",
     lora: Lora | None = None,
     arrival_ns: int | None = None,
+    compiled: Compiled | None = None,
 ) -> Request:
     """A checked request with its seed drawn. Safe to call from any thread.
 
@@ -131,6 +133,8 @@ def make_request(
         arrival_ns=time.monotonic_ns() if arrival_ns is None else arrival_ns,
         cache_salt=cache_salt,
         lora=lora,
+        grammar=None if compiled is None else compiled.grammar,
+        grammar_compile_ms=0.0 if compiled is None else compiled.compile_ms,
     )
 
 

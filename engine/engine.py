@@ -30,6 +30,7 @@ from engine.errors import (
     EngineDeadError,
     InvalidRequestError,
 )
+from engine.grammar import Compiled, GrammarCompiler
 from engine.lora import Lora, LoraRegistry, LoraStore, LoraWeights
 from engine.outbox import Outbox
 from engine.plan import KVSpec, Runner, StepResult
@@ -37,6 +38,7 @@ from engine.planned_step import PlannedStep
 from engine.recording import Recorder, StepTiming
 from engine.records import EngineStats, MemoryLedger, RequestRecord, StepRecord, StreamDelta, TokenBatch
 from engine.request import FinishReason, Request
+from engine.request import Sequence as RequestSequence
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.speculation import Speculator
@@ -105,6 +107,7 @@ class Engine:
             max_model_len, num_blocks * config.block_size, vocab_size, tokenizer is not None
         )
         self._seeds = Random(config.seed)
+        self.grammars = GrammarCompiler(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
         num_slots = kv_spec.num_blocks_in(config.swap_space_bytes)
         blocks = SequenceBlocks(
             BlockPool(num_blocks, HostTier(num_slots) if num_slots else None),
@@ -143,10 +146,12 @@ class Engine:
         cache_salt: str = "",
         lora: str | None = None,
         arrival_ns: int | None = None,
+        compiled: Compiled | None = None,
     ) -> Request:
         """A checked request with its seed drawn; it is not queued yet. Safe to call from any thread.
 
-        `lora`: the name of a loaded adapter; None: the base alone.
+        `lora`: the name of a loaded adapter; None: the base alone. `compiled`: what ``grammars.grammar_of(params)`` gave; None: it is
+        asked here.
 
         Raises:
             InvalidRequestError, PromptTooLongError: naming value, limit and remedy.
@@ -157,6 +162,7 @@ class Engine:
         return admission.make_request(
             prompt_token_ids, with_bad_word_ids(params, self.tokenizer), self._limits, self._seeds, request_id=request_id,
             cache_salt=cache_salt, lora=None if lora is None else self._loras.get(lora), arrival_ns=arrival_ns,
+            compiled=compiled or self.grammars.grammar_of(params),
         )  # fmt: skip
 
     def add(self, request: Request) -> None:
@@ -287,6 +293,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - the step boundary: recorded with its requests
             return self._fail(step, timing, error)
         collected_ns = time.monotonic_ns()
+        failed = self._end_dead_ends(step, result, collected_ns)
         commit = self._scheduler.commit(result)
         now_ns = time.monotonic_ns()
         timing.schedule_ns += now_ns - collected_ns
@@ -298,10 +305,22 @@ class Engine:
         stopped = self._outbox.put_commit(commit, now_ns)
         for seq in stopped:
             self._scheduler.finish(seq, FinishReason.STOP)
-        finished = tuple(seq.request_id for seq in (*(finish.seq for finish in commit.finished), *stopped))
+        ended = (*failed, *(finish.seq for finish in commit.finished), *stopped)
+        finished = tuple(seq.request_id for seq in ended)
         return self._recorder.step(
             step, timing, now_ns, result, finished=finished, num_accepted_tokens=commit.num_accepted_tokens
         )
+
+    def _end_dead_ends(self, step: PlannedStep, result: StepResult, now_ns: int) -> list[RequestSequence]:
+        """End the requests for which no token was possible; what stands there as their token is not taken."""
+        if not result.dead_ends:
+            return []
+        sampling = step.sampling()
+        lost = [(sampling[j], why) for j, why in result.dead_ends.items() if sampling[j] not in step.dropped]
+        for seq, why in lost:
+            self._scheduler.finish(seq, FinishReason.ERROR)
+            self._outbox.put_end(seq, FinishReason.ERROR, why, now_ns)
+        return [seq for seq, _ in lost]
 
     def _collect(self) -> StepResult:
         if self._submit_error is not None and len(self._scheduler.inflight) == 1:
@@ -466,6 +485,7 @@ class Engine:
         """Give the device's memory back. Live requests are lost. A second call does nothing."""
         if self._dead is None:
             self._dead = "closed"
+        self.grammars.close()
         self._runner.close()
 
 

@@ -6,7 +6,7 @@ nobody writes to a block that others use. Its KV cache and its host tier hold on
 past, so that a wrongly shared, copied or reused block changes the tokens that follow. FakeTokenizer, whose tokens are bytes,
 goes with it.
 
-Boundary: no torch, no randomness. Sampling parameters other than log-probabilities are ignored.
+Boundary: no torch, no randomness. Sampling parameters other than log-probabilities and grammars are ignored.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.fake_tokenizer import FakeTokenizer
-from engine.plan import NO_COPIES, BlockCopies, RowAdmission, StepPlan, StepResult, TokenLogprobs
+from engine.plan import NO_COPIES, BlockCopies, Int32, RowAdmission, StepPlan, StepResult, TokenLogprobs
+
+if TYPE_CHECKING:
+    from engine.runner.structured import GrammarRows
 
 __all__ = [
     "FakeRunner", "FakeTokenizer", "PlanViolation", "expected_tokens", "fake_logprobs", "next_state", "next_token", "scripted",
@@ -27,6 +31,9 @@ __all__ = [
 
 STATE_MODULUS = 65521
 UNWRITTEN = -1
+# Bytes that bring a JSON text to its end, first things first: inside of a string, and outside.
+ENDS_STRING = b'"}]:'
+ENDS_VALUE = b'}]":'
 
 Choose = Callable[
     [str, int], int | None
@@ -128,6 +135,7 @@ class FakeRunner:
         self._kv = np.full(num_blocks * block_size if verify else 0, UNWRITTEN, np.int64)
         self._host = np.full((num_host_blocks, block_size), UNWRITTEN, np.int64)
         self._rows: dict[int, _Row] = {}
+        self._grammars: GrammarRows | None = None  # made for the first row that follows one
         self._users: Counter[int] = Counter()  # rows whose table holds a block
         self._inflight: deque[tuple[float, StepResult | Exception]] = deque()
         self._copying: deque[BlockCopies] = deque()  # of the steps in flight
@@ -196,6 +204,8 @@ class FakeRunner:
 
     def reset_rows(self) -> None:
         self._rows.clear()
+        if self._grammars is not None:
+            self._grammars.reset()
         self._users.clear()
         self._inflight.clear()
         self._copying.clear()
@@ -220,7 +230,8 @@ class FakeRunner:
 
     def _compute(self, plan: StepPlan) -> StepResult:
         if not self._verify:
-            return StepResult(plan.step_id, ((plan.choices().positions - 1) * 7 % self.vocab_size).tolist())
+            tokens = ((plan.choices().positions - 1) * 7 % self.vocab_size).tolist()
+            return self._obey_grammars(plan, StepResult(plan.step_id, tokens))
         self.plans.append(plan)
         self._apply_row_events(plan)
         self._check_shape(plan)
@@ -238,7 +249,7 @@ class FakeRunner:
                 result.prompt_logprobs[i] = self._score(row, start, count)
             if i in sampling:
                 self._sample(row, start + count, drafts, result)
-        return result
+        return self._obey_grammars(plan, result)
 
     def _apply_row_events(self, plan: StepPlan) -> None:
         for row_id in plan.finished:
@@ -350,6 +361,45 @@ class FakeRunner:
             token = next_token(int(self._kv[row.slots[end - 1]]), end - 1, self.vocab_size)
         return token
 
+    def _obey_grammars(self, plan: StepPlan, result: StepResult) -> StepResult:
+        """Tokens that a row's grammar does not allow become ones that it does."""
+        grammars = self._follow(plan)
+        step = None if grammars is None else grammars.followed(plan)
+        if grammars is None or step is None:
+            return result
+        if (
+            self.delay_s and self._inflight
+        ):  # the token before must be on the host, while this step's forward pass runs
+            time.sleep(max(0.0, self._inflight[-1][0] - time.monotonic()))
+        masks = grammars.masks(step)
+        for place, follower, mask in zip(step.places, step.followers, masks, strict=True):
+            token = result.token_ids[place]
+            if not mask[token // 32] >> token % 32 & 1:
+                result.token_ids[place] = _first_allowed(mask, follower.stop_token_ids)
+        grammars.advance(step, result.token_ids)
+        if self._verify:
+            sampling = plan.rows[plan.choices().row_index].tolist()
+            for place in step.places:
+                self._rows[sampling[place]].tokens[-1] = result.token_ids[place]
+        result.dead_ends.update(step.dead_ends)
+        self._device_free_at = max(self._device_free_at, time.monotonic())
+        return result
+
+    def _follow(self, plan: StepPlan) -> GrammarRows | None:
+        """The rows that follow grammars, after the plan's comings and goings; None while there never was one."""
+        if self._grammars is None:
+            if not any(admission.grammar for admission in plan.admitted):
+                return None
+            from engine.runner.structured import GrammarRows
+
+            self._grammars = GrammarRows(self.vocab_size)
+        for row in plan.finished:
+            self._grammars.leave(row)
+        for admission in plan.admitted:
+            self._grammars.leave(admission.row)
+            self._grammars.admit(admission, None)
+        return self._grammars
+
     def _score(self, row: _Row, start: int, count: int) -> list[TokenLogprobs]:
         end = min(start + count + 1, row.admission.num_prompt_tokens)
         num_top = row.admission.params.logprobs or 0
@@ -359,3 +409,21 @@ class FakeRunner:
         if not holds:
             self.violations.append(message)
             raise PlanViolation(message)
+
+
+def _first_allowed(mask: Int32, stop_token_ids: frozenset[int]) -> int:
+    """The end where it is allowed, else a byte that leads there, else the first token."""
+    for token in sorted(stop_token_ids):
+        if mask[token // 32] >> token % 32 & 1:
+            return token
+    bits = np.unpackbits(mask[:8].view(np.uint8), bitorder="little")  # of the bytes
+    for token in ENDS_STRING if bits[ord("a")] else ENDS_VALUE:
+        if bits[token]:
+            return token
+    visible = np.flatnonzero(bits[ord("!") :])
+    if len(visible):
+        return ord("!") + int(visible[0])
+    word = int(np.flatnonzero(mask)[0])
+    return 32 * word + int(
+        np.flatnonzero(np.unpackbits(mask[word : word + 1].view(np.uint8), bitorder="little"))[0]
+    )

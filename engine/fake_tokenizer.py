@@ -21,6 +21,7 @@ class FakeTokenizer:
         self.eos_token_ids: frozenset[int] = frozenset({self.EOS})
         self.vocab_size = 256 + len(self.SPECIAL)
         self.has_chat_template = True
+        self.special_token_ids = frozenset(range(256, self.vocab_size))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The text's UTF-8 bytes; special tokens are recognised by their text."""
@@ -57,6 +58,9 @@ class FakeTokenizer:
         if token_id >= 256:
             return self.SPECIAL[token_id - 256]
         return bytes([token_id]).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else self.token_text(token_id).encode()
 
     def detokenizer(self, skip_special_tokens: bool = True) -> FakeDetokenizer:
         return FakeDetokenizer(self, skip_special_tokens)

@@ -247,5 +247,6 @@ class Outbox:
                 finish_reason=reason,
                 token_ns=token_ns,
                 error=error,
+                grammar_compile_ms=track.request.grammar_compile_ms,
             )
         )

@@ -11,12 +11,15 @@ Boundary: no torch, no Sequence. Row order is result order.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.grammar import Grammar
 
 Int32 = NDArray[np.int32]
 
@@ -91,6 +94,7 @@ class RowAdmission:
     seed: int
     lora_slot: int = -1  # the adapter slot that its tokens use; -1: none
     lora_id: int = 0  # the adapter that the slot must hold from this step on; 0: whatever it holds
+    grammar: Grammar | None = None  # that its outputs follow from their first token on
 
 
 class Choices(NamedTuple):
@@ -172,13 +176,14 @@ class StepResult:
 
     `token_ids[j]` is the j-th of ``plan.choices()``. `logprobs` maps j to its entry for rows that asked; `prompt_logprobs`
     maps the row index i to the log-probabilities of the tokens at positions ``start[i] + 1 … start[i] + num_tokens[i]``
-    that are prompt tokens, for rows that asked.
+    that are prompt tokens, for rows that asked. `dead_ends` maps j to the reason why no token was possible: its token is none.
     """
 
     step_id: int
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    dead_ends: dict[int, str] = field(default_factory=dict)
     prepare_ms: float = 0.0
     forward_ms: float = 0.0
     sample_ms: float = 0.0

@@ -24,6 +24,11 @@ class Chunk:
     fresh: list[int]  # blocks appended to its table; empty with its admission, which names them all
     drafts: list[int] = field(default_factory=list)  # guesses: its last tokens
 
+    @property
+    def num_choices(self) -> int:
+        """Tokens that are chosen for it."""
+        return len(self.drafts) + 1 if self.samples else 0
+
 
 @dataclass(slots=True)
 class PlannedStep:
@@ -61,6 +66,11 @@ class PlannedStep:
         if self.chunks:
             rows += tuple([(chunk.seq.request_id, chunk.num_tokens) for chunk in self.chunks])
         return rows
+
+    def sampling(self) -> list[Sequence]:
+        """Whose tokens are chosen, in the order of the result's tokens."""
+        several = [chunk.seq for chunk in self.chunks for _ in range(chunk.num_choices)]
+        return [*self.decoding.sequences, *several]
 
     def sequences(self) -> Iterator[Sequence]:
         yield from self.decoding.sequences

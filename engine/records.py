@@ -201,6 +201,7 @@ class RequestRecord:
     error: str | None = None
     num_draft_tokens: int = 0  # guessed for it
     num_accepted_tokens: int = 0  # rightly
+    grammar_compile_ms: float = 0.0  # before arrival; 0 where there is no grammar, or a cached one
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from engine.grammar import Grammar
 from engine.lora import Lora
 from engine.sampling_params import SamplingParams
 
@@ -38,6 +39,8 @@ class Request:
     arrival_ns: int = 0  # time.monotonic_ns() at submission
     cache_salt: str = ""  # requests share prefix blocks only under the same salt
     lora: Lora | None = None  # the adapter that computes it; None: the base alone
+    grammar: Grammar | None = None  # of params.structured_outputs, compiled
+    grammar_compile_ms: float = 0.0  # that were spent on it for this request
 
 
 @dataclass(slots=True, eq=False)

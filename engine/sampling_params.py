@@ -37,6 +37,10 @@ class SamplingParams:
         frequency_penalty f     z - f * c(t)
         presence_penalty p      z - p where c(t) > 0
 
+    What `structured_outputs` does not allow is never chosen, and the end only where it may end. What is left of its tokens by
+    allowed_token_ids, bad_words and min_tokens may be nothing: then the request ends with an error. A stop text or stop token ends an
+    output wherever it comes. Log-probabilities are those of the raw logits.
+
     Source: vLLM's SamplingParams and sampler (frequency and presence are OpenAI's, repetition is CTRL's, Keskar 2019).
 
     Raises:

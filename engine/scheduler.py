@@ -329,6 +329,7 @@ class Scheduler:
             seed=request.seed,
             lora_slot=-1 if request.lora is None else self.loras.enter(request.lora.lora_id),
             lora_id=0 if request.lora is None else request.lora.lora_id,
+            grammar=request.grammar,
         )
 
     # ── commit ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -342,16 +343,16 @@ class Scheduler:
         step = self.inflight.popleft()
         assert result.step_id == step.step_id, f"result of step {result.step_id}, expected {step.step_id}"
         num_decoding, token_ids = len(step.decoding), result.token_ids
-        sampling = [chunk.seq for chunk in step.chunks if chunk.samples for _ in range(len(chunk.drafts) + 1)]
-        expected = num_decoding + len(sampling)
-        assert len(token_ids) == expected, f"{len(token_ids)} tokens for {expected} rows that sample"
+        num_choices = sum([chunk.num_choices for chunk in step.chunks])
+        expected = num_decoding + num_choices
+        assert len(token_ids) == expected, f"{len(token_ids)} tokens for {expected} choices"
         self.blocks.release_copies(step.copies)
         commit = Commit(step)
-        self._commit_decoding(commit, token_ids[:num_decoding] if sampling else token_ids)
+        self._commit_decoding(commit, token_ids[:num_decoding] if num_choices else token_ids)
         if step.chunks:
             self._commit_chunks(commit, token_ids[num_decoding:])
         if result.logprobs:
-            sampled = [*step.decoding.sequences, *sampling]
+            sampled = step.sampling()
             for j, entry in result.logprobs.items():
                 commit.logprobs.setdefault(sampled[j].request_id, []).append(entry)
         if result.prompt_logprobs:
@@ -386,7 +387,7 @@ class Scheduler:
         tokens = iter(token_ids)
         for chunk in step.chunks:
             seq, end = chunk.seq, chunk.start + chunk.num_tokens
-            sampled = [next(tokens) for _ in range(len(chunk.drafts) + 1)] if chunk.samples else []
+            sampled = [next(tokens) for _ in range(chunk.num_choices)]
             if seq in step.dropped:
                 continue
             if chunk.drafts:

@@ -18,6 +18,9 @@ KINDS = ("json", "json_object", "regex", "choice", "grammar")
 class StructuredOutputsParams:
     """One kind of constraint on the whole output of a request; names and meanings follow vLLM's.
 
+    An output that its length cuts (finish reason "length") is a beginning of what was asked for. A JSON schema is enforced as a
+    whole or refused (``engine.json_schema``); objects have no properties but declared ones, in the schema's order.
+
     Raises:
         InvalidParamsError: none or several kinds, or one of the wrong form.
     """
@@ -52,6 +55,11 @@ class StructuredOutputsParams:
                     value=value,
                     param=f"structured_outputs.{name}",
                 )
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that says what is asked for."""
+        return next(name for name in KINDS if getattr(self, name) not in (None, False))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StructuredOutputsParams:

@@ -52,6 +52,11 @@ class TokenizerLike(Protocol):
 
     def token_text(self, token_id: int) -> str: ...
 
+    @property
+    def special_token_ids(self) -> frozenset[int]: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
     def apply_chat_template(
         self,
         messages: Sequence[Message],
@@ -107,6 +112,12 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._wrapper.chat_template is not None
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that stand for no text, such as ends and roles."""
+        tokens = self._backend.get_added_tokens_decoder()
+        return frozenset(i for i, token in tokens.items() if token.special)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, whole and unpadded; `add_special_tokens` adds what the model expects around a text (BOS).

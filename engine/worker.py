@@ -27,6 +27,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, EngineDeadError, EngineError, InvalidRequestError
+from engine.grammar import Compiled
 from engine.lora import Lora
 from engine.record_log import RecordLog
 from engine.records import (
@@ -41,6 +42,7 @@ from engine.records import (
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from engine.stream import RequestStream, StreamHub
+from engine.structured_outputs import StructuredOutputsParams
 from engine.worker_messages import Abort, Add, AddLora, Ask, Close, Message, RemoveLora, Sleep, Wish
 
 if TYPE_CHECKING:
@@ -157,11 +159,30 @@ class EngineWorker:
             InvalidRequestError: the request can never run, or its id is in use.
             EngineDeadError: the engine takes no more requests.
         """
-        token_ids = self._prompt_ids(prompt)
+        token_ids, compiled = self._prompt_ids(prompt), self._grammar_of(params)
         with self._lock:
             return self._queue(
-                [self._open_stream(token_ids, params, request_id, cache_salt, lora, arrival_ns)]
+                [self._open_stream(token_ids, params, request_id, cache_salt, lora, arrival_ns, compiled)]
             )[0]
+
+    def compile_grammar(self, structured: StructuredOutputsParams) -> None:
+        """Have a grammar ready, so that no request that names it waits; returns when it is, at once where it is known.
+
+        Raises:
+            InvalidParamsError: naming what cannot be compiled, or would not be enforced.
+            EngineDeadError: the engine takes no more requests.
+        """
+        self._refuse_if_dead()
+        assert self._engine is not None
+        self._engine.grammars.compile(structured)
+
+    def _grammar_of(self, params: SamplingParams) -> Compiled | None:
+        """What the outputs follow; compiled before the lock is taken, which others wait for."""
+        if params.structured_outputs is None:
+            return None
+        self._refuse_if_dead()
+        assert self._engine is not None
+        return self._engine.grammars.grammar_of(params)
 
     def submit_all(
         self,
@@ -180,10 +201,16 @@ class EngineWorker:
             EngineDeadError: the engine takes no more requests.
         """
         tokenized = [self._prompt_ids(prompt) for prompt in prompts]
+        grammars = map(self._grammar_of, params)
+        asked = zip(tokenized, params, loras or [None] * len(tokenized), grammars, strict=True)
+        each = [(ids, one, lora, compiled) for ids, given, lora, compiled in asked for one in given.each()]
         with self._lock:
-            asked = zip(tokenized, params, loras or [None] * len(tokenized), strict=True)
-            each = [(ids, one, lora) for ids, given, lora in asked for one in given.each()]
-            return self._queue([self._open_stream(ids, one, lora=lora) for ids, one, lora in each])
+            return self._queue(
+                [
+                    self._open_stream(ids, one, lora=lora, compiled=compiled)
+                    for ids, one, lora, compiled in each
+                ]
+            )
 
     def _open_stream(
         self,
@@ -193,6 +220,7 @@ class EngineWorker:
         cache_salt: str = "",
         lora: str | None = None,
         arrival_ns: int | None = None,
+        compiled: Compiled | None = None,
     ) -> RequestStream:
         self._refuse_if_dead()
         if request_id is not None and request_id in self._hub:
@@ -204,8 +232,9 @@ class EngineWorker:
             )
         assert self._engine is not None
         request = self._engine.make_request(
-            token_ids, params, request_id=request_id, cache_salt=cache_salt, lora=lora, arrival_ns=arrival_ns
-        )
+            token_ids, params, request_id=request_id, cache_salt=cache_salt, lora=lora, arrival_ns=arrival_ns,
+            compiled=compiled,
+        )  # fmt: skip
         detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens) if self.tokenizer else None
         return RequestStream(request, self._hub, detokenizer, self.abort)
 

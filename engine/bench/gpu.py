@@ -1,6 +1,6 @@
 """Every GPU benchmark in one run of at most 8 minutes, the most telling first; each one's record is saved as soon as it is done.
 
-Needs torch, triton and transformers only. A benchmark whose time is not left is skipped with a line that says so; one that
+Needs torch, triton and transformers only, and xgrammar for what it is about. A benchmark whose time is not left is skipped with a line that says so; one that
 fails is reported and the others go on. Peers are off unless --peer-seconds is given, and then have that time on top.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import importlib
 import time
 import traceback
+from importlib.util import find_spec
 from typing import Any
 
 from engine.bench.parts.peers import add_arguments as add_peer_arguments
@@ -22,9 +23,10 @@ BUDGET_SECONDS = 8 * 60.0
 # In order of value, each with the seconds that must be left for it to begin: room, not a prediction.
 BENCHMARKS = {
     "serve-8b": 60.0, "nano": 30.0, "single": 20.0, "attention": 20.0, "prefill": 20.0, "mixed": 30.0,
-    "invariant": 45.0, "adapters": 60.0, "lifecycle": 90.0,
+    "invariant": 45.0, "adapters": 60.0, "structured": 40.0, "lifecycle": 90.0,
 }  # fmt: skip
 INTERPRETED = frozenset({"attention"})
+NEEDS_XGRAMMAR = frozenset({"structured"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +60,9 @@ def _run_one(name: str, session: Session, options: argparse.Namespace) -> dict[s
     if session.device.type == "cpu" and name in INTERPRETED:
         print(f"{name}: left out, without a GPU it has Triton's interpreter in a process of its own")
         return {"left_out": "no GPU"}
+    if name in NEEDS_XGRAMMAR and find_spec("xgrammar") is None:
+        print(f"{name}: left out, xgrammar is not installed")
+        return {"left_out": "no xgrammar"}
     began = time.monotonic()
     try:
         module = importlib.import_module(f"engine.bench.{name.replace('-', '_')}")

@@ -34,7 +34,10 @@ struct Sampling {
     const double *temperature, *top_p, *min_p;     // [rows]; a temperature of 0 is greedy
     const int64_t *top_k, *seed, *position;        // [rows]; a top_k of 0 keeps all
     const Edit* edits;                             // [num_edits], at most one a row
-    int64_t num_edits, num_threads;
+    int64_t num_edits;
+    const int64_t* masked;  // [num_masks], ascending: rows with a mask
+    const int32_t* masks;   // [num_masks, ceil(vocab / 32)]: bit j % 32 of word j / 32 is token j's, 0 where it must not come
+    int64_t num_masks, num_threads;
     int64_t* chosen;  // [rows]
 };
 
@@ -215,6 +218,20 @@ inline void apply(const Edit& edit, float* x, int64_t size) {
     for (int64_t i = 0; i < edit.num_banned; i++) x[edit.banned[i]] = NOTHING;
 }
 
+// A bit a token, 0 where it must not come.
+inline void apply(const int32_t* mask, float* x, int64_t size) {
+    for (int64_t begin = 0; begin < size; begin += 32) {
+        const uint32_t word = uint32_t(mask[begin >> 5]);
+        const int64_t end = std::min<int64_t>(32, size - begin);
+        if (word == ~0u) continue;
+        if (!word) {
+            std::fill(x + begin, x + begin + end, NOTHING);
+            continue;
+        }
+        for (int64_t bit = 0; bit < end; bit++) x[begin + bit] = word >> bit & 1 ? x[begin + bit] : NOTHING;
+    }
+}
+
 inline void sample_row(const Sampling& s, int64_t row, std::vector<float>& scratch, std::vector<Candidate>& found) {
     const float* logits = s.logits + row * s.vocab;
     const double temperature = s.temperature[row];
@@ -227,6 +244,11 @@ inline void sample_row(const Sampling& s, int64_t row, std::vector<float>& scrat
         if (s.edits[i].row != row) continue;
         copy();
         apply(s.edits[i], scratch.data(), s.vocab);
+    }
+    const int64_t* masked = std::lower_bound(s.masked, s.masked + s.num_masks, row);
+    if (masked != s.masked + s.num_masks && *masked == row) {
+        copy();
+        apply(s.masks + (masked - s.masked) * ((s.vocab + 31) / 32), scratch.data(), s.vocab);
     }
     if (temperature <= 0.0) {
         const float* x = is_copied ? scratch.data() : logits;

@@ -26,7 +26,8 @@ from engine.kernels.penalties import FULL, ONE_OUTPUT
 from engine.plan import Int32, RowAdmission, StepPlan
 from engine.runner.controls import Controls, controls_of
 from engine.runner.cpu_sampler import make_sampler
-from engine.runner.sampler import LogitEdits, Sampled, SampleSettings
+from engine.runner.sampler import LogitEdits, Masks, Sampled, SampleSettings
+from engine.runner.structured import Followed, GrammarRows
 
 Int64 = NDArray[np.int64]
 
@@ -74,6 +75,7 @@ class RowBatch(ABC):
         self.num_logprobs = np.full(rows, -1, dtype=np.int64)
         self.wants_prompt_logprobs = np.zeros(rows, dtype=bool)
         self.controls: dict[int, Controls] = {}  # of rows that ask for any
+        self.grammars = GrammarRows(shape.vocab_size)
         self._control_end = np.zeros(rows, dtype=np.int64)  # positions from it on are free of them
 
     def apply(self, plan: StepPlan) -> None:
@@ -110,6 +112,10 @@ class RowBatch(ABC):
         """The flat tensors of the plan that was applied last."""
 
     @abstractmethod
+    def limit(self, step: Followed) -> None:
+        """What `choose` draws next for these rows is what their grammars allow."""
+
+    @abstractmethod
     def choose(self, logits: Tensor, plan: StepPlan) -> Sampled:
         """Sample a token from each of the logits [L, V] and put it behind its row's last token, for the next step to read."""
 
@@ -140,6 +146,7 @@ class RowBatch(ABC):
         if controls is not None:
             self.controls[row] = controls
             self._control_end[row] = controls.end
+            self.grammars.admit(admission, controls)
 
     def _clear(self, row: int) -> None:
         self.num_blocks[row] = 0
@@ -147,6 +154,7 @@ class RowBatch(ABC):
         self.wants_prompt_logprobs[row] = False
         self._control_end[row] = 0
         self.controls.pop(row, None)
+        self.grammars.leave(row)
 
 
 class HostRowBatch(RowBatch):
@@ -165,6 +173,7 @@ class HostRowBatch(RowBatch):
         self._seed = np.zeros(rows, dtype=np.int64)
         self._marks: dict[int, NDArray[np.int16]] = {}  # [V], of rows with penalties
         self._biases: dict[int, NDArray[np.float32]] = {}  # [V], -inf where a token is not allowed
+        self._masks: Masks | None = None  # of the step at hand
         self._sample = make_sampler(torch.device("cpu"), deterministic=deterministic)
 
     def step_inputs(self, plan: StepPlan) -> StepInputs:
@@ -195,6 +204,10 @@ class HostRowBatch(RowBatch):
         )
         return StepInputs(token_ids, at, meta, logit_index)
 
+    def limit(self, step: Followed) -> None:
+        """What `choose` draws next for these rows is what their grammars allow."""
+        self._masks = Masks(np.array(step.places, np.int64), self.grammars.masks(step))
+
     def choose(self, logits: Tensor, plan: StepPlan) -> Sampled:
         """Sample a token from each of the logits [L, V] and put it behind its row's last token, for the next step to read."""
         index, position = plan.choices()
@@ -209,7 +222,9 @@ class HostRowBatch(RowBatch):
             position=position,
             num_logprobs=self.num_logprobs[rows],
             edits=tuple(self._edits(i, int(rows[i]), int(position[i])) for i in controlled.tolist()),
+            masks=self._masks,
         )
+        self._masks = None
         sampled = self._sample(logits, settings)
         self._tokens[rows, position] = sampled.token_ids.numpy()
         for i in controlled.tolist():
@@ -226,7 +241,7 @@ class HostRowBatch(RowBatch):
             self._biases.get(row),
             self._marks.get(row),
             (controls.repetition, controls.frequency, controls.presence),
-            tuple(controls.banned(self._tokens[row], position)),
+            tuple(controls.banned(self._tokens[row, controls.num_prompt_tokens : position])),
         )
 
     def _admit(self, admission: RowAdmission) -> None:

@@ -37,14 +37,20 @@ class Controls:
     biases: dict[int, float] = field(default_factory=dict)
     allowed: tuple[int, ...] | None = None
     bans: tuple[Ban, ...] = ()
+    has_grammar: bool = False  # a mask comes with every token (``engine.runner.structured``)
 
     @property
     def counts_tokens(self) -> bool:
         return (self.repetition, self.frequency, self.presence) != (1.0, 0.0, 0.0)
 
     @property
+    def is_limited(self) -> bool:
+        """Whether only some tokens may come."""
+        return self.allowed is not None or self.has_grammar
+
+    @property
     def end(self) -> int:
-        """The position from which on they change nothing."""
+        """The position from which on they change nothing, but for a grammar's masks."""
         if self.counts_tokens or self.biases or self.allowed is not None:
             return NEVER_ENDS
         return max((ban.until for ban in self.bans), default=0)
@@ -59,13 +65,10 @@ class Controls:
         values[np.searchsorted(ids, output)] += ONE_OUTPUT * np.minimum(count, FULL // ONE_OUTPUT)
         return ids, values.astype(np.int16)
 
-    def banned(self, text: Int32, position: int) -> list[int]:
-        """Tokens that must not come at `position`, of a row whose tokens before it `text` begins with."""
-        return [
-            ban.token_id
-            for ban in self.bans
-            if position < ban.until and _ends_with(text[self.num_prompt_tokens : position], ban.prefix)
-        ]
+    def banned(self, output: Int32 | list[int]) -> list[int]:
+        """Tokens that must not come behind these output tokens."""
+        position = self.num_prompt_tokens + len(output)
+        return [ban.token_id for ban in self.bans if position < ban.until and _ends_with(output, ban.prefix)]
 
 
 def controls_of(admission: RowAdmission, eos_token_ids: frozenset[int], vocab_size: int) -> Controls | None:
@@ -86,9 +89,10 @@ def controls_of(admission: RowAdmission, eos_token_ids: frozenset[int], vocab_si
         params.logit_bias or {},
         params.allowed_token_ids,
         tuple(bans),
+        admission.grammar is not None,
     )
-    return found if found.end else None
+    return found if found.end or found.has_grammar else None
 
 
-def _ends_with(output: Int32, prefix: tuple[int, ...]) -> bool:
-    return not prefix or (len(output) >= len(prefix) and tuple(output[-len(prefix) :].tolist()) == prefix)
+def _ends_with(output: Int32 | list[int], prefix: tuple[int, ...]) -> bool:
+    return not prefix or tuple(map(int, output[-len(prefix) :])) == prefix

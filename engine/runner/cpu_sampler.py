@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.kernels import cpu_library
 from engine.kernels.cpu_library import CpuLibrary
-from engine.runner.sampler import LogitEdits, LogprobTensors, Sampled, SampleSettings, sample
+from engine.runner.sampler import LogitEdits, LogprobTensors, Masks, Sampled, SampleSettings, sample
 
 Sampler = Callable[[Tensor, SampleSettings], Sampled]
 
@@ -41,6 +41,9 @@ class _Sampling(ctypes.Structure):
         ("position", ctypes.c_void_p),
         ("edits", ctypes.c_void_p),
         ("num_edits", ctypes.c_int64),
+        ("masked", ctypes.c_void_p),
+        ("masks", ctypes.c_void_p),
+        ("num_masks", ctypes.c_int64),
         ("num_threads", ctypes.c_int64),
         ("chosen", ctypes.c_void_p),
     ]
@@ -107,7 +110,7 @@ class CpuSampler:
             logits.data_ptr(), rows, vocab,
             _of(settings.temperature, np.float64), _of(settings.top_p, np.float64), _of(settings.min_p, np.float64),
             _of(settings.top_k, np.int64), _of(settings.seed, np.int64), _of(settings.position, np.int64),
-            ctypes.addressof(edits), len(edits), torch.get_num_threads(),
+            ctypes.addressof(edits), len(edits), *_mask_fields(settings.masks), torch.get_num_threads(),
             _of(chosen, np.int64),
         )  # fmt: skip
         self._functions.quire_sample(ctypes.byref(call))
@@ -136,6 +139,14 @@ def _edit_of(edit: LogitEdits, banned: NDArray[np.int64]) -> _Edit:
     bias = None if edit.bias is None else _of(edit.bias, np.float32)
     marks = None if edit.marks is None else _of(edit.marks, np.int16)
     return _Edit(edit.row, bias, marks, *edit.penalties, _of(banned, np.int64), len(banned))
+
+
+def _mask_fields(masks: Masks | None) -> tuple[int | None, int | None, int]:
+    return (
+        (None, None, 0)
+        if masks is None
+        else (_of(masks.rows, np.int64), _of(masks.bits, np.int32), len(masks.rows))
+    )
 
 
 def _of(array: NDArray[Any], kind: type[np.generic]) -> int:

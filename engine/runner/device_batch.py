@@ -22,8 +22,10 @@ from engine.kernels import logprobs, sampling
 from engine.kernels.sampling import RowSettings
 from engine.plan import RowAdmission, StepPlan
 from engine.runner.batch import BatchShape, Int64, RowBatch, StepInputs, flat_layout, num_decode_rows
+from engine.runner.controls import NEVER_ENDS
 from engine.runner.device_controls import DeviceControls
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
+from engine.runner.structured import Followed
 
 ALIGNMENT = 4  # int32 values in 16 bytes: a kernel is compiled anew for an address that is less aligned
 Int32 = NDArray[np.int32]
@@ -84,6 +86,13 @@ class DeviceRowBatch(RowBatch):
         )
         self._choice = _Choice(*rest)
         return StepInputs(self.tokens[row_at, at], wide, meta, logit_index.long())
+
+    def limit(self, step: Followed) -> None:
+        """What is drawn next for these rows is what their grammars allow: by one copy, behind the forward pass."""
+        assert self._device_controls is not None, "a grammar is a control"
+        allowed = self._device_controls.tables.allowed
+        rows, masks = upload((step.rows, self.grammars.masks(step)), self.device)
+        allowed[rows.long()] = masks.view(len(rows), -1)
 
     def choose(self, logits: Tensor, plan: StepPlan) -> Sampled:
         """Sample a token from each of the logits [L, V] and put it behind its row's last token, for the next step to read."""
@@ -155,6 +164,8 @@ class DeviceRowBatch(RowBatch):
 
     def _admit(self, admission: RowAdmission) -> None:
         params, blocks = admission.params, np.asarray(admission.block_ids[0], dtype=np.int64)
+        if admission.grammar is not None:
+            self._control_end[admission.row] = NEVER_ENDS
         self._is_filtered[admission.row] = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         if self._device_controls is None and admission.row in self.controls:
             self._device_controls = DeviceControls(self.idle_row + 1, self.shape.vocab_size, self.device)

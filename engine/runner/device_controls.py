@@ -22,6 +22,7 @@ from engine.kernels.logit_controls import (
 )
 from engine.plan import Int32
 from engine.runner.controls import Controls
+from engine.runner.structured import token_bits
 from engine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LATE_STOPS, MAX_LOGIT_BIASES
 
 MAX_BANS = MAX_BAD_WORDS + MAX_LATE_STOPS + 64  # 64: end-of-sequence ids, of which a model has a few
@@ -36,7 +37,7 @@ class DeviceControls:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(num_rows, *shape, dtype=dtype, device=device)
 
-        self._device, self._vocab_size = device, vocab_size
+        self._device = device
         self._numbers = torch.zeros(NUM_NUMBERS, num_rows, dtype=torch.int32, device=device)
         self._numbers[0].view(torch.float32).fill_(1.0)
         repetition, frequency, presence = (row.view(torch.float32) for row in self._numbers[:3])
@@ -71,7 +72,7 @@ class DeviceControls:
             np.int32
         )
         numbers[3:] = (
-            asked.counts_tokens, asked.allowed is not None, len(asked.biases), len(asked.bans), asked.num_prompt_tokens,
+            asked.counts_tokens, asked.is_limited, len(asked.biases), len(asked.bans), asked.num_prompt_tokens,
             len(token_ids),
         )  # fmt: skip
         if controls is None:
@@ -84,7 +85,9 @@ class DeviceControls:
             _ban_words(asked),
             ids.astype(np.int32),
             marks.astype(np.int32),
-            np.zeros(0, np.int32) if asked.allowed is None else _bits(asked.allowed, self._vocab_size),
+            np.zeros(0, np.int32)
+            if asked.allowed is None
+            else token_bits(asked.allowed, self.tables.allowed.shape[1]),
         ]
 
     def put(self, row: int, sent: Sequence[Tensor]) -> None:
@@ -113,10 +116,3 @@ def _ban_words(controls: Controls) -> Int32:
         word[0], word[UNTIL], word[LENGTH] = ban.token_id, ban.until, len(ban.prefix)
         word[PREFIX : PREFIX + len(ban.prefix)] = ban.prefix
     return words.ravel()
-
-
-def _bits(token_ids: Sequence[int], vocab_size: int) -> Int32:
-    """One bit a token of the vocabulary, in words of 32."""
-    is_in = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
-    is_in[list(token_ids)] = 1
-    return np.packbits(is_in, bitorder="little").view(np.int32)

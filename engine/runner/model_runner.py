@@ -38,6 +38,7 @@ from engine.runner.parked_weights import ParkedWeights
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
 from engine.runner.step_clock import StepClock
 from engine.runner.step_cost import StepCost, StepNeeds
+from engine.runner.structured import Followed
 
 if TYPE_CHECKING:
     from engine.runner.decode_graphs import DecodeGraphs, Replay
@@ -61,6 +62,7 @@ class _Started:
     clock: StepClock
     needs: StepNeeds
     graph_size: int
+    followed: Followed | None  # rows of it that follow a grammar
 
 
 class ModelRunner:
@@ -173,7 +175,13 @@ class ModelRunner:
             started.clock.wait()
         except Exception as error:
             raise _as_engine_error(error) from error
+        self._follow(started)
         return _result(started)
+
+    def _follow(self, started: _Started) -> None:
+        """Take in what a step chose for rows that follow a grammar, once it is on the host."""
+        if started.followed is not None and self._batch is not None:
+            self._batch.grammars.advance(started.followed, started.sampled.token_ids.tolist())
 
     def reset_rows(self) -> None:
         """Forget every row and every step in flight."""
@@ -307,12 +315,14 @@ class ModelRunner:
             self.adapters.apply(plan)
         size = self._graphs.size_for(plan) if self._graphs is not None else 0
         prompt: tuple[tuple[int, int, LogprobTensors], ...] = ()
+        followed = batch.grammars.followed(plan)
         if size and self._graphs is not None:
             self._graphs.send(plan, size)
             clock.mark()
             prepare_ms = (time.perf_counter() - began) * 1e3
             self._graphs.forward(plan, size)
             clock.mark()
+            self._limit(followed, batch)
             sampled = self._graphs.choose(plan, size)
         else:
             inputs = batch.step_inputs(plan)
@@ -327,6 +337,7 @@ class ModelRunner:
             logits = decoder.logits(_rows_of(hidden, inputs.logit_index)) if len(plan.logit_rows) else None
             clock.mark()
             if logits is not None:
+                self._limit(followed, batch)
                 sampled = batch.choose(logits, plan)
             prompt = self._prompt_logprobs(plan, decoder, batch, hidden)
         wanted = batch.num_logprobs[plan.rows[plan.choices().row_index]][list(sampled.logprob_rows)].tolist()
@@ -336,7 +347,17 @@ class ModelRunner:
             sampled = sampled.to_host()
         clock.mark()
         needs = self._cost.of(plan, sum(len(figures.token_ids) for _, _, figures in prompt))
-        return _Started(plan, sampled, wanted, prompt, prepare_ms, clock, needs, size)
+        return _Started(plan, sampled, wanted, prompt, prepare_ms, clock, needs, size, followed)
+
+    def _limit(self, followed: Followed | None, batch: RowBatch) -> None:
+        """Mask what the sampler will choose from, as far as grammars say; they need the tokens of the steps in flight."""
+        if followed is None:
+            return
+        for started in self._inflight:
+            if isinstance(started, _Started) and started.followed is not None:
+                started.clock.wait()
+                self._follow(started)
+        batch.limit(followed)
 
     def _prompt_logprobs(
         self, plan: StepPlan, decoder: StepDecoder, batch: RowBatch, hidden: Tensor
@@ -400,6 +421,7 @@ def _result(started: _Started) -> StepResult:
         token_ids=sampled.token_ids.tolist(),
         logprobs=logprobs,
         prompt_logprobs=prompt,
+        dead_ends={} if started.followed is None else started.followed.dead_ends,
         prepare_ms=started.prepare_ms,
         forward_ms=started.clock.elapsed_ms(0),
         sample_ms=started.clock.elapsed_ms(1),

@@ -51,6 +51,16 @@ class LogitEdits:
 
 
 @dataclass(frozen=True, slots=True)
+class Masks:
+    """Which tokens may come in k of the L rows, each with a word of bits for 32 tokens."""
+
+    rows: NDArray[np.int64]  # [k], ascending
+    bits: NDArray[
+        np.int32
+    ]  # [k, ceil(V / 32)]: bit j % 32 of word j // 32 is token j's, 0 where it must not come
+
+
+@dataclass(frozen=True, slots=True)
 class SampleSettings:
     """How each of L rows samples. Host arrays [L], so that deciding what to do costs no device wait."""
 
@@ -62,6 +72,7 @@ class SampleSettings:
     position: NDArray[np.int64]  # of the token to be chosen
     num_logprobs: NDArray[np.int64]  # -1: none wanted; n: the chosen one and the n most likely
     edits: tuple[LogitEdits, ...] = ()  # of rows that ask for any
+    masks: Masks | None = None  # of rows that follow a grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +165,7 @@ def noise_keys(seed: NDArray[np.int64], position: NDArray[np.int64]) -> Tensor:
 def sample(logits: Tensor, settings: SampleSettings, *, invariant: bool = False) -> Sampled:
     """Choose a token for each row of logits [L, V] (float32 or float64, left as they are)."""
     wanted = np.nonzero(settings.num_logprobs >= 0)[0]
-    allowed = _edited(logits, settings.edits)
+    allowed = _masked(_edited(logits, settings.edits), settings.masks)
     drawn = np.nonzero(settings.temperature > 0.0)[0]
     if len(drawn) == len(logits):
         chosen = _draw(allowed, settings, drawn, invariant)
@@ -281,3 +292,12 @@ def _edited(logits: Tensor, edits: tuple[LogitEdits, ...]) -> Tensor:
             row.copy_(penalized(row, torch.from_numpy(edit.marks), *scalars))
         row[list(edit.banned)] = float("-inf")
     return logits
+
+
+def _masked(logits: Tensor, masks: Masks | None) -> Tensor:
+    if masks is None:
+        return logits
+    is_allowed = np.unpackbits(masks.bits.view(np.uint8), axis=1, bitorder="little", count=logits.shape[1])
+    index = torch.from_numpy(masks.rows)
+    limited = logits[index].masked_fill(torch.from_numpy(is_allowed) == 0, float("-inf"))
+    return logits.index_copy(0, index, limited)

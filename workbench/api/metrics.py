@@ -136,6 +136,7 @@ class EngineSink:
         self.inference = Histogram(_REQUEST_SECONDS)
         self.prompt_tokens = Histogram(_TOKENS)
         self.generation_tokens = Histogram(_TOKENS)
+        self.grammar_compile = Histogram(_SECONDS)
         self.step_tokens = Histogram(_STEP_TOKENS)
         self.step_seconds = Histogram(_TOKEN_SECONDS)
 
@@ -147,6 +148,8 @@ class EngineSink:
         self.e2e.observe((record.finished_ns - record.arrival_ns) / 1e9)
         self.prompt_tokens.observe(record.num_prompt_tokens)
         self.generation_tokens.observe(record.num_output_tokens)
+        if record.grammar_compile_ms:
+            self.grammar_compile.observe(record.grammar_compile_ms / 1e3)
         if record.admitted_ns is not None:
             self.queue.observe((record.admitted_ns - record.arrival_ns) / 1e9)
             self.inference.observe((record.finished_ns - record.admitted_ns) / 1e9)
@@ -174,6 +177,11 @@ class EngineSink:
             ("request_inference_time_seconds", self.inference, "Admission to the end"),
             ("request_prompt_tokens", self.prompt_tokens, "Prompt tokens of a request"),
             ("request_generation_tokens", self.generation_tokens, "Output tokens of a request"),
+            (
+                "grammar_compile_seconds",
+                self.grammar_compile,
+                "Compilation of a grammar that was not known yet",
+            ),
             ("iteration_tokens_total", self.step_tokens, "Tokens computed in a step"),
             ("iteration_time_seconds", self.step_seconds, "Duration of a step"),
         ):

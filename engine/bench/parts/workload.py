@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from engine.engine import Engine, StepOutput
 from engine.records import RequestRecord, StepRecord
 from engine.sampling_params import SamplingParams
+from engine.structured_outputs import StructuredOutputsParams
 
 
 class OutOfTime(Exception):
@@ -141,9 +142,10 @@ def run_workload(
     workload: Workload,
     *,
     loras: Sequence[str | None] | None = None,
+    structured: StructuredOutputsParams | None = None,
     ends_at: float | None = None,
 ) -> Run:
-    """Run all requests to their end. `loras`: the adapter of each; `ends_at`: ``time.monotonic()`` at which to give up.
+    """Run all requests to their end. `loras`: the adapter of each; `structured`: what all outputs follow; `ends_at`: ``time.monotonic()`` at which to give up.
 
     Raises:
         OutOfTime: `ends_at` passed; the engine is idle again.
@@ -151,7 +153,9 @@ def run_workload(
     """
     began = time.perf_counter()
     requests = zip(workload.prompts, workload.output_tokens, loras or [None] * len(workload.prompts))
-    names = [add(engine, prompt, count, workload.temperature, lora) for prompt, count, lora in requests]
+    names = [
+        add(engine, prompt, count, workload.temperature, lora, structured) for prompt, count, lora in requests
+    ]
     taken = Collected()
     while engine.has_work:
         taken.take(engine.step())
@@ -171,9 +175,12 @@ def add(
     output_tokens: int,
     temperature: float = 0.0,
     lora: str | None = None,
+    structured: StructuredOutputsParams | None = None,
 ) -> str:
     """Queue one request; returns its id."""
-    params = SamplingParams(max_tokens=output_tokens, temperature=temperature, ignore_eos=True)
+    params = SamplingParams(
+        max_tokens=output_tokens, temperature=temperature, ignore_eos=structured is None, structured_outputs=structured
+    )  # fmt: skip
     request = engine.make_request(tuple(prompt), params, lora=lora)
     engine.add(request)
     return request.request_id

@@ -136,6 +136,14 @@ def test_adapters_compares_eight_in_one_batch_with_the_base(capsys):
     check_phases(figures["phases"])
 
 
+def test_structured_compares_runs_with_a_grammar_and_without(capsys):
+    figures, _ = run_tiny("structured", capsys)
+    assert [row["engine"] for row in figures["engines"]] == ["FakeRunner, 0 ms a step", "tiny on cpu"]
+    for row, verdict in zip(figures["engines"], figures["verdicts"], strict=True):
+        assert row["lowest"] <= row["cost"] == verdict["value"] <= row["highest"]
+        assert row["rounds"] == 2
+
+
 @no_gpu
 def test_attention_without_a_gpu_checks_its_results():
     # In a process of its own: Triton reads whether to interpret when kernels are imported.

@@ -11,7 +11,7 @@ import torch
 
 from engine.kernels.cpu_library import CpuLibrary
 from engine.runner.cpu_sampler import CpuSampler, make_sampler
-from engine.runner.sampler import LogitEdits, SampleSettings, gumbel_noise, noise_keys, sample
+from engine.runner.sampler import LogitEdits, Masks, SampleSettings, gumbel_noise, noise_keys, sample
 
 CHOICES: tuple[dict[str, Any], ...] = (
     {},
@@ -43,6 +43,7 @@ def settings_of(rows: int, **values: Any) -> SampleSettings:
         position=column("position", 0, np.int64),
         num_logprobs=column("num_logprobs", -1, np.int64),
         edits=values.get("edits", ()),
+        masks=values.get("masks"),
     )
 
 
@@ -67,6 +68,16 @@ def edits_of(vocab: int) -> tuple[LogitEdits, ...]:
     )
 
 
+def masks_of(vocab: int, *rows: int) -> Masks:
+    """Random ones, with words that allow all and words that allow none; the first token may always come."""
+    random = np.random.default_rng(vocab)
+    bits = random.integers(-(2**31), 2**31, (len(rows), -(-vocab // 32))).astype(np.int32)
+    bits[random.random(bits.shape) < 0.3] = -1
+    bits[random.random(bits.shape) < 0.3] = 0
+    bits[:, 0] |= 1
+    return Masks(np.array(rows, np.int64), bits)
+
+
 @pytest.fixture
 def compiled(library: CpuLibrary) -> CpuSampler:
     return CpuSampler(library)
@@ -78,7 +89,7 @@ def test_same_tokens_and_figures_as_torch(compiled: CpuSampler, vocab: int, choi
     rows = 24
     settings = settings_of(
         rows, seed=np.arange(rows) * 2**33 - 7, position=np.arange(rows), num_logprobs=min(4, vocab),
-        edits=edits_of(vocab),
+        edits=edits_of(vocab), masks=masks_of(vocab, 0, 3, 4, 20),
         **choice,
     )  # fmt: skip
     logits = logits_of(rows, vocab, seed=vocab)

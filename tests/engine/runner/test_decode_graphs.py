@@ -21,6 +21,7 @@ from engine.attention.reference import ReferenceAttention
 from engine.build import prepare_decoder
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.fake_tokenizer import FakeTokenizer
 from engine.kernels.kv_quantization import cache_dtype
 from engine.kernels.lora import tokens_by_slot
 from engine.memory import DeviceMemory, make_kv_spec, torch_dtype
@@ -32,12 +33,17 @@ from engine.runner.decode_graphs import captured_sizes
 from engine.runner.model_runner import ModelRunner
 from engine.runner.profile_run import measure_steps
 from engine.sampling_params import SamplingParams
+from engine.structured_outputs import StructuredOutputsParams
 
 ASKS_THE_HOST = {
     "aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select",
     "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave.Tensor",
     "aten::_pin_memory",
 }  # fmt: skip
+
+DIGITS = StructuredOutputsParams(
+    regex="[0-9]{2,20}(-[0-9]{2,9})*"
+)  # of FakeTokenizer's bytes, the model has the first 61
 
 
 class Refused(Exception):
@@ -243,6 +249,11 @@ def workload() -> dict[str, Asked]:
                                                   logit_bias={3: 4.5, 7: -100.0, 11: 3.0}, logprobs=1), arrives=3),
         "limited": Asked(tokens(4), SamplingParams(max_tokens=20, seed=12, allowed_token_ids=(0, 3, 6, 9),
                                                    bad_words=((0,), (3, 6), (9, 9), (6, 3, 3)), **drawn), arrives=5),
+        "follows": Asked(tokens(5), SamplingParams(max_tokens=24, seed=21, temperature=1.3, logprobs=1,
+                                                   structured_outputs=DIGITS), arrives=2),
+        "follows more": Asked([*shared, 4], SamplingParams(max_tokens=20, seed=22, temperature=1.3, frequency_penalty=1.0,
+                                                           allowed_token_ids=(48, 49, 50, 60), bad_words=((49, 50),), min_tokens=6,
+                                                           structured_outputs=DIGITS), arrives=4),
         "long": Asked(tokens(24), SamplingParams(max_tokens=10, seed=8, **drawn), arrives=4),
     }  # fmt: skip
 
@@ -272,6 +283,7 @@ def run(tiny_decoder: Callable[..., Decoder]) -> Callable[..., Ran]:
             kv_spec=kv_spec,
             eos_token_ids=frozenset({60}),
             vocab_size=decoder.config.vocab_size,
+            tokenizer=FakeTokenizer(),
         )
         ran, waiting, step = Ran(), dict(requests), 0
         while waiting or engine.has_work:

@@ -18,6 +18,7 @@ VLLM_NAMES = {
     "prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "request_success", "time_to_first_token_seconds",
     "inter_token_latency_seconds", "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
     "request_queue_time_seconds", "request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total",
+    "grammar_compile_seconds",
 }  # fmt: skip
 
 

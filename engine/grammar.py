@@ -1,0 +1,247 @@
+"""GrammarCompiler: what an output must look like, compiled into what tells the tokens that may come next, once per content.
+
+Compiling takes milliseconds to seconds, so it happens in the thread that asks, never on the engine's. What is compiled is kept
+under its content, the least recently used given up beyond `max_bytes`.
+
+xgrammar compiles and follows grammars; it is imported with the first one. Boundary: no rows, no masks
+(``engine.runner.structured``). Which schemas are taken is ``engine.json_schema``'s.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.errors import InvalidParamsError
+from engine.grammar_process import MAX_SECONDS, GrammarProcess, Job, TooCostly, compile_job
+from engine.json_schema import enforceable, is_small
+from engine.regex_syntax import check_regex
+
+if TYPE_CHECKING:
+    from engine.sampling_params import SamplingParams
+    from engine.structured_outputs import StructuredOutputsParams
+    from engine.tokenizer import TokenizerLike
+
+MAX_BYTES = 64 << 20
+MAX_TEXT_BYTES = 64 << 10  # of one schema, expression, grammar, or all choices together
+JSON_OBJECT = '{"type":"object","additionalProperties":true}'
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grammar:
+    """A compiled grammar; any number of rows and threads may follow it."""
+
+    compiled: Any  # xgrammar.CompiledGrammar
+    stop_token_ids: frozenset[int]  # that end an output where the grammar may end
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A grammar, and the time that its compilation took; 0 if somebody was told of it before."""
+
+    grammar: Grammar
+    compile_ms: float
+
+
+class GrammarCompiler:
+    """Compiles for one model's tokenizer. Safe to call from any thread.
+
+    `vocab_size`: the model's, which may be larger than the tokenizer's: ids behind it are never allowed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerLike | None,
+        *,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        max_bytes: int = MAX_BYTES,
+        max_seconds: float = MAX_SECONDS,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
+        self._max_bytes, self._max_seconds = max_bytes, max_seconds
+        self._num_bytes = 0
+        self._known: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
+        self._untold: dict[StructuredOutputsParams, float] = {}
+        self._lock = threading.Lock()  # of the three above
+        self._here, self._apart = (
+            threading.Lock(),
+            threading.Lock(),
+        )  # one compiles in this process, one in the other
+        self._vocabulary: Any = None  # xgrammar.TokenizerInfo
+        self._compiler: Any = None  # xgrammar.GrammarCompiler
+        self._process: GrammarProcess | None = None
+
+    def compile(self, structured: StructuredOutputsParams) -> None:
+        """Have the grammar ready for requests to come.
+
+        Raises:
+            InvalidParamsError: naming what cannot be compiled or would not be enforced, before any work.
+        """
+        if self._get(structured) is not None:
+            return
+        _check_size(structured)
+        job = _job_of(structured)
+        with self._here:
+            self._prepare()
+        is_quick = _is_quick(structured, job)
+        with self._here if is_quick else self._apart:
+            if self._get(structured) is not None:  # by somebody who asked at the same time
+                return
+            began = time.perf_counter()
+            grammar = self._compile(structured, job, is_quick)
+            self._keep(structured, grammar, (time.perf_counter() - began) * 1e3)
+
+    def _keep(self, structured: StructuredOutputsParams, grammar: Grammar, compile_ms: float) -> None:
+        with self._lock:
+            self._known[structured] = grammar
+            self._untold[structured] = compile_ms
+            self._num_bytes += grammar.num_bytes
+            while self._num_bytes > self._max_bytes and len(self._known) > 1:
+                oldest, dropped = self._known.popitem(last=False)
+                self._untold.pop(oldest, None)
+                self._num_bytes -= dropped.num_bytes
+
+    def grammar_of(self, params: SamplingParams) -> Compiled | None:
+        """The grammar that a request with these params follows; None if it follows none.
+
+        Raises:
+            InvalidParamsError: as `compile`, or params that leave an output no end.
+        """
+        structured = params.structured_outputs
+        if structured is None:
+            return None
+        if params.ignore_eos:
+            raise InvalidParamsError(
+                "ignore_eos would leave a structured output no end", value=True, limit=False, param="ignore_eos",
+                remedy="Leave ignore_eos out.",
+            )  # fmt: skip
+        while (grammar := self._get(structured)) is None:  # again, if others' have pushed it out already
+            self.compile(structured)
+        with self._lock:
+            return Compiled(grammar, self._untold.pop(structured, 0.0))
+
+    def _get(self, structured: StructuredOutputsParams) -> Grammar | None:
+        with self._lock:
+            grammar = self._known.get(structured)
+            if grammar is not None:
+                self._known.move_to_end(structured)
+            return grammar
+
+    def close(self) -> None:
+        """End the process that compiles, where there is one."""
+        if self._process is not None:
+            self._process.close()
+
+    def _compile(self, structured: StructuredOutputsParams, job: Job, is_quick: bool) -> Grammar:
+        kind = structured.kind
+        try:
+            if is_quick:
+                compiled = compile_job(self._compiler, job)
+            else:
+                assert self._process is not None
+                compiled = xgrammar().CompiledGrammar.deserialize_json(
+                    self._process.compile(job), self._vocabulary
+                )
+        except RuntimeError as error:  # what xgrammar raises for everything that it does not take
+            raise InvalidParamsError(
+                f"structured_outputs.{kind} cannot be compiled: {_reason(error)}",
+                value=getattr(structured, kind),
+                param=f"structured_outputs.{kind}",
+            ) from error
+        except TooCostly as error:
+            raise InvalidParamsError(
+                f"structured_outputs.{kind} takes more than {self._max_seconds:g} s, or too much memory, to compile",
+                value=getattr(structured, kind),
+                limit=self._max_seconds,
+                remedy="Nest and repeat less in it.",
+                param=f"structured_outputs.{kind}",
+            ) from error
+        self._check_beginning(compiled, structured)
+        return Grammar(compiled, self._eos, int(compiled.memory_size_bytes))
+
+    def _check_beginning(self, compiled: Any, structured: StructuredOutputsParams) -> None:
+        """Refuse what no output can begin with."""
+        mask = np.zeros((1, -(-self._vocab_size // 32)), np.int32)
+        xgrammar().GrammarMatcher(compiled).fill_next_token_bitmask(mask)
+        if not mask.any():
+            raise InvalidParamsError(
+                f"no output matches structured_outputs.{structured.kind}",
+                value=getattr(structured, structured.kind),
+                param=f"structured_outputs.{structured.kind}",
+            )
+
+    def _prepare(self) -> None:
+        """The vocabulary and the compilers, for the first grammar."""
+        if self._vocabulary is not None:
+            return
+        if self._tokenizer is None or not self._eos:
+            missing = "tokenizer" if self._tokenizer is None else "end-of-sequence token"
+            raise InvalidParamsError(
+                f"structured outputs need a {missing}, and this engine has none", param="structured_outputs"
+            )
+        special = self._tokenizer.special_token_ids
+        count = min(self._vocab_size, self._tokenizer.vocab_size)
+        # A token without bytes is never allowed.
+        texts = [b"" if i in special else self._tokenizer.token_bytes(i) for i in range(count)]
+        self._vocabulary = xgrammar().TokenizerInfo(
+            texts, xgrammar().VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=sorted(self._eos)
+        )  # fmt: skip
+        self._compiler = xgrammar().GrammarCompiler(self._vocabulary, max_threads=1, cache_enabled=False)
+        self._process = GrammarProcess(self._vocabulary.serialize_json(), self._max_seconds)
+
+
+def xgrammar() -> Any:
+    """The module, imported when it is asked for: it brings torch in."""
+    import xgrammar
+
+    return xgrammar
+
+
+def _job_of(structured: StructuredOutputsParams) -> Job:
+    if structured.json is not None:
+        return Job("json", enforceable(structured.json), structured.any_whitespace)
+    if structured.json_object:
+        return Job("json", JSON_OBJECT, structured.any_whitespace)
+    if structured.regex is not None:
+        check_regex(structured.regex, where="structured_outputs.regex")
+        return Job("regex", structured.regex)
+    return Job("ebnf", structured.grammar or _choice_grammar(structured.choice))
+
+
+def _is_quick(structured: StructuredOutputsParams, job: Job) -> bool:
+    """Whether its size alone promises that compiling ends soon: then no process is started for it."""
+    return structured.choice is not None or (job.language == "json" and is_small(job.text))
+
+
+def _choice_grammar(choice: tuple[str, ...] | None) -> str:
+    """EBNF of one of the texts; its string literals are JSON's."""
+    assert choice is not None, "no kind of structured output"
+    return "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choice)
+
+
+def _check_size(structured: StructuredOutputsParams) -> None:
+    given = getattr(structured, structured.kind)
+    texts = given if isinstance(given, tuple) else (given,)
+    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts if isinstance(text, str))
+    if size > MAX_TEXT_BYTES:
+        raise InvalidParamsError(
+            f"structured_outputs.{structured.kind} has {size} bytes, at most {MAX_TEXT_BYTES} are taken",
+            value=size,
+            limit=MAX_TEXT_BYTES,
+            param=f"structured_outputs.{structured.kind}",
+        )
+
+
+def _reason(error: RuntimeError) -> str:
+    """xgrammar's message without the place in its own source."""
+    return str(error).strip().rpartition(".cc:")[2].partition(": ")[2] or str(error).strip()
