@@ -88,8 +88,12 @@ class GrammarProcess:
         """The answer to one job; None if it took too much."""
         began = time.monotonic()
         answer = _ask(self._running(), asdict(job))
-        if answer is None and time.monotonic() - began < self._max_seconds / 2:
-            answer = _ask(self._running(), asdict(job))  # it had just ended by itself, for want of jobs
+        if answer is None:
+            self._stop()  # it may take a while to end, and must not be asked again meanwhile
+            if (
+                time.monotonic() - began < self._max_seconds / 2
+            ):  # it had just ended by itself, for want of jobs
+                answer = _ask(self._running(), asdict(job))
         return answer
 
     def close(self) -> None:
