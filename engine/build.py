@@ -43,7 +43,13 @@ from engine.models.decoder import Decoder, StepDecoder
 from engine.models.fused_cpu import FusedCpuDecoder
 from engine.models.layers import Linear
 from engine.models.lora import LoraSlots
-from engine.models.quantized import check_quantization, quantize_decoder
+from engine.models.quantized import (
+    check_checkpoint,
+    check_quantization,
+    held_forms,
+    quantize_decoder,
+    set_deterministic,
+)
 from engine.models.weights import load_weights
 from engine.needle import find_needle
 from engine.pool_size import Measured, PoolSizer, check_swap_space
@@ -74,6 +80,7 @@ def resolve_config(
     device = _resolve_device(config.device)
     asked, config = config, replace(config, device=str(device), dtype=_resolve_dtype(config.dtype, device))
     dtype = torch_dtype(config)
+    check_checkpoint(config.quantization, model)
     if config.quantization is not None:
         check_quantization(
             config.quantization, model, dtype=dtype, device=device, deterministic=config.deterministic
@@ -263,10 +270,13 @@ def _load_decoder(
 ) -> StepDecoder:
     """The model of a folder in the form that runs."""
     assert config.max_model_len is not None
+    dtype, device = torch_dtype(config), torch.device(config.device)
     decoder = Decoder(
-        model, dtype=torch_dtype(config), device=torch.device(config.device), max_positions=config.max_model_len
+        model, dtype=dtype, device=device, max_positions=config.max_model_len,
+        held_forms=held_forms(model, dtype=dtype, device=device, deterministic=config.deterministic),
     )  # fmt: skip
     load(decoder, folder, progress)
+    set_deterministic(decoder, config.deterministic)
     if config.quantization is not None:
         quantize_decoder(decoder, config.quantization, deterministic=config.deterministic)
     return prepare_decoder(decoder, config)

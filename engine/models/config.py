@@ -1,6 +1,6 @@
 """ModelConfig: the shape of a causal LM, frozen, read once from a Hugging Face config.json.
 
-Boundary: plain numbers, no torch. Both spellings of the rotary embedding are read: `rope_parameters` (transformers 5)
+Boundary: plain numbers. Both spellings of the rotary embedding are read: `rope_parameters` (transformers 5)
 and `rope_theta` + `rope_scaling` (older checkpoints). What the decoder cannot do raises here, before any weight is read.
 It does not look at weights, tokenizer or generation settings.
 """
@@ -15,6 +15,8 @@ from typing import Any
 
 from engine.errors import ModelLoadError, ModelNotFoundError, UnsupportedModelError
 from engine.models.registry import Family, family_of
+from engine.quantization.checkpoint import CheckpointQuantization
+from engine.quantization.schemes import read_quantization
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -60,6 +62,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]  # one per layer
     dtype: str | None = None  # of the checkpoint
     eos_token_ids: frozenset[int] = frozenset()
+    quantization: CheckpointQuantization | None = None  # how the checkpoint stores its linear layers
 
     @property
     def max_context(self) -> int:
@@ -165,6 +168,7 @@ class ModelConfig:
             sliding_windows=_read_windows(values, family, layers),
             dtype=str(dtype).removeprefix("torch.") if dtype else None,
             eos_token_ids=_as_ids(values.get("eos_token_id")),
+            quantization=read_quantization(values),
         )
 
 
@@ -196,14 +200,6 @@ def _refuse_unknown_parts(values: Mapping[str, Any], family: Family) -> None:
             value=activation,
             limit=["silu"],
             param="hidden_act",
-        )
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"quantized checkpoints ({method}) are not supported",
-            value=method,
-            param="quantization_config",
-            remedy="Use the unquantized checkpoint of the model.",
         )
     for key in ("attention_bias", "mlp_bias"):
         read = family.reads_attention_bias if key == "attention_bias" else family.reads_mlp_bias

@@ -73,7 +73,14 @@ class DecoderLayer(nn.Module):
     takes one more where it merges contexts that it had split, and one more in a mixed step.
     """
 
-    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight_device: torch.device,
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_size = (
             config.num_heads,
@@ -88,7 +95,7 @@ class DecoderLayer(nn.Module):
         hidden, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
 
         def linear(n_in: int, n_out: int, bias: bool) -> Linear:
-            return Linear(n_in, n_out, bias=bias, dtype=dtype, device=device)
+            return Linear(n_in, n_out, bias=bias, dtype=dtype, device=device, weight_device=weight_device)
 
         def norm(size: int) -> RMSNorm:
             return RMSNorm(size, eps, dtype=dtype, device=device)
@@ -156,18 +163,32 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal LM without its cache. Weights are uninitialised until the loader has filled `weight_targets`."""
+    """A causal LM without its cache. Weights are uninitialised until the loader has filled `weight_targets`.
+
+    `held_forms`: what a quantized checkpoint's layers may stay ("int4", "int8", "fp8"); their weights have no memory before
+    the loader gives them some. None of them: it makes floats of all.
+    """
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, max_positions: int
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int,
+        held_forms: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.config = config
+        self.held_forms = held_forms if config.quantization is not None else frozenset()
+        weight_device = torch.device("meta") if self.held_forms else device
         self.embedding = nn.Parameter(
             torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device),
             requires_grad=False,
         )
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, dtype, device, weight_device) for i in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         self.lm_head = Linear(
             config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=torch.device("meta")
@@ -237,17 +258,21 @@ def _num_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _layer_targets(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
+def merged_linears(layer: DecoderLayer) -> dict[str, tuple[tuple[str, int], ...]]:
+    """A layer's linear modules by name, each with the checkpoint's layers that it joins and their outputs."""
     q, kv = layer.num_heads * layer.head_size, layer.num_kv_heads * layer.head_size
     inner = layer.down.weight.shape[1]
-    merged: list[tuple[Linear, tuple[tuple[str, int], ...]]] = [
-        (layer.qkv, (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))),
-        (layer.out, (("self_attn.o_proj", layer.out.weight.shape[0]),)),
-        (layer.gate_up, (("mlp.gate_proj", inner), ("mlp.up_proj", inner))),
-        (layer.down, (("mlp.down_proj", layer.down.weight.shape[0]),)),
-    ]
-    for linear, parts in merged:
-        first = 0
+    return {
+        "qkv": (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)),
+        "out": (("self_attn.o_proj", layer.out.weight.shape[0]),),
+        "gate_up": (("mlp.gate_proj", inner), ("mlp.up_proj", inner)),
+        "down": (("mlp.down_proj", layer.down.weight.shape[0]),),
+    }
+
+
+def _layer_targets(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
+    for module, parts in merged_linears(layer).items():
+        linear, first = getattr(layer, module), 0
         for name, size in parts:
             yield f"{name}.weight", linear.weight[first : first + size]
             if linear.bias is not None:

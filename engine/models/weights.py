@@ -3,13 +3,14 @@
 Each tensor is copied from the mapped file into its place in the merged parameter, so that the weights exist once. Strict: every parameter is filled exactly once, shapes must agree, and a tensor that the decoder has no place for is
 an error, because it would be a part of the model that is not computed.
 
-Boundary: no pickle formats, no quantized formats, no download.
+Boundary: no pickle formats, no download. Quantized checkpoints: ``engine.models.stored_linears``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from engine.errors import CorruptWeightsError, ModelNotFoundError, UnsupportedModelError
 from engine.models.decoder import Decoder
+from engine.models.stored_linears import StoredLinears
 from engine.models.weight_copies import WeightCopies
 
 Progress = Callable[[str, float], None]
@@ -36,13 +38,15 @@ def load_weights(decoder: Decoder, folder: Path | str, progress: Progress | None
         CorruptWeightsError: missing shard, truncated file, wrong shape, missing or doubled tensor.
     """
     targets = dict(decoder.weight_targets())
+    stored = StoredLinears(decoder, targets)
+    targets = {name: target for name, target in targets.items() if name not in stored.names}
     ignored = {"lm_head.weight"} if decoder.config.tie_embeddings else set()
     filled: dict[str, Path] = {}
     files = weight_files(Path(folder))
     with WeightCopies(decoder.embedding.device) as copies:
         for path in files:
-            _load_file(path, targets, ignored, filled, copies, progress)
-    missing = sorted(targets.keys() - filled.keys())
+            _load_file(path, targets, stored, ignored, filled, copies, progress)
+    missing = sorted((targets.keys() - filled.keys()) | set(stored.missing()))
     if missing:
         raise CorruptWeightsError(
             f"{folder}: {len(missing)} of {len(targets)} tensors are in no weight file, the first is {missing[0]}",
@@ -50,6 +54,9 @@ def load_weights(decoder: Decoder, folder: Path | str, progress: Progress | None
             param="model",
             remedy="Check that config.json and the weight files belong together. " + AGAIN,
         )
+    stored.fill(
+        lambda share: progress("unpacking quantized weights", share) if progress is not None else None
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -117,6 +124,7 @@ def _raise_no_weights(folder: Path) -> None:
 def _load_file(
     path: Path,
     targets: dict[str, Tensor],
+    stored: StoredLinears,
     ignored: set[str],
     filled: dict[str, Path],
     copies: WeightCopies,
@@ -126,6 +134,8 @@ def _load_file(
         with safe_open(str(path), framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 if name in ignored or name.endswith(".rotary_emb.inv_freq"):
+                    continue
+                if stored.take(name, partial(file.get_tensor, name)):
                     continue
                 _check_place(path, name, targets, filled)
                 source = file.get_tensor(name)
@@ -171,8 +181,8 @@ def _check_values(path: Path, name: str, source: Tensor, target: Tensor) -> None
         )
     if not source.is_floating_point():
         raise UnsupportedModelError(
-            f"{path.name}: {name} has dtype {source.dtype}; quantized weights are not supported",
+            f"{path.name}: {name} has dtype {source.dtype}; config.json says that it holds floats",
             value=str(source.dtype),
             param="model",
-            remedy="Use the unquantized checkpoint of the model.",
+            remedy="Use the config.json that belongs to the checkpoint: it names how its weights are quantized.",
         )
