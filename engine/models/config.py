@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelLoadError, ModelNotFoundError, UnsupportedModelError
+from engine.model_folder import is_gguf
 from engine.models.registry import Family, family_of
+from engine.quantization import gguf
 from engine.quantization.checkpoint import CheckpointQuantization
+from engine.quantization.gguf_file import GgufFile
 from engine.quantization.schemes import read_quantization
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -96,13 +99,15 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> ModelConfig:
-        """Read ``config.json`` of a model folder.
+        """Read ``config.json`` of a model folder, or the metadata of a GGUF file.
 
         Raises:
             ModelNotFoundError: no such folder, or no config.json in it.
             ModelLoadError: the file is not JSON, or lacks a key.
             UnsupportedModelError: it asks for what the native decoder does not have.
         """
+        if is_gguf(Path(folder)):
+            return cls._from_gguf(GgufFile.read(Path(folder)))
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise ModelNotFoundError(
@@ -121,6 +126,12 @@ class ModelConfig:
                 remedy="Download the model's config.json again.",
             ) from error
         return cls.from_dict(values)
+
+    @classmethod
+    def _from_gguf(cls, file: GgufFile) -> ModelConfig:
+        model = cls.from_dict(gguf.config_values(file))
+        quantization = CheckpointQuantization(method="gguf", groups=())
+        return replace(model, quantization=quantization if gguf.is_quantized(file) else None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:

@@ -128,8 +128,9 @@ def check_checkpoint(method: str | None, model: ModelConfig) -> None:
 def held_forms(
     model: ModelConfig, *, dtype: torch.dtype, device: torch.device, deterministic: bool
 ) -> frozenset[str]:
-    """The forms in which layers of a quantized checkpoint stay on this device; a CPU computes with floats."""
-    if model.quantization is None or device.type != "cuda":
+    """The forms in which layers of a quantized checkpoint stay on this device; a CPU computes with floats, and so does what
+    was a GGUF file, whose blocks none of them holds."""
+    if model.quantization is None or not model.quantization.groups or device.type != "cuda":
         return frozenset()
     found = set()
     for method in QUANTIZERS:

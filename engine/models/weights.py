@@ -3,7 +3,7 @@
 Each tensor is copied from the mapped file into its place in the merged parameter, so that the weights exist once. Strict: every parameter is filled exactly once, shapes must agree, and a tensor that the decoder has no place for is
 an error, because it would be a part of the model that is not computed.
 
-Boundary: no pickle formats, no download. Quantized checkpoints: ``engine.models.stored_linears``.
+Boundary: no pickle formats, no download. Quantized checkpoints: ``engine.models.stored_linears``; GGUF: ``gguf_weights``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import CorruptWeightsError, ModelNotFoundError, UnsupportedModelError
+from engine.model_folder import is_gguf
 from engine.models.decoder import Decoder
+from engine.models.gguf_weights import load_gguf
 from engine.models.stored_linears import StoredLinears
 from engine.models.weight_copies import WeightCopies
 
@@ -28,7 +30,7 @@ AGAIN = "Download the file again, or point to an intact copy of the model."
 
 
 def load_weights(decoder: Decoder, folder: Path | str, progress: Progress | None = None) -> None:
-    """Fill every parameter of the decoder from the folder's safetensors, converting to the decoder's dtype.
+    """Fill every parameter of the decoder from the folder's safetensors or a GGUF file, converting to the decoder's dtype.
 
     `progress` gets a message and the share of tensors whose copy was started, in [0, 1].
 
@@ -37,6 +39,9 @@ def load_weights(decoder: Decoder, folder: Path | str, progress: Progress | None
         UnsupportedModelError: only pickled weights, or tensors that the decoder has no place for.
         CorruptWeightsError: missing shard, truncated file, wrong shape, missing or doubled tensor.
     """
+    if is_gguf(Path(folder)):
+        load_gguf(decoder, Path(folder), progress)
+        return
     targets = dict(decoder.weight_targets())
     stored = StoredLinears(decoder, targets)
     targets = {name: target for name, target in targets.items() if name not in stored.names}
