@@ -34,10 +34,14 @@ def find_model(name: str) -> Path:
             param="model",
             remedy="Name a folder that holds config.json and *.safetensors, a *.gguf file, or a hub id like org/name.",
         )
+    return _download(name, _FILES)
+
+
+def _download(name: str, patterns: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, requests' and the socket's errors
         raise ModelNotFoundError(
             f"{name} is no folder here and could not be downloaded ({type(error).__name__}: {error})",
@@ -45,6 +49,17 @@ def find_model(name: str) -> Path:
             param="model",
             remedy="Check the name and the network, or name a local folder.",
         ) from error
+
+
+def find_config(name: str) -> Path:
+    """The folder or GGUF file that holds the model's config; of a hub id only its config.json is downloaded.
+
+    Raises:
+        ModelNotFoundError: as `find_model`.
+    """
+    if Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name):
+        return find_model(name)
+    return _download(name, ["config.json"])
 
 
 def is_gguf(path: Path) -> bool:

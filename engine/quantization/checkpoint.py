@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.errors import UnsupportedModelError
 
+GROUP = 128  # inputs that share a scale in our own int4: ``engine.kernels.quantized_weight.GROUP``
 ROW = -1  # `group_size` of one scale for a whole row of the weight
 
 
@@ -28,6 +29,23 @@ class LinearFormat:
     )
     symmetric: bool = True  # no zero points in the file
     dynamic_inputs: bool = False  # its products round what they multiply to fp8, row by row as it comes
+
+    @property
+    def held_form(self) -> str | None:
+        """Which of our own forms ("int4", "int8", "fp8") holds such a weight on a GPU, as far as its config tells; None: none.
+
+        Groups out of order, which only a file tells of, do not fit.
+        """
+        if self.scheme in ("fp8", "float-quantized"):
+            by_row = self.group_size == ROW and self.block_rows in (0, 1)
+            return "fp8" if by_row and self.dynamic_inputs else None
+        if (
+            self.bits <= 4
+            and self.block_rows == 1
+            and (self.group_size == ROW or self.group_size % GROUP == 0)
+        ):
+            return "int4"
+        return "int8" if self.group_size == ROW and self.symmetric else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
