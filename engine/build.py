@@ -326,7 +326,7 @@ def _resolve_dtype(name: str, device: torch.device) -> str:
 def _resolve_kv_cache(asked: EngineConfig, config: EngineConfig, model: ModelConfig) -> str:
     """What the cache holds. A CPU may keep bfloat16 beside float32, and does where it computes a bfloat16 checkpoint in float32
     only because that is faster: decoding reads half the bytes, and keys and values are rounded as they are on a GPU. Of the bundled
-    model that costs 0.000017 nats a token (``tests/engine/models/test_kv_cache_quality.py``).
+    model that costs 0.000017 nats a token (``tests/engine/models/test_quality.py``).
     """
     name = config.kv_cache_dtype
     if name in SETTINGS:
