@@ -74,9 +74,8 @@ def _scheme(method: str, model: ModelConfig) -> Any:
 
     inputs = None
     if method == "int4":
-        weights = QuantizationArgs(
-            num_bits=4, type="int", symmetric=False, strategy="group", group_size=_group_size(model)
-        )
+        # Symmetric: transformers 5.23 does not load zero points in the form that compressed-tensors 0.20 writes them.
+        weights = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=_group_size(model))
     elif method == "int8":
         weights = QuantizationArgs(num_bits=8, type="int", strategy="channel")
     else:
@@ -101,7 +100,5 @@ def _set_scales(module: Any) -> None:
 
     args, weight = module.quantization_scheme.weights, module.weight.data
     parts = weight[:, None] if args.strategy == "channel" else weight.unflatten(1, (-1, args.group_size))
-    scales, zeros = calculate_qparams(parts.amin(-1), parts.amax(-1), args)
+    scales, _ = calculate_qparams(parts.amin(-1), parts.amax(-1), args)
     module.weight_scale.data.copy_(scales)
-    if hasattr(module, "weight_zero_point"):
-        module.weight_zero_point.data.copy_(zeros)
