@@ -114,7 +114,7 @@ def pack_int4(numbers: Tensor, scales: Tensor, zeros: Tensor) -> Int4Weight:
     """Numbers 0 … 15 [out, in] in our layout; scales and zeros [out, groups] as they are. Padding has n = zero."""
     out, in_features = numbers.shape
     missing = -in_features % GROUP
-    padded = F.pad(numbers.to(torch.int8), (0, missing))
+    padded = F.pad(numbers.to(torch.int8), (0, missing)).contiguous()
     if missing:
         padded[:, in_features:] = zeros[:, -1:].to(torch.int8)
     low, high = padded.view(out, -1, GROUP).chunk(2, dim=-1)

@@ -148,7 +148,7 @@ class StoredLinears:
 
     def _fill_floats(self, target: Tensor, name: str) -> None:
         if name in self._formats:
-            target.copy_(self._read(name).dequantize())
+            self._read(name).copy_to(target)
         else:
             target.copy_(self._parts[name]["weight"])
 

@@ -69,6 +69,8 @@ def _format(group: Mapping[str, Any], whole: Any) -> LinearFormat:
         weights, "type", ("float",) if scheme == "float-quantized" else ("int",), default="int", method=METHOD
     )
     block = weights.get("block_structure") or [1, ROW]
+    if isinstance(block, str):  # "128x128", as older versions wrote it
+        block = [int(size) for size in block.split("x")]
     size = {"group": weights.get("group_size") or ROW, "block": block[1]}.get(strategy, ROW)
     return LinearFormat(
         scheme=scheme, bits=bits, group_size=size, block_rows={"tensor": 0, "block": block[0]}.get(strategy, 1),

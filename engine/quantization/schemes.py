@@ -60,7 +60,7 @@ def read_quantization(values: Mapping[str, Any]) -> CheckpointQuantization | Non
     given = values.get("quantization_config")
     if not given:
         return None
-    method = given.get("quant_method", "unknown")
+    method = given.get("quant_method", "unknown") if isinstance(given, Mapping) else str(given)
     if method not in READERS:
         raise UnsupportedModelError(
             f"quantized checkpoints ({method}) are not supported",

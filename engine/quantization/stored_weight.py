@@ -8,7 +8,7 @@ Boundary: torch on any device. Packing into words is each scheme's; products are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from engine.kernels.quantized_weight import (
     QuantizedWeight,
     pack_int4,
 )
+
+PIECE_VALUES = 1 << 22  # dequantized at once: 16 MiB of float32, and a few times that on the way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,22 @@ class StoredWeight:
         if self.zeros is not None:
             values = values - self._spread(self.zeros)
         return (values.to(wide) * self._spread(self.scales).to(wide)).to(self.scales.dtype)
+
+    def copy_to(self, target: Tensor) -> None:
+        """Fill target [out, in] with the weight, some rows at a time: unpacked it takes several times its memory."""
+        out, in_features = self.values.shape
+        block = self.block_rows if self.block_rows < out else 1
+        step = max(1, PIECE_VALUES // in_features // block) * block
+        for first in range(0, out, step):
+            target[first : first + step].copy_(self._rows(first, min(first + step, out)).dequantize())
+
+    def _rows(self, first: int, last: int) -> StoredWeight:
+        """Some rows of the weight, from the beginning of a block."""
+        blocks = slice(None)
+        if self.block_rows < self.values.shape[0]:
+            blocks = slice(first // self.block_rows, -(-last // self.block_rows))
+        zeros = None if self.zeros is None else self.zeros[blocks]
+        return replace(self, values=self.values[first:last], scales=self.scales[blocks], zeros=zeros)
 
     def fuse(self) -> QuantizedWeight | None:
         """Our own quantized weight of the very same numbers and scales; None where no form holds them.

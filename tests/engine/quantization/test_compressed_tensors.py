@@ -218,6 +218,25 @@ def test_fp8_by_blocks_is_what_transformers_makes_of_it(
         assert torch.equal(found[name], value.float()), name
 
 
+@pytest.mark.parametrize("block", [[16, 32], "16x32"])
+def test_blocks_of_fp8_are_read_in_compressed_tensors_too(
+    block: list[int] | str, tmp_path: Path, loaded_weights: Callable[..., dict[str, Tensor]]
+) -> None:
+    tensors = dict(make_model().state_dict())
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight, scales = tensors[name].to(torch.float8_e4m3fn), torch.rand(4, 3).bfloat16()
+    save_file(tensors | {name: weight, name + "_scale": scales}, tmp_path / "model.safetensors")
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": block}
+    quantization = {
+        "quant_method": "compressed-tensors", "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["re:.*down_proj"], "weights": weights}},
+    }  # fmt: skip
+    config = {**VALUES, "architectures": ["LlamaForCausalLM"], "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spread = scales.repeat_interleave(16, 0).repeat_interleave(32, 1)
+    assert torch.equal(loaded_weights(tmp_path, torch.bfloat16)[name], weight.bfloat16() * spread)
+
+
 def test_blocks_at_the_edges_may_be_smaller(
     tmp_path: Path, loaded_weights: Callable[..., dict[str, Tensor]]
 ) -> None:
