@@ -34,9 +34,8 @@ class StoredLinears:
         self._decoder = decoder
         self._targets = targets
         self._formats: dict[str, LinearFormat] = {}  # by the weight's name, for those that are quantized
-        self._owners: dict[
-            str, tuple[str, str]
-        ] = {}  # of each expected tensor: the weight, and which part of it
+        # Of each expected tensor: the weight, and which part of it.
+        self._owners: dict[str, tuple[str, str]] = {}
         self._parts: dict[str, dict[str, Tensor]] = {}
         self.names: set[str] = set()  # of the weights that this fills
         quantization = decoder.config.quantization
@@ -149,8 +148,11 @@ class StoredLinears:
     def _fill_floats(self, target: Tensor, name: str) -> None:
         if name in self._formats:
             self._read(name).copy_to(target)
-        else:
-            target.copy_(self._parts[name]["weight"])
+            return
+        plain = self._parts[name]["weight"]
+        if plain.shape != target.shape or not plain.is_floating_point():
+            raise self._wrong(name, f"it is {plain.dtype}, of another shape or no float")
+        target.copy_(plain)
 
     def _read(self, name: str) -> StoredWeight:
         """One layer's weight on the decoder's device."""
