@@ -42,7 +42,13 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, StepDecoder
 from engine.models.fused_cpu import FusedCpuDecoder
 from engine.models.lora import LoraSlots
-from engine.models.quantized import check_quantization, quantize_decoder
+from engine.models.quantized import (
+    check_checkpoint,
+    check_quantization,
+    held_forms,
+    quantize_decoder,
+    set_deterministic,
+)
 from engine.models.transformers_config import TransformersConfig, read_model_config, settle_for
 from engine.models.weights import load_weights
 from engine.needle import find_needle
@@ -76,6 +82,7 @@ def resolve_config(
     device = _resolve_device(config.device)
     asked, config = config, replace(config, device=str(device), dtype=_resolve_dtype(config.dtype, device))
     dtype = torch_dtype(config)
+    check_checkpoint(config.quantization, model)
     if config.quantization is not None:
         check_quantization(
             config.quantization, model, dtype=dtype, device=device, deterministic=config.deterministic
@@ -270,10 +277,13 @@ def _load_decoder(
     assert config.max_model_len is not None
     if isinstance(model, TransformersConfig):
         return _load_transformers_decoder(config, model, folder, progress)
+    dtype, device = torch_dtype(config), torch.device(config.device)
     decoder = Decoder(
-        model, dtype=torch_dtype(config), device=torch.device(config.device), max_positions=config.max_model_len
+        model, dtype=dtype, device=device, max_positions=config.max_model_len,
+        held_forms=held_forms(model, dtype=dtype, device=device, deterministic=config.deterministic),
     )  # fmt: skip
     load(decoder, folder, progress)
+    set_deterministic(decoder, config.deterministic)
     if config.quantization is not None:
         quantize_decoder(decoder, config.quantization, deterministic=config.deterministic)
     return prepare_decoder(decoder, config)
@@ -364,7 +374,7 @@ def _check_parts(config: EngineConfig, model: ModelConfig, device: torch.device)
 def _resolve_kv_cache(asked: EngineConfig, config: EngineConfig, model: ModelConfig) -> str:
     """What the cache holds. A CPU may keep bfloat16 beside float32, and does where it computes a bfloat16 checkpoint in float32
     only because that is faster: decoding reads half the bytes, and keys and values are rounded as they are on a GPU. Of the bundled
-    model that costs 0.000017 nats a token (``tests/engine/models/test_kv_cache_quality.py``).
+    model that costs 0.000017 nats a token (``tests/engine/models/test_quality.py``).
     """
     name = config.kv_cache_dtype
     if name in SETTINGS:

@@ -10,7 +10,7 @@ Boundary: readings and sums; it allocates nothing. How many KV blocks fit is ``e
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from torch import nn
 from engine.attention.reference import MAX_GATHERED_VALUES
 from engine.config import EngineConfig
 from engine.kernels.kv_quantization import QUANTIZED_DTYPES, cache_dtype
+from engine.kernels.quantized_weight import GROUP
 from engine.models.config import ModelConfig
 from engine.models.decoder import StepDecoder
 from engine.models.fused_cpu import FusedCpuDecoder
@@ -186,13 +187,45 @@ def _gathered_values(config: EngineConfig, model: ModelConfig) -> int:
     return max(row, min(MAX_GATHERED_VALUES, max(config.max_num_seqs * row, scores)))
 
 
+def held_weight_bytes(
+    model: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+) -> int:
+    """Bytes of a loaded model's weights on a device. `quantization`: as in EngineConfig, of a checkpoint that is not quantized.
+
+    To about a thousandth: scales are counted as if every matrix had the hidden size's rows; of a quantized checkpoint all
+    layers' matrices are taken to be stored like those of one layer in the middle. A CPU holds floats.
+    """
+    form = quantization
+    if model.quantization is not None:
+        found = model.quantization.format_of(f"model.layers.{model.num_layers // 2}.mlp.down_proj")
+        form = None if found is None else found.held_form
+    # Experts have no quantized product: they become floats.
+    if form is None or device.type != "cuda" or model.moe is not None:
+        return model.num_parameters * dtype.itemsize
+    products = model.num_layer_products
+    scales = 3 * products // GROUP if form == "int4" else 4 * products // model.hidden_size
+    values = products * (4 if form == "int4" else 8) // 8
+    return (model.num_parameters - products) * dtype.itemsize + values + scales
+
+
+def held_demand(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Demand:
+    """What an engine of this config keeps beside its KV cache once it is loaded: quantized weights as they are held."""
+    loading = estimate_demand(config, model, dtype, device)
+    while_loading = held_weight_bytes(model, dtype, device)
+    held = held_weight_bytes(model, dtype, device, config.quantization)
+    return replace(loading, weights_bytes=loading.weights_bytes - while_loading + held)
+
+
 def estimate_demand(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Demand:
-    """What an engine of this config will take beside its KV cache, before anything is loaded."""
+    """What an engine of this config will take beside its KV cache, before anything is loaded.
+
+    Weights that are quantized while they are loaded count as floats, which they all are for a moment.
+    """
     rotary = (config.max_model_len or model.max_context) * model.rotary_size * max(dtype.itemsize, 4)
     rotary *= 1 if model.local_rope is None else 2
-    weights = model.num_parameters * dtype.itemsize + rotary
+    weights = held_weight_bytes(model, dtype, device) + rotary
     if config.enable_lora:
         weights += slots_bytes(model, dtype, max_loras=config.max_loras, max_rank=config.max_lora_rank)
     return Demand(weights, workspace_bytes(config, model, dtype, device))

@@ -1,4 +1,4 @@
-"""Find a model's files: a folder as it is, or a hub id downloaded into the hub's own cache.
+"""Find a model's files: a folder or GGUF file as it is, or a hub id downloaded into the hub's own cache.
 
 Boundary: paths only, no torch. Registry addresses (``models:/name@alias``) are resolved above the engine.
 """
@@ -17,25 +17,31 @@ _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def find_model(name: str) -> Path:
-    """The folder that holds the model's files.
+    """The folder that holds the model's files, or the GGUF file that is the model.
 
     Raises:
-        ModelNotFoundError: no such folder, and not a hub id that can be downloaded.
+        ModelNotFoundError: no such folder, and not a hub id that can be downloaded; or a folder of several GGUF files.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if is_gguf(folder):
         return folder
+    if folder.is_dir():
+        return _only_gguf(folder) or folder
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(
             f"no model folder {name}",
             value=name,
             param="model",
-            remedy="Name a folder that holds config.json and *.safetensors, or a hub id like org/name.",
+            remedy="Name a folder that holds config.json and *.safetensors, a *.gguf file, or a hub id like org/name.",
         )
+    return _download(name, _FILES)
+
+
+def _download(name: str, patterns: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, requests' and the socket's errors
         raise ModelNotFoundError(
             f"{name} is no folder here and could not be downloaded ({type(error).__name__}: {error})",
@@ -43,6 +49,39 @@ def find_model(name: str) -> Path:
             param="model",
             remedy="Check the name and the network, or name a local folder.",
         ) from error
+
+
+def find_config(name: str) -> Path:
+    """The folder or GGUF file that holds the model's config; of a hub id only its config.json is downloaded.
+
+    Raises:
+        ModelNotFoundError: as `find_model`.
+    """
+    if Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name):
+        return find_model(name)
+    return _download(name, ["config.json"])
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the path is a GGUF file, which holds config, tokenizer and weights."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds no other model; None where there is none.
+
+    Raises:
+        ModelNotFoundError: several, of which none is the obvious one.
+    """
+    files = sorted(folder.glob("*.gguf"))
+    if not files or (folder / "config.json").is_file():
+        return None
+    if len(files) > 1:
+        raise ModelNotFoundError(
+            f"{folder} holds {len(files)} GGUF files: {', '.join(file.name for file in files)}",
+            value=str(folder), limit=[str(file) for file in files], param="model", remedy=f"Name one of them: {files[0]}",
+        )  # fmt: skip
+    return files[0]
 
 
 def generation_eos_ids(folder: Path) -> frozenset[int]:
@@ -60,7 +99,11 @@ def generation_eos_ids(folder: Path) -> frozenset[int]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer (a model of random weights may have none)."""
+    """Whether the folder or GGUF file holds a tokenizer (a model of random weights may have none)."""
+    if is_gguf(folder):
+        from engine.quantization.gguf_file import GgufFile
+
+        return "tokenizer.ggml.tokens" in GgufFile.read(folder).metadata
     return any(
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     )

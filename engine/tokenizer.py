@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from engine.chat_messages import Message, plain_messages
 from engine.detokenizer import Detokenizers, IncrementalDetokenizer
 from engine.errors import InvalidRequestError, ModelLoadError, UnsupportedModelError
-from engine.model_folder import find_model
+from engine.gguf_tokenizer import load_gguf_tokenizer
+from engine.model_folder import find_model, is_gguf
 
 __all__ = ["IncrementalDetokenizer", "Message", "Tokenizer", "TokenizerLike"]
 
@@ -98,7 +99,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, trust_remote_code: bool = False) -> Tokenizer:
-        """Load the tokenizer of a folder or hub id. Code that comes with a model runs only with `trust_remote_code`.
+        """Load the tokenizer of a folder, GGUF file or hub id. Code that comes with a model runs only with `trust_remote_code`.
 
         Raises:
             ModelNotFoundError: no such folder or hub id.
@@ -106,6 +107,8 @@ class Tokenizer:
             UnsupportedModelError: a tokenizer written in Python alone.
         """
         folder = find_model(str(path))
+        if is_gguf(folder):
+            return cls(load_gguf_tokenizer(folder))
         _require_tokenizer_files(folder)
         return cls(_load_wrapper(folder, trust_remote_code), _configured_eos_ids(folder))
 

@@ -19,7 +19,7 @@ from workbench import settings as settings_module
 from workbench.errors import ApiError, NotReadyError, WorkbenchError
 from workbench.settings import Settings
 
-COMMAND_MODULES = ("versions", "bench", "compare", "gate", "notebook", "schedule", "lab")
+COMMAND_MODULES = ("versions", "bench", "compare", "gate", "notebook", "schedule", "lab", "quantize")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,6 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine has, and what is missing")
     doctor.add_argument("--home-dir", type=Path)
     doctor.add_argument("--model")
+    doctor.add_argument(
+        "--gpu-memory",
+        help="such as 80GiB: what fits there of --model, from its config alone; nothing is loaded",
+    )
+    doctor.add_argument(
+        "--context", type=int, help="with --gpu-memory: tokens of one sequence (default 8192)"
+    )
+    doctor.add_argument("--dtype", help="with --gpu-memory: bfloat16 (default) or float16")
     doctor.add_argument("--json", action="store_true", help="print one JSON object at the end")
     doctor.set_defaults(run=_doctor)
 
@@ -162,6 +170,8 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.gpu_memory is not None:
+        return _plan(arguments)
     from workbench.doctor import examine, render
 
     findings = examine(home_dir=arguments.home_dir, model=arguments.model)
@@ -170,6 +180,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"ok": not broken, "findings": [finding.as_dict() for finding in findings]}))
     return exit_codes.FAILURE if broken else 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from workbench import model_plan
+
+    settings = settings_module.load(home_dir=arguments.home_dir, model=arguments.model)
+    plan = model_plan.make_plan(
+        settings.model_path,
+        gpu_bytes=model_plan.parse_bytes(arguments.gpu_memory),
+        context=arguments.context,
+        dtype=arguments.dtype or "bfloat16",
+    )
+    print(model_plan.render(plan), file=sys.stderr if arguments.json else sys.stdout)
+    if arguments.json:
+        print(json.dumps(plan.as_dict()))
+    return 0 if any(row.num_sequences for row in plan.rows) else exit_codes.FAILURE
 
 
 def _exit_code(error: Exception) -> int | None:

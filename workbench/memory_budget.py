@@ -61,7 +61,7 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     import torch
 
     from engine.build import resolve_config
-    from engine.memory import device_memory, kv_spec_of, torch_dtype, workspace_bytes
+    from engine.memory import device_memory, held_weight_bytes, kv_spec_of, torch_dtype, workspace_bytes
     from engine.model_folder import find_model
     from engine.models.transformers_config import read_model_config
 
@@ -75,7 +75,7 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     context = min(config.max_model_len or model.max_context, model.max_context)
     blocks = -(-context // config.block_size)
     needs = _Needs(
-        model.num_parameters * dtype.itemsize,
+        held_weight_bytes(model, dtype, device),
         workspace_bytes(replace(resolved, max_model_len=context), model, dtype, device),
         spec.bytes_per_block,
         blocks,

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CorruptWeightsError, ModelNotFoundError
+from engine.model_folder import find_model, is_gguf
+from engine.quantization.gguf_file import GgufFile
 from workbench.settings import FAKE_MODEL, bundled_model
 from workbench.versions.digest import folder_digest
 
@@ -53,6 +55,10 @@ def read_model_card(path: str) -> ModelCard:
     folder = Path(path)
     if path == FAKE_MODEL:
         return _FAKE_CARD
+    if is_gguf(folder) or (folder.is_dir() and not (folder / "config.json").is_file()):
+        found = find_model(path)
+        if is_gguf(found):
+            return _gguf_card(found)
     if not folder.is_dir():
         return ModelCard(path, path, f"Hub model {path}", False, "", "", path, None, None)
     config = _read_json(folder / "config.json")
@@ -70,6 +76,24 @@ def read_model_card(path: str) -> ModelCard:
         context=_positive_int(config.get("max_position_embeddings")),
         num_parameters=num_parameters,
         prompt_chips=_prompt_chips(folder / "prompt_chips.json"),
+    )
+
+
+def _gguf_card(file: Path) -> ModelCard:
+    """The card of a GGUF file, from its header. Its digest is of its whole content."""
+    header = GgufFile.read(file)
+    num_parameters = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
+    size, kind = f"{round(num_parameters / 1e6)} M", str(header.metadata.get("general.architecture"))
+    return ModelCard(
+        id=file.stem,
+        title=f"{file.stem} ({size}, GGUF)",
+        description=f"{kind} model in a GGUF file, {size} parameters",
+        is_demo=False,
+        trained_for="",
+        digest=folder_digest(file),
+        path=str(file),
+        context=_positive_int(header.metadata.get(f"{kind}.context_length")),
+        num_parameters=num_parameters or None,
     )
 
 
@@ -96,17 +120,24 @@ def check_model(path: str) -> None:
 
     Raises:
         ModelNotFoundError: no such folder, or one without config.json.
-        CorruptWeightsError: a shard is missing, or shorter than its header says.
+        CorruptWeightsError: a shard is missing, or shorter than its header says; so is a GGUF file.
     """
     folder = Path(path).expanduser()
+    if is_gguf(folder):
+        GgufFile.read(folder)
+        return
     if not folder.is_dir():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
             return
         raise ModelNotFoundError(
             f"no model folder {path}", value=path, param="model",
-            remedy="Name a folder that holds config.json and *.safetensors, or a hub id like org/name.",
+            remedy="Name a folder that holds config.json and *.safetensors, a *.gguf file, or a hub id like org/name.",
         )  # fmt: skip
     if not (folder / "config.json").is_file():
+        only = find_model(path)  # a folder of one GGUF file is that model
+        if is_gguf(only):
+            GgufFile.read(only)
+            return
         raise ModelNotFoundError(
             f"{path} holds no config.json", value=path, limit="config.json and *.safetensors", param="model",
             remedy="Name the folder that the model was saved to.",

@@ -1,7 +1,7 @@
 """Quantized weights: how int8, int4 and fp8 hold a linear layer's weight [out, in], to the bit.
 
 Boundary: torch on any device; formats, rounding and its inverse. Products with them: `engine.kernels.weight_only` and
-`engine.kernels.fp8_linear`. Nothing is calibrated on data, and no checkpoint format of others is read.
+`engine.kernels.fp8_linear`. Nothing is calibrated on data; the formats of others are ``engine.quantization``'s.
 
 Every quantizer works row by row in float32 and rounds ties to even. A row or group of zeros has scale 1.
 """
@@ -21,7 +21,7 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True, slots=True)
 class Int8Weight:
-    """``weight[o, i] = values[o, i] * scales[o]``, values in [-127, 127]; inputs past `in_features` are 0."""
+    """``weight[o, i] = values[o, i] * scales[o]``, values in [-127, 127], of a checkpoint down to -128; inputs past `in_features` are 0."""
 
     values: Tensor  # int8 [out, in padded to GROUP]
     scales: Tensor  # float32 [out]
@@ -46,7 +46,7 @@ class Int4Weight:
     """
 
     values: Tensor  # int8 [out, groups * GROUP / 2]
-    scales: Tensor  # bfloat16 [groups, out]
+    scales: Tensor  # bfloat16 [groups, out]; of a checkpoint in its own dtype
     zeros: Tensor  # uint8 [groups, out], 0 … 15
     in_features: int
 
@@ -106,8 +106,18 @@ def quantize_int4(weight: Tensor) -> Int4Weight:
     scales = _or_one((high - low) / 15).bfloat16()
     wide = scales.float()
     zeros = (-low / wide).round().clamp(0, 15)
-    numbers = ((groups / wide[:, :, None]).round() + zeros[:, :, None]).clamp(0, 15).to(torch.int8)
-    low, high = numbers.chunk(2, dim=-1)
+    numbers = ((groups / wide[:, :, None]).round() + zeros[:, :, None]).clamp(0, 15)
+    return pack_int4(numbers.view(out, -1)[:, :in_features], scales, zeros)
+
+
+def pack_int4(numbers: Tensor, scales: Tensor, zeros: Tensor) -> Int4Weight:
+    """Numbers 0 … 15 [out, in] in our layout; scales and zeros [out, groups] as they are. Padding has n = zero."""
+    out, in_features = numbers.shape
+    missing = -in_features % GROUP
+    padded = F.pad(numbers.to(torch.int8), (0, missing)).contiguous()
+    if missing:
+        padded[:, in_features:] = zeros[:, -1:].to(torch.int8)
+    low, high = padded.view(out, -1, GROUP).chunk(2, dim=-1)
     values = (low | ((high - 8) << 4)).view(out, -1)
     return Int4Weight(values, scales.t().contiguous(), zeros.to(torch.uint8).t().contiguous(), in_features)
 

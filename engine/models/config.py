@@ -1,18 +1,19 @@
 """ModelConfig: the shape of a causal LM, frozen, read once from a Hugging Face config.json.
 
-Boundary: plain numbers, no torch. What the decoder cannot do raises here, before any weight is read. It does not look at
-weights, tokenizer or generation settings.
+Boundary: plain numbers. What the decoder cannot do raises here, before any weight is read. It does not look at weights,
+tokenizer or generation settings.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelLoadError, ModelNotFoundError, UnsupportedModelError
+from engine.model_folder import is_gguf
 from engine.models.config_json import (
     activation_of,
     as_ids,
@@ -27,6 +28,10 @@ from engine.models.config_json import (
 from engine.models.moe_config import MoeConfig, read_moe
 from engine.models.registry import family_of
 from engine.models.rope_config import RopeConfig, read_rope
+from engine.quantization import gguf
+from engine.quantization.checkpoint import CheckpointQuantization
+from engine.quantization.gguf_file import GgufFile
+from engine.quantization.schemes import read_quantization
 
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
@@ -71,6 +76,7 @@ class ModelConfig:
     moe: MoeConfig | None = None
     dtype: str | None = None  # of the checkpoint
     eos_token_ids: frozenset[int] = frozenset()
+    quantization: CheckpointQuantization | None = None  # how the checkpoint stores its linear layers
 
     def unfused(self, device_type: str) -> tuple[str, ...]:
         """What of this model the device's fused step does not compute: the one compiled call of a CPU, or on a GPU the Triton
@@ -152,14 +158,22 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> ModelConfig:
-        """Read ``config.json`` of a model folder.
+        """Read ``config.json`` of a model folder, or the metadata of a GGUF file.
 
         Raises:
             ModelNotFoundError: no such folder, or no config.json in it.
             ModelLoadError: the file is not JSON, or lacks a key.
             UnsupportedModelError: it asks for what the native decoder does not have.
         """
+        if is_gguf(Path(folder)):
+            return cls._from_gguf(GgufFile.read(Path(folder)))
         return cls.from_dict(read_config_values(folder))
+
+    @classmethod
+    def _from_gguf(cls, file: GgufFile) -> ModelConfig:
+        model = cls.from_dict(gguf.config_values(file))
+        quantization = CheckpointQuantization(method="gguf", groups=())
+        return replace(model, quantization=quantization if gguf.is_quantized(file) else None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -226,6 +240,7 @@ class ModelConfig:
             moe=read_moe(values, family, layers),
             dtype=str(dtype).removeprefix("torch.") if dtype else None,
             eos_token_ids=as_ids(values.get("eos_token_id")),
+            quantization=read_quantization(values),
         )
 
 

@@ -75,14 +75,6 @@ def refuse_unknown_parts(values: Mapping[str, Any], family: Family) -> None:
             limit=False,
             param="use_bidirectional_attention",
         )
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"quantized checkpoints ({method}) are not supported",
-            value=method,
-            param="quantization_config",
-            remedy="Use the unquantized checkpoint of the model.",
-        )
     for key in ("attention_bias", "mlp_bias"):
         read = family.reads_attention_bias if key == "attention_bias" else family.reads_mlp_bias
         if values.get(key) and not read and not (key == "attention_bias" and family.qkv_bias):

@@ -80,7 +80,14 @@ class DecoderLayer(nn.Module):
     takes one more where it merges contexts that it had split, and one more in a mixed step.
     """
 
-    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight_device: torch.device,
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_size = (
             config.num_heads,
@@ -97,7 +104,7 @@ class DecoderLayer(nn.Module):
         hidden, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
 
         def linear(n_in: int, n_out: int, bias: bool) -> Linear:
-            return Linear(n_in, n_out, bias=bias, dtype=dtype, device=device)
+            return Linear(n_in, n_out, bias=bias, dtype=dtype, device=device, weight_device=weight_device)
 
         def norm(size: int) -> RMSNorm:
             return RMSNorm(size, eps, dtype=dtype, device=device, offset=config.norm_offset)
@@ -145,16 +152,10 @@ class DecoderLayer(nn.Module):
 
     def weight_targets(self, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint tensor names within the layer, each with the view of the merged parameter that it fills."""
-        q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        hidden = self.out.weight.shape[0]
-        yield from self.qkv.targets(parts_of(names.qkv, (q, kv, kv)))
-        yield from self.out.targets(((names.out, hidden),))
+        for module, parts in self.merged_linears(names).items():
+            yield from getattr(self, module).targets(parts)
         if self.experts is not None:
             yield from self.experts.weight_targets(names)
-        else:
-            inner = self.down.weight.shape[1]
-            yield from self.gate_up.targets(parts_of(names.gate_up, (inner, inner)))
-            yield from self.down.targets(((names.down, hidden),))
         norms = {
             names.input_norm: self.input_norm, names.mlp_norm: self.post_attention_norm,
             names.attention_out_norm or "-": self.attention_out_norm, names.mlp_out_norm or "-": self.mlp_out_norm,
@@ -163,6 +164,17 @@ class DecoderLayer(nn.Module):
         for name, norm in norms.items():
             if norm is not None:
                 yield from norm.targets(name)
+
+    def merged_linears(self, names: TensorNames) -> dict[str, tuple[tuple[str, int], ...]]:
+        """The linear modules by name, each with the checkpoint's layers that it joins and their outputs."""
+        q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        hidden = self.out.weight.shape[0]
+        merged = {"qkv": parts_of(names.qkv, (q, kv, kv)), "out": ((names.out, hidden),)}
+        if self.experts is None:
+            inner = self.down.weight.shape[1]
+            merged["gate_up"] = parts_of(names.gate_up, (inner, inner))
+            merged["down"] = ((names.down, hidden),)
+        return merged
 
     def _mlp(self, x: Tensor) -> Tensor:
         if self.experts is not None:
@@ -206,14 +218,28 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal LM without its cache. Weights are uninitialised until the loader has filled `weight_targets`."""
+    """A causal LM without its cache. Weights are uninitialised until the loader has filled `weight_targets`.
+
+    `held_forms`: what a quantized checkpoint's layers may stay ("int4", "int8", "fp8"); their weights have no memory before
+    the loader gives them some. None of them: it makes floats of all.
+    """
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, max_positions: int
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int,
+        held_forms: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.config = config
         self.names = family_of([config.architecture]).names
+        # Blocks of another shape have no products with quantized weights.
+        is_held = config.quantization is not None and config.block == "llama"
+        self.held_forms = held_forms if is_held else frozenset()
+        weight_device = torch.device("meta") if self.held_forms else device
         self.embedding = nn.Parameter(
             torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device),
             requires_grad=False,
@@ -225,7 +251,7 @@ class Decoder(nn.Module):
             self.norm = LayerNorm(hidden, eps, dtype=dtype, device=device)
         else:
             self.layers = nn.ModuleList(
-                DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)
+                DecoderLayer(config, i, dtype, device, weight_device) for i in range(config.num_layers)
             )
             self.norm = RMSNorm(hidden, eps, dtype=dtype, device=device, offset=config.norm_offset)
         self.lm_head = Linear(

@@ -28,14 +28,21 @@ class Linear(nn.Module):
 
     `row_tile` 0: one product of whatever shape. `row_tile` M: products of exactly M rows, the last one padded with
     zeros, so that every row meets the same kernel and the same order of summation over `in`. `use_invariant_kernel`: the same
-    by one Triton kernel, whatever the number of rows.
+    by one Triton kernel, whatever the number of rows. `weight_device`: "meta" where the loader decides what holds the weight.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight_device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        empty = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        empty = torch.empty(out_features, in_features, dtype=dtype, device=weight_device or device)
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.bias: nn.Parameter | None = None
         if bias:

@@ -10,6 +10,7 @@ Boundary: weights that were loaded in float. Formats: `engine.kernels.quantized_
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import cast
 
@@ -114,6 +115,44 @@ def _check_fp8(model: ModelConfig, device: torch.device, deterministic: bool) ->
     raise ConfigError(
         reason, value="fp8", limit=("int8", "int4"), param="quantization", remedy='Set quantization="int8".'
     )
+
+
+def check_checkpoint(method: str | None, model: ModelConfig) -> None:
+    """Refuse to quantize weights that are quantized already.
+
+    Raises:
+        ConfigError: naming the checkpoint's method.
+    """
+    if method is not None and model.quantization is not None:
+        raise ConfigError(
+            f"quantization {method!r} does not go with a checkpoint that is quantized already ({model.quantization.method})",
+            value=method,
+            limit=None,
+            param="quantization",
+            remedy="Leave quantization out, or use the unquantized checkpoint of the model.",
+        )
+
+
+def held_forms(
+    model: ModelConfig, *, dtype: torch.dtype, device: torch.device, deterministic: bool
+) -> frozenset[str]:
+    """The forms in which layers of a quantized checkpoint stay on this device; a CPU computes with floats, and so does what
+    was a GGUF file, whose blocks none of them holds."""
+    if model.quantization is None or not model.quantization.groups or device.type != "cuda":
+        return frozenset()
+    found = set()
+    for method in QUANTIZERS:
+        with contextlib.suppress(ConfigError):
+            check_quantization(method, model, dtype=dtype, device=device, deterministic=deterministic)
+            found.add(method)
+    return frozenset(found)
+
+
+def set_deterministic(decoder: Decoder, deterministic: bool) -> None:
+    """Products with quantized weights give a row the same bits whatever shares its step, or not."""
+    for module in decoder.modules():
+        if isinstance(module, QuantizedLinear):
+            module.deterministic = deterministic
 
 
 def quantize_decoder(

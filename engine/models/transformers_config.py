@@ -14,6 +14,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.model_folder import is_gguf
 from engine.models.config import ModelConfig, read_config_values
 from engine.models.registry import FAMILIES
 
@@ -65,6 +66,8 @@ def read_model_config(folder: Path | str, *, trust_remote_code: bool = False) ->
         ModelNotFoundError, ModelLoadError: as ``ModelConfig.from_folder``.
         UnsupportedModelError: neither path has what the model needs; says what that is.
     """
+    if is_gguf(Path(folder)):
+        return ModelConfig.from_folder(folder)
     architectures = read_config_values(folder).get("architectures") or ()
     if not architectures or any(name in FAMILIES for name in architectures):
         return ModelConfig.from_folder(folder)

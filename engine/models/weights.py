@@ -3,13 +3,14 @@
 Each tensor is copied from the mapped file into its place in the merged parameter, so that the weights exist once. Strict: every parameter is filled exactly once, shapes must agree, and a tensor that the decoder has no place for is
 an error, because it would be a part of the model that is not computed.
 
-Boundary: no pickle formats, no quantized formats, no download.
+Boundary: no pickle formats, no download. Quantized checkpoints: ``engine.models.stored_linears``; GGUF: ``gguf_weights``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import CorruptWeightsError, ModelNotFoundError, UnsupportedModelError
+from engine.model_folder import is_gguf
+from engine.models.decoder import Decoder
+from engine.models.gguf_weights import load_gguf
+from engine.models.stored_linears import StoredLinears
 from engine.models.weight_copies import WeightCopies
 
 Progress = Callable[[str, float], None]
@@ -47,7 +52,7 @@ class WeightedDecoder(Protocol):
 
 
 def load_weights(decoder: WeightedDecoder, folder: Path | str, progress: Progress | None = None) -> None:
-    """Fill every parameter of the decoder from the folder's safetensors, converting to the decoder's dtype.
+    """Fill every parameter of the decoder from the folder's safetensors or a GGUF file, converting to the decoder's dtype.
 
     `progress` gets a message and the share of tensors whose copy was started, in [0, 1].
 
@@ -56,19 +61,30 @@ def load_weights(decoder: WeightedDecoder, folder: Path | str, progress: Progres
         UnsupportedModelError: only pickled weights, or tensors that the decoder has no place for.
         CorruptWeightsError: missing shard, truncated file, wrong shape, missing or doubled tensor.
     """
+    if is_gguf(Path(folder)):
+        assert isinstance(decoder, Decoder), "GGUF files have native architectures"
+        load_gguf(decoder, Path(folder), progress)
+        return
     targets = dict(decoder.weight_targets())
+    stored = StoredLinears(decoder, targets) if isinstance(decoder, Decoder) else None
+    if stored is not None:
+        targets = {name: target for name, target in targets.items() if name not in stored.names}
     filled: dict[str, Path] = {}
     files = weight_files(Path(folder))
     with WeightCopies(decoder.embedding.device) as copies:
         for path in files:
-            _load_file(path, decoder, targets, filled, copies, progress)
-    missing = sorted(targets.keys() - filled.keys())
+            _load_file(path, decoder, targets, stored, filled, copies, progress)
+    missing = sorted((targets.keys() - filled.keys()) | set(stored.missing() if stored is not None else ()))
     if missing:
         raise CorruptWeightsError(
             f"{folder}: {len(missing)} of {len(targets)} tensors are in no weight file, the first is {missing[0]}",
             value=missing,
             param="model",
             remedy="Check that config.json and the weight files belong together. " + AGAIN,
+        )
+    if stored is not None:
+        stored.fill(
+            lambda share: progress("unpacking quantized weights", share) if progress is not None else None
         )
     decoder.finish_loading()
 
@@ -139,6 +155,7 @@ def _load_file(
     path: Path,
     decoder: WeightedDecoder,
     targets: dict[str, Tensor],
+    linears: StoredLinears | None,
     filled: dict[str, Path],
     copies: WeightCopies,
     progress: Progress | None,
@@ -148,6 +165,8 @@ def _load_file(
             for stored in file.keys():  # noqa: SIM118 - not a dict
                 name = decoder.place_of(stored)
                 if name is None:
+                    continue
+                if linears is not None and linears.take(name, partial(file.get_tensor, stored)):
                     continue
                 _check_place(path, name, targets, filled)
                 source = file.get_tensor(stored)
@@ -193,8 +212,8 @@ def _check_values(path: Path, name: str, source: Tensor, target: Tensor) -> None
         )
     if not source.is_floating_point():
         raise UnsupportedModelError(
-            f"{path.name}: {name} has dtype {source.dtype}; quantized weights are not supported",
+            f"{path.name}: {name} has dtype {source.dtype}; config.json says that it holds floats",
             value=str(source.dtype),
             param="model",
-            remedy="Use the unquantized checkpoint of the model.",
+            remedy="Use the config.json that belongs to the checkpoint: it names how its weights are quantized.",
         )

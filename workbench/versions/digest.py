@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-_HASHED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+_HASHED_SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 NOT_IDENTITY = frozenset({"prompt_chips.json", "figures.json"})
 """Files about the model, not the model."""
 
 
 def identity_files(folder: Path) -> list[Path]:
-    """The files whose names and contents make the digest, in name order."""
+    """The files whose names and contents make the digest, in name order; a model that is one file is itself."""
+    if folder.is_file():
+        return [folder]
     return [
         file
         for file in sorted(folder.iterdir())

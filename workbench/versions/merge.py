@@ -102,6 +102,7 @@ def _move(staging: Path, target: Path) -> None:
 def _write(base: Path, adapter: Adapter, staging: Path) -> None:
     from safetensors.torch import load_file, save_file
 
+    _refuse_quantized(base)
     for pattern in _COPIED:
         for file in sorted(base.glob(pattern)):
             if file.name not in NOT_IDENTITY:
@@ -118,6 +119,19 @@ def _write(base: Path, adapter: Adapter, staging: Path) -> None:
         raise AdapterError(
             f"the base has no layer for {len(left)} of the adapter's tensors, the first is {left[0] if left else '-'}",
             value=left, param="adapter", remedy="Give the base that the adapter was trained on.",
+        )  # fmt: skip
+
+
+def _refuse_quantized(base: Path) -> None:
+    """An update cannot be added to weights that are stored as integers or fp8, which such a base may hold under plain names."""
+    stored: str | None = "GGUF"
+    if not base.is_file():
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        stored = (config.get("quantization_config") or {}).get("quant_method")
+    if stored:
+        raise AdapterError(
+            f"the base {base.name} is stored as {stored}: an adapter cannot be merged into it", value=stored,
+            param="adapter", remedy="Give the unquantized base that the adapter was trained on.",
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.model_folder import is_gguf
 from workbench.settings import data_dir
 from workbench.versions.adapter import adapter_digest, is_adapter
 from workbench.versions.digest import folder_digest, identity_files
@@ -27,8 +28,8 @@ _REMEMBERED_FROM_BYTES = 64 * 2**20  # below, hashing costs less than 0.1 s
 
 
 def is_model(folder: Path) -> bool:
-    """Whether the folder looks like a whole model."""
-    return (folder / "config.json").is_file()
+    """Whether the folder, or GGUF file, looks like a whole model."""
+    return (folder / "config.json").is_file() or is_gguf(folder)
 
 
 def digest_of(folder: Path, settings: Settings) -> str:
@@ -90,7 +91,7 @@ def _candidates(hints: Iterable[str], settings: Settings) -> Iterator[Path]:
     for folder in (*map(Path, hints), *below):
         try:
             place = folder.resolve()
-            usable = place not in done and folder.is_dir() and (is_model(folder) or is_adapter(folder))
+            usable = place not in done and (is_model(folder) or (folder.is_dir() and is_adapter(folder)))
         except OSError:
             continue
         done.add(place)

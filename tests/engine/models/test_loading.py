@@ -238,7 +238,7 @@ def test_a_folder_without_weights_or_config_is_not_found(tiny: Any, tmp_path: Pa
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor",
         ),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
         ({"head_dim": 13}, "head_dim 13"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         (

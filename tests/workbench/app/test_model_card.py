@@ -86,3 +86,19 @@ def test_a_folder_without_weights_is_refused(model: Path) -> None:
     (model / "model.safetensors").unlink()
     with pytest.raises(CorruptWeightsError):
         check_model(str(model))
+
+
+def test_a_gguf_file_is_a_model_of_its_own(tmp_path: Path, tiny_model: Path) -> None:
+    from engine.bench.parts.cpu_peers import write_gguf
+
+    file = tmp_path / "tiny.gguf"
+    write_gguf(tiny_model, file, "f16", tiny_model / "tokenizer.json")
+    check_model(str(file))
+    check_model(str(tmp_path))
+    card = read_model_card(str(tmp_path))
+    assert card == read_model_card(str(file))
+    assert (card.id, card.context, card.digest) == ("tiny", 1024, folder_digest(file))
+    assert card.num_parameters == read_model_card(str(tiny_model)).num_parameters
+    file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(CorruptWeightsError, match=r"tiny\.gguf"):
+        check_model(str(file))

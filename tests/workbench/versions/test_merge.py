@@ -113,6 +113,23 @@ def test_adapter_of_another_shape_is_refused(tiny_model: Path, adapter: Path, tm
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_quantized_base_is_refused(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    """Its int8 numbers have the names and shapes of weights: an update would be added to them and rounded away."""
+    nameless, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(adapter, nameless)
+    save_file(load_file(adapter / WEIGHTS_NAME), nameless / WEIGHTS_NAME)
+    shutil.copytree(tiny_model, base)
+    tensors = load_file(base / "model.safetensors")
+    as_stored = {name: t.to(torch.int8) if "_proj" in name else t for name, t in tensors.items()}
+    save_file(as_stored, base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=r"compressed-tensors.*unquantized base"):
+        merge(base, nameless, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("change", [{"use_dora": True}, {"bias": "all"}, {"peft_type": "IA3"}, {"r": None}])
 def test_kinds_of_adapters_that_are_not_known_are_refused(
     adapter: Path, tmp_path: Path, change: dict[str, object]

@@ -24,7 +24,7 @@ def show(services: PageServices) -> None:
         left, right, button = st.columns([3, 2, 1], vertical_alignment="bottom")
         path = left.text_input(
             "Folder or hub id", key="own_path", bind="query-params", placeholder="/models/my-model or org/name",
-            help="A folder with config.json and *.safetensors, or a hub id that can be downloaded here.",
+            help="A folder with config.json and *.safetensors, a *.gguf file, or a hub id that can be downloaded here.",
         )  # fmt: skip
         name = right.text_input(
             "Name in the registry", key="own_name", bind="query-params", placeholder="its folder's name"

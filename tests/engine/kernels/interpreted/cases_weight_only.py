@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.kernels.quantized_weight import Int4Weight, Int8Weight, quantize_int4, quantize_int8
 from engine.kernels.weight_only import FEW_TOKENS, weight_only_linear, weight_only_linear_ref
 from engine.models.quantized import QuantizedLinear
+from engine.quantization.stored_weight import StoredWeight, merge
 
 Quantizer = Callable[[Tensor], Int8Weight | Int4Weight]
 BOTH = pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
@@ -118,6 +119,33 @@ def test_a_quantized_layer_multiplies_with_what_it_holds(quantize: Quantizer, de
     got = QuantizedLinear(weight, bias, deterministic=deterministic)(x)
     assert torch.equal(got, weight_only_linear(x, weight, bias, deterministic=deterministic))
     _assert_close(got, x, weight, bias)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [5, 20])
+def test_a_checkpoint_s_weight_is_multiplied_with_its_own_scales(
+    scale_dtype: torch.dtype, tokens: int
+) -> None:
+    """Every zero point, numbers at both ends, in int4 rows of one group beside groups of 128; int8 down to -128."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 300, generator=generator).half()
+    values = torch.randint(0, 16, (40, 300), generator=generator).short()
+    held = []
+    for group_size in (300, 128):
+        groups = -(-300 // group_size)
+        scales = (torch.rand(40, groups, generator=generator) + 0.01).to(scale_dtype)
+        zeros = (torch.arange(40 * groups) % 16).view(40, groups).short()
+        fused = StoredWeight(values=values, scales=scales, zeros=zeros, group_size=group_size).fuse()
+        assert isinstance(fused, Int4Weight)
+        held.append(fused)
+    both = merge(list(held))
+    assert isinstance(both, Int4Weight)
+    assert both.scales.dtype == scale_dtype
+    _assert_close(weight_only_linear(x, both), x, both, None)
+    rows = StoredWeight(values=values * 17 - 128, scales=held[0].scales.t()[:, :1], group_size=300).fuse()
+    assert isinstance(rows, Int8Weight)
+    assert rows.values.min() == -128
+    _assert_close(weight_only_linear(x, rows), x, rows, None)
 
 
 @BOTH
