@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm, Gemma2Text
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.errors import EngineError, UnsupportedModelError
+from engine.memory import workspace_bytes
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.layers import RMSNorm
@@ -290,6 +292,25 @@ def test_sizes_are_those_of_the_decoder(name: str, folder_of: Callable[[str], Pa
     unread = 0 if model.tie_embeddings else 4 * model.vocab_size * model.hidden_size
     assert weights.layers + weights.head == 4 * model.num_step_parameters
     assert 4 * model.num_parameters - unread >= weights.layers + weights.head
+
+
+def test_scores_that_the_reference_computes_on_a_cpu_have_their_room(
+    folder_of: Callable[[str], Path],
+) -> None:
+    capped = ModelConfig.from_folder(folder_of("gemma2"))
+    config = EngineConfig(
+        model="-",
+        attention_backend="cpu",
+        max_batched_tokens=64,
+        max_model_len=256,
+        max_num_seqs=4,
+        dtype="float32",
+    )
+    with_cap, without = (
+        workspace_bytes(config, model, torch.float32, torch.device("cpu"))
+        for model in (capped, replace(capped, attention_softcap=None))
+    )
+    assert with_cap - without >= 4 * capped.num_heads * 64 * 256  # float32 scores of the longest chunk
 
 
 def test_gemma_rounds_where_its_own_code_does() -> None:
