@@ -271,6 +271,7 @@ def test_older_spellings_are_the_same_model(
         "rope_scaling": {"rope_type": "linear", "factor": 4.0},
     }  # fmt: skip
     assert ModelConfig.from_dict(older) == ModelConfig.from_dict(gemma3)
+    assert ModelConfig.from_dict(gemma3).max_context == gemma3["max_position_embeddings"]
 
     neox = config_values(folder_of("gpt-neox"))
     older = without(neox, "rope_parameters", "attention_bias") | {"rotary_pct": 0.5, "rotary_emb_base": 10000}
