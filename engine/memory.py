@@ -178,7 +178,9 @@ def workspace_bytes(
 
 def _gathered_values(config: EngineConfig, model: ModelConfig) -> int:
     """What the reference attention gathers or computes at once: keys of decode rows, or scores of a prefill row."""
-    if config.attention_backend != "reference":
+    # The compiled attention of a CPU hands scores of another form to the reference.
+    has_own_form = bool(model.attention_softcap) or model.has_alibi
+    if config.attention_backend != "reference" and not (config.attention_backend == "cpu" and has_own_form):
         return 0
     assert config.max_batched_tokens is not None
     length = config.max_model_len or model.max_context

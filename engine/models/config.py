@@ -105,7 +105,7 @@ class ModelConfig:
         """Positions that the rotary embedding was made for, scaling included."""
         if self.rope.kind == "yarn":
             return max(self.max_position, int(self.rope.original_max_position * self.rope.factor))
-        if self.rope.kind == "linear":
+        if self.rope.kind == "linear" and self.local_rope is None:  # Gemma 3 states the scaled context
             return int(self.max_position * self.rope.factor)
         return self.max_position
 

@@ -81,9 +81,7 @@ class Family:
     normalized_head_vocab: int = 0  # a vocabulary of this size has a head whose rows have length 1
     expert_size_key: str = ""  # layers have experts of this size in the place of an MLP
     normalizes_experts: bool = False  # always: weights of the chosen experts sum to 1, and are not rounded
-    text_config: str = (
-        ""  # the key under which a checkpoint of several modalities keeps the language model's config
-    )
+    text_config: str = ""  # the key of the language model's config in one of several modalities
     names: TensorNames = TensorNames()
     defaults: Mapping[str, Any] = field(
         default_factory=lambda: MappingProxyType({})

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm, Gemma2Text
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.errors import EngineError, UnsupportedModelError
+from engine.memory import workspace_bytes
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.layers import RMSNorm
@@ -269,6 +271,7 @@ def test_older_spellings_are_the_same_model(
         "rope_scaling": {"rope_type": "linear", "factor": 4.0},
     }  # fmt: skip
     assert ModelConfig.from_dict(older) == ModelConfig.from_dict(gemma3)
+    assert ModelConfig.from_dict(gemma3).max_context == gemma3["max_position_embeddings"]
 
     neox = config_values(folder_of("gpt-neox"))
     older = without(neox, "rope_parameters", "attention_bias") | {"rotary_pct": 0.5, "rotary_emb_base": 10000}
@@ -292,6 +295,25 @@ def test_sizes_are_those_of_the_decoder(name: str, folder_of: Callable[[str], Pa
     assert 4 * model.num_parameters - unread >= weights.layers + weights.head
 
 
+def test_scores_that_the_reference_computes_on_a_cpu_have_their_room(
+    folder_of: Callable[[str], Path],
+) -> None:
+    capped = ModelConfig.from_folder(folder_of("gemma2"))
+    config = EngineConfig(
+        model="-",
+        attention_backend="cpu",
+        max_batched_tokens=64,
+        max_model_len=256,
+        max_num_seqs=4,
+        dtype="float32",
+    )
+    with_cap, without = (
+        workspace_bytes(config, model, torch.float32, torch.device("cpu"))
+        for model in (capped, replace(capped, attention_softcap=None))
+    )
+    assert with_cap - without >= 4 * capped.num_heads * 64 * 256  # float32 scores of the longest chunk
+
+
 def test_gemma_rounds_where_its_own_code_does() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 48, dtype=torch.bfloat16)
@@ -311,9 +333,13 @@ def test_gemma_rounds_where_its_own_code_does() -> None:
 
 
 @pytest.mark.parametrize("name", ["mixtral", long("gemma2"), long("gpt-neox")])
-def test_deterministic_mode_holds_on_a_cpu(name: str, folder_of: Callable[[str], Path]) -> None:
+def test_deterministic_mode_holds_on_a_cpu(name: str, tmp_path: Path) -> None:
+    values = NATIVE[name].config()
+    # Large enough that BLAS picks other paths for other numbers of rows.
+    values.hidden_size, values.intermediate_size, values.num_attention_heads = 192, 500, 6
+    make_model(values).save_pretrained(tmp_path)
     config = EngineConfig(
-        model=str(folder_of(name)),
+        model=str(tmp_path),
         dtype="float32",
         deterministic=True,
         num_blocks=64,
