@@ -142,15 +142,13 @@ class LLM:
     def score(self, texts_or_token_ids: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[Score]:
         """Log-probabilities of given texts under the model, token by token.
 
-        A text may have one token less than the context: the engine generates one token after it, which is dropped.
-
         Raises:
             InvalidRequestError: a text that does not fit.
             StepFailedError: scoring failed on the way.
             EngineDeadError: the engine died or is closed.
         """
         many = _as_prompts(texts_or_token_ids)
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True, ignore_eos=True)
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
         return [_score(completion) for completion in self._run(many, [params] * len(many), use_tqdm)]
 
     def add_lora(self, name: str, folder: str | Path) -> Lora:

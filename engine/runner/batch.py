@@ -29,6 +29,7 @@ from engine.runner.cpu_sampler import make_sampler
 from engine.runner.sampler import LogitEdits, Sampled, SampleSettings
 
 Int64 = NDArray[np.int64]
+NO_LOGPROBS = -2  # of a prompt; ALL_LOGPROBS is -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class RowBatch(ABC):
         self.num_blocks = np.zeros(rows, dtype=np.int64)
         self.num_prompt_tokens = np.zeros(rows, dtype=np.int64)
         self.num_logprobs = np.full(rows, -1, dtype=np.int64)
-        self.wants_prompt_logprobs = np.zeros(rows, dtype=bool)
+        self.prompt_logprobs = np.full(rows, NO_LOGPROBS, dtype=np.int64)
+        self.logprob_start = np.zeros(rows, dtype=np.int64)
         self.controls: dict[int, Controls] = {}  # of rows that ask for any
         self._control_end = np.zeros(rows, dtype=np.int64)  # positions from it on are free of them
 
@@ -115,6 +117,10 @@ class RowBatch(ABC):
     def _append_blocks(self, rows: Int64, columns: Int64, ids: Int64) -> None:
         """Write block ids to their places in the tables."""
 
+    def scored(self, plan: StepPlan) -> Int64:
+        """Which of the plan's rows want log-probabilities of their prompts."""
+        return np.nonzero(self.prompt_logprobs[plan.rows] != NO_LOGPROBS)[0]
+
     def controlled(self, plan: StepPlan) -> Int64:
         """Which of the rows that sample have controls that change this step's logits."""
         picked = plan.logit_rows
@@ -127,7 +133,8 @@ class RowBatch(ABC):
         self.num_blocks[row] = len(admission.block_ids[0])
         self.num_prompt_tokens[row] = admission.num_prompt_tokens
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self.wants_prompt_logprobs[row] = params.prompt_logprobs
+        self.prompt_logprobs[row] = NO_LOGPROBS if params.prompt_logprobs is None else params.prompt_logprobs
+        self.logprob_start[row] = params.logprob_start_len
         controls = controls_of(admission, self.shape.eos_token_ids, self.shape.vocab_size)
         if controls is not None:
             self.controls[row] = controls
@@ -136,7 +143,7 @@ class RowBatch(ABC):
     def _clear(self, row: int) -> None:
         self.num_blocks[row] = 0
         self.num_logprobs[row] = -1
-        self.wants_prompt_logprobs[row] = False
+        self.prompt_logprobs[row] = NO_LOGPROBS
         self._control_end[row] = 0
         self.controls.pop(row, None)
 

@@ -117,7 +117,7 @@ class DecodeGraphs:
             or int(plan.num_tokens.max()) > 1
         ):
             return 0
-        if batch.wants_prompt_logprobs[plan.rows].any():
+        if len(batch.scored(plan)):
             return 0
         if not self._attention.fits_captured(plan.start + 1):
             return 0

@@ -93,9 +93,10 @@ class LogprobTensors:
     rank: Tensor  # [n]
     top_ids: Tensor  # [n, N]
     top_values: Tensor  # [n, N]
+    logits: Tensor | None = None  # [n, V], on the host, where whole rows were asked for
 
     def fields(self) -> tuple[Tensor, ...]:
-        """All of them, in their order."""
+        """All of them but whole rows, in their order."""
         return self.token_ids, self.chosen, self.rank, self.top_ids, self.top_values
 
     def to_host(self) -> LogprobTensors:
@@ -106,12 +107,15 @@ class LogprobTensors:
         """One entry per position with its first ``num_top[i]`` most likely tokens."""
         columns = zip(
             self.token_ids.tolist(), self.chosen.tolist(), self.rank.tolist(), self.top_ids.tolist(),
-            self.top_values.tolist(), num_top, strict=True,
+            self.top_values.tolist(), num_top, self._rows(), strict=True,
         )  # fmt: skip
         return [
-            TokenLogprobs(token, logprob, rank, tuple(ids[:n]), tuple(values[:n]))
-            for token, logprob, rank, ids, values, n in columns
+            TokenLogprobs(token, logprob, rank, tuple(ids[:n]), tuple(values[:n]), row)
+            for token, logprob, rank, ids, values, n, row in columns
         ]
+
+    def _rows(self) -> Sequence[NDArray[np.float32] | None]:
+        return [None] * len(self.token_ids) if self.logits is None else list(self.logits.numpy())
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,7 +236,7 @@ def workload() -> dict[str, Asked]:
         "later": Asked(tokens(4), SamplingParams(max_tokens=18, seed=9, temperature=1.0, min_tokens=9,
                                                  stop_token_ids=tuple(range(20))), arrives=6),
         "leaves": Asked(tokens(6), SamplingParams(max_tokens=25, seed=6, **drawn), aborted_after=5),
-        "prompt": Asked(tokens(6), SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, prompt_logprobs=True), 9),
+        "prompt": Asked(tokens(6), SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, prompt_logprobs=0), 9),
         "penalized": Asked([*shared, 3], SamplingParams(max_tokens=22, seed=11, presence_penalty=1.5, frequency_penalty=2.0,
                                                         repetition_penalty=1.6, **drawn), arrives=1),
         "biased": Asked(tokens(5), SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, repetition_penalty=1.7,

@@ -54,7 +54,7 @@ def test_completions(completion: Completion) -> None:
         SamplingParams, max_tokens=st.none() | st.integers(9, 99), temperature=st.floats(0, 100), top_k=st.integers(0, 9),
         top_p=st.floats(0.1, 1), seed=st.none() | st.integers(-(2**63), 2**63 - 1), min_tokens=st.integers(0, 9),
         stop=st.lists(st.text(min_size=1), max_size=3).map(tuple), stop_token_ids=ids, ignore_eos=st.booleans(),
-        logprobs=st.none() | st.integers(0, 20), prompt_logprobs=st.booleans(), n=st.integers(1, 16),
+        logprobs=st.none() | st.integers(0, 20), prompt_logprobs=st.none() | st.integers(0, 20), n=st.integers(1, 16),
         presence_penalty=st.floats(-2, 2), frequency_penalty=st.floats(-2, 2), repetition_penalty=st.floats(0.1, 9),
         logit_bias=st.none() | st.dictionaries(st.integers(0, 99), st.floats(-100, 100), max_size=3),
         bad_words=st.lists(st.just("no") | st.just((1, 2)), max_size=3).map(tuple),
