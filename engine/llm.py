@@ -18,13 +18,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+from engine.best_of import choose_best
 from engine.chat_messages import Message
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, InvalidRequestError, StepFailedError
 from engine.lora import Lora
+from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats, HealthState
 from engine.request import FinishReason
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import ALL_LOGPROBS, SamplingParams
+from engine.scoring import (
+    ROW_VALUES_AT_ONCE,
+    TOKENS_AT_ONCE,
+    KLBuilder,
+    Perplexity,
+    Piece,
+    TokenKL,
+    perplexity_of,
+    rounds_of,
+    windows_of,
+)
 from engine.stream import RequestStream
 from engine.tokenizer import TokenizerLike
 from engine.worker import EngineWorker
@@ -97,7 +110,8 @@ class LLM:
     ) -> list[Completion]:
         """Complete one prompt or many, batched by the engine; completions in the order of the prompts.
 
-        Where params ask for n completions, a prompt's n stand side by side; with a seed, the i-th has the seed plus i.
+        Where params ask for n completions, a prompt's n stand side by side; with a seed, the i-th has the seed plus i. With
+        best_of they are the n of so many with the highest mean log-probability a token, the best first.
         `lora`: the name of an adapter that `add_lora` loaded, one for all or one for each prompt; None: the base alone.
 
         A request that fails while it runs comes back with finish reason ERROR and its `error`, with a RuntimeWarning; the
@@ -148,8 +162,111 @@ class LLM:
             EngineDeadError: the engine died or is closed.
         """
         many = _as_prompts(texts_or_token_ids)
-        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        params = _scoring()
         return [_score(completion) for completion in self._run(many, [params] * len(many), use_tqdm)]
+
+    def perplexity(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        stride: int | None = None,
+        max_length: int | None = None,
+        lora: str | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Perplexity]:
+        """Perplexity of texts of any length: windows of `max_length` tokens (None: the context), each `stride` tokens on.
+
+        Each token is scored once, in the first window that holds it, with all of that window before it. `stride` None is half
+        a window: the smaller it is, the more each token has before it, and the longer it takes. See `engine.scoring.windows_of`.
+
+        Raises:
+            InvalidRequestError: a window beyond the context, or a stride beyond the window; nothing ran.
+            StepFailedError: scoring failed on the way.
+            EngineDeadError: the engine died or is closed.
+        """
+        assert self.config.max_model_len is not None
+        most = self.config.max_model_len
+        length = _int_between("max_length", most if max_length is None else max_length, 2, most)
+        step = _int_between("stride", length // 2 if stride is None else stride, 1, length)
+        many = [self._ids_of(text) for text in _as_prompts(texts)]
+        windows = [(i, window) for i, ids in enumerate(many) for window in windows_of(len(ids), length, step)]
+        logprobs: list[list[float]] = [[] for _ in many]
+        at_once = max(1, TOKENS_AT_ONCE // length)
+        for begin in range(0, len(windows), at_once):
+            part = windows[begin : begin + at_once]
+            prompts = [many[i][window.begin : window.end] for i, window in part]
+            params = [_scoring(window.first - window.begin) for _, window in part]
+            for (i, _), done in zip(part, self._run(prompts, params, use_tqdm, lora), strict=True):
+                logprobs[i].append(math.fsum(_scored(done)))
+        counts = [sum(w.end - w.first for i, w in windows if i == text) for text in range(len(many))]
+        return [Perplexity(n, math.fsum(parts)) for n, parts in zip(counts, logprobs, strict=True)]
+
+    def token_kl(
+        self,
+        other: LLM,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        lora: str | None = None,
+        other_lora: str | None = None,
+    ) -> list[TokenKL]:
+        """How far `other` is from this model, at every token of given texts: exact KL divergence over the whole vocabulary.
+
+        Rows of logits are held for a few tokens at a time, whatever the texts' lengths, and compared in float64. With
+        ``deterministic=True`` in both, the figures do not depend on batch or step. `other` may be this very LLM, with another
+        adapter.
+
+        Raises:
+            InvalidRequestError: the vocabularies or the tokens of a text differ, or a text is beyond a context; nothing ran.
+            StepFailedError: scoring failed on the way.
+            EngineDeadError: an engine died or is closed.
+        """
+        many = [self._ids_of(text) for text in _as_prompts(texts)]
+        self._check_comparable(other, _as_prompts(texts), many)
+        rows_at_once = max(1, ROW_VALUES_AT_ONCE // self.worker.vocab_size)
+        builders = [KLBuilder(ids) for ids in many]
+        for pieces in rounds_of([len(ids) for ids in many], rows_at_once, self.config.block_size):
+            streams = [
+                *self._submit_pieces(many, pieces, lora), *other._submit_pieces(many, pieces, other_lora)
+            ]  # fmt: skip
+            try:
+                _wait_for_all(streams, use_tqdm=False)
+            except BaseException:
+                _abort_all(streams)
+                raise
+            rows = [_entries(stream.result()) for stream in streams]
+            for piece, own, others in zip(pieces, rows[: len(pieces)], rows[len(pieces) :], strict=True):
+                builders[piece.text].add(own, others)
+        return [builder.build() for builder in builders]
+
+    def _submit_pieces(
+        self, texts: Sequence[list[int]], pieces: Sequence[Piece], lora: str | None
+    ) -> list[RequestStream]:
+        prompts = [texts[piece.text][: piece.end] for piece in pieces]
+        params = [_scoring(piece.first, ALL_LOGPROBS) for piece in pieces]
+        return self.worker.submit_all(prompts, params, loras=[lora] * len(pieces))
+
+    def _ids_of(self, text: Prompt) -> list[int]:
+        return self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+
+    def _check_comparable(self, other: LLM, texts: Sequence[Prompt], ids: Sequence[list[int]]) -> None:
+        own_size, other_size = self.worker.vocab_size, other.worker.vocab_size
+        if own_size != other_size:
+            raise InvalidRequestError(
+                f"the models' vocabularies differ: {own_size} and {other_size} tokens", value=other_size, limit=own_size,
+                param="other", remedy="Compare models with the same tokenizer.",
+            )  # fmt: skip
+        most = min(llm.config.max_model_len or 0 for llm in (self, other))
+        for i, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
+            if len(tokens) > most:
+                raise InvalidRequestError(
+                    f"text {i} has {len(tokens)} tokens, the shorter context holds {most}", value=len(tokens), limit=most,
+                    param="texts", remedy="Cut it into shorter ones.",
+                )  # fmt: skip
+            if isinstance(text, str) and other.tokenizer.encode(text) != tokens:
+                raise InvalidRequestError(
+                    f"the models read text {i} as different tokens", value=i, param="texts",
+                    remedy="Compare models with the same tokenizer, or give token ids.",
+                )  # fmt: skip
 
     def add_lora(self, name: str, folder: str | Path) -> Lora:
         """Load a PEFT LoRA adapter, for `lora=name`; the engine needs the setting `enable_lora`.
@@ -232,7 +349,10 @@ class LLM:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        return completions
+        places = iter(completions)
+        return [
+            chosen for each in params for chosen in choose_best([next(places) for _ in each.each()], each)
+        ]
 
 
 def _wait_for_all(streams: Sequence[RequestStream], use_tqdm: bool) -> None:
@@ -319,19 +439,31 @@ def _one_each(given: Any, kind: type, count: int, *, param: str, what: str) -> l
     return each
 
 
-def _score(completion: Completion) -> Score:
-    if completion.finish_reason is FinishReason.ERROR:
+def _int_between(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+        return value
+    raise InvalidRequestError(
+        f"{name} must be an integer from {low} to {high}, got {value!r}", value=value, limit=high, param=name
+    )
+
+
+def _scoring(start: int = 0, num_logprobs: int = 0) -> SamplingParams:
+    """Params of a request that generates nothing and scores its prompt from token `start` on."""
+    return SamplingParams(max_tokens=0, prompt_logprobs=num_logprobs, logprob_start_len=start)
+
+
+def _entries(completion: Completion) -> tuple[TokenLogprobs, ...]:
+    if completion.finish_reason is not FinishReason.LENGTH:
         raise StepFailedError(completion.error or "scoring failed", value=completion.request_id)
-    logprobs = tuple(entry.logprob for entry in completion.prompt_logprobs)
+    return completion.prompt_logprobs
+
+
+def _scored(completion: Completion) -> tuple[float, ...]:
+    return tuple([entry.logprob for entry in _entries(completion)])
+
+
+def _score(completion: Completion) -> Score:
+    logprobs = _scored(completion)
     assert len(logprobs) == completion.num_prompt_tokens - 1, (len(logprobs), completion.num_prompt_tokens)
     total = math.fsum(logprobs)
-    return Score(completion.prompt_token_ids, logprobs, total, _perplexity(total, len(logprobs)))
-
-
-def _perplexity(total_logprob: float, num_tokens: int) -> float:
-    if not num_tokens:
-        return math.nan
-    try:
-        return math.exp(-total_logprob / num_tokens)
-    except OverflowError:
-        return math.inf
+    return Score(completion.prompt_token_ids, logprobs, total, perplexity_of(total, len(logprobs)))

@@ -161,6 +161,7 @@ class HostRowBatch(RowBatch):
         self._top_k = np.zeros(rows, dtype=np.int64)
         self._top_p = np.ones(rows)
         self._min_p = np.zeros(rows)
+        self._typical_p = np.ones(rows)
         self._seed = np.zeros(rows, dtype=np.int64)
         self._marks: dict[int, NDArray[np.int16]] = {}  # [V], of rows with penalties
         self._biases: dict[int, NDArray[np.float32]] = {}  # [V], -inf where a token is not allowed
@@ -205,6 +206,7 @@ class HostRowBatch(RowBatch):
             top_k=self._top_k[rows],
             top_p=self._top_p[rows],
             min_p=self._min_p[rows],
+            typical_p=self._typical_p[rows],
             seed=self._seed[rows],
             position=position,
             num_logprobs=self.num_logprobs[rows],
@@ -235,6 +237,7 @@ class HostRowBatch(RowBatch):
         self._tables[row, : len(blocks)] = blocks
         self._temperature[row], self._seed[row] = params.temperature, admission.seed
         self._top_k[row], self._top_p[row], self._min_p[row] = params.top_k, params.top_p, params.min_p
+        self._typical_p[row] = params.typical_p
         if row in self.controls:
             self._admit_controls(row, self.controls[row], admission.token_ids)
 
