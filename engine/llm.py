@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import math
 import operator
-import time
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -18,34 +17,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+from engine import scoring
 from engine.best_of import choose_best
 from engine.chat_messages import Message
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, InvalidRequestError, StepFailedError
+from engine.errors import EngineDeadError, InvalidRequestError
 from engine.lora import Lora
-from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats, HealthState
 from engine.request import FinishReason
-from engine.sampling_params import ALL_LOGPROBS, SamplingParams
-from engine.scoring import (
-    ROW_VALUES_AT_ONCE,
-    TOKENS_AT_ONCE,
-    KLBuilder,
-    Perplexity,
-    Piece,
-    TokenKL,
-    perplexity_of,
-    rounds_of,
-    windows_of,
-)
-from engine.stream import RequestStream
+from engine.sampling_params import SamplingParams
+from engine.scoring import Perplexity
+from engine.token_kl import TokenKL
 from engine.tokenizer import TokenizerLike
+from engine.waiting import abort_all, wait_for_all
 from engine.worker import EngineWorker
 
 Prompt = str | Sequence[int]
-
-REFRESH_S = 0.1  # how often output is taken in and the progress bar moves
-ABORT_WAIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +149,8 @@ class LLM:
             EngineDeadError: the engine died or is closed.
         """
         many = _as_prompts(texts_or_token_ids)
-        params = _scoring()
-        return [_score(completion) for completion in self._run(many, [params] * len(many), use_tqdm)]
+        done = self._run(many, [scoring.scoring_params()] * len(many), use_tqdm)
+        return [_score(completion) for completion in done]
 
     def perplexity(
         self,
@@ -184,22 +171,9 @@ class LLM:
             StepFailedError: scoring failed on the way.
             EngineDeadError: the engine died or is closed.
         """
-        assert self.config.max_model_len is not None
-        most = self.config.max_model_len
-        length = _int_between("max_length", most if max_length is None else max_length, 2, most)
-        step = _int_between("stride", length // 2 if stride is None else stride, 1, length)
-        many = [self._ids_of(text) for text in _as_prompts(texts)]
-        windows = [(i, window) for i, ids in enumerate(many) for window in windows_of(len(ids), length, step)]
-        logprobs: list[list[float]] = [[] for _ in many]
-        at_once = max(1, TOKENS_AT_ONCE // length)
-        for begin in range(0, len(windows), at_once):
-            part = windows[begin : begin + at_once]
-            prompts = [many[i][window.begin : window.end] for i, window in part]
-            params = [_scoring(window.first - window.begin) for _, window in part]
-            for (i, _), done in zip(part, self._run(prompts, params, use_tqdm, lora), strict=True):
-                logprobs[i].append(math.fsum(_scored(done)))
-        counts = [sum(w.end - w.first for i, w in windows if i == text) for text in range(len(many))]
-        return [Perplexity(n, math.fsum(parts)) for n, parts in zip(counts, logprobs, strict=True)]
+        return scoring.perplexity(
+            self, _as_prompts(texts), stride=stride, max_length=max_length, lora=lora, use_tqdm=use_tqdm
+        )
 
     def token_kl(
         self,
@@ -220,53 +194,7 @@ class LLM:
             StepFailedError: scoring failed on the way.
             EngineDeadError: an engine died or is closed.
         """
-        many = [self._ids_of(text) for text in _as_prompts(texts)]
-        self._check_comparable(other, _as_prompts(texts), many)
-        rows_at_once = max(1, ROW_VALUES_AT_ONCE // self.worker.vocab_size)
-        builders = [KLBuilder(ids) for ids in many]
-        for pieces in rounds_of([len(ids) for ids in many], rows_at_once, self.config.block_size):
-            streams = [
-                *self._submit_pieces(many, pieces, lora), *other._submit_pieces(many, pieces, other_lora)
-            ]  # fmt: skip
-            try:
-                _wait_for_all(streams, use_tqdm=False)
-            except BaseException:
-                _abort_all(streams)
-                raise
-            rows = [_entries(stream.result()) for stream in streams]
-            for piece, own, others in zip(pieces, rows[: len(pieces)], rows[len(pieces) :], strict=True):
-                builders[piece.text].add(own, others)
-        return [builder.build() for builder in builders]
-
-    def _submit_pieces(
-        self, texts: Sequence[list[int]], pieces: Sequence[Piece], lora: str | None
-    ) -> list[RequestStream]:
-        prompts = [texts[piece.text][: piece.end] for piece in pieces]
-        params = [_scoring(piece.first, ALL_LOGPROBS) for piece in pieces]
-        return self.worker.submit_all(prompts, params, loras=[lora] * len(pieces))
-
-    def _ids_of(self, text: Prompt) -> list[int]:
-        return self.tokenizer.encode(text) if isinstance(text, str) else list(text)
-
-    def _check_comparable(self, other: LLM, texts: Sequence[Prompt], ids: Sequence[list[int]]) -> None:
-        own_size, other_size = self.worker.vocab_size, other.worker.vocab_size
-        if own_size != other_size:
-            raise InvalidRequestError(
-                f"the models' vocabularies differ: {own_size} and {other_size} tokens", value=other_size, limit=own_size,
-                param="other", remedy="Compare models with the same tokenizer.",
-            )  # fmt: skip
-        most = min(llm.config.max_model_len or 0 for llm in (self, other))
-        for i, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
-            if len(tokens) > most:
-                raise InvalidRequestError(
-                    f"text {i} has {len(tokens)} tokens, the shorter context holds {most}", value=len(tokens), limit=most,
-                    param="texts", remedy="Cut it into shorter ones.",
-                )  # fmt: skip
-            if isinstance(text, str) and other.tokenizer.encode(text) != tokens:
-                raise InvalidRequestError(
-                    f"the models read text {i} as different tokens", value=i, param="texts",
-                    remedy="Compare models with the same tokenizer, or give token ids.",
-                )  # fmt: skip
+        return scoring.token_kl(self, other, _as_prompts(texts), lora=lora, other_lora=other_lora)
 
     def add_lora(self, name: str, folder: str | Path) -> Lora:
         """Load a PEFT LoRA adapter, for `lora=name`; the engine needs the setting `enable_lora`.
@@ -335,9 +263,9 @@ class LLM:
         loras = _one_each(lora, str, len(prompts), param="lora", what="adapters")
         streams = self.worker.submit_all(prompts, params, loras=loras)
         try:
-            _wait_for_all(streams, use_tqdm)
+            wait_for_all(streams, use_tqdm)
         except BaseException:
-            _abort_all(streams)
+            abort_all(streams)
             raise
         completions = [stream.result() for stream in streams]
         failed = [c for c in completions if c.finish_reason is FinishReason.ERROR]
@@ -353,38 +281,6 @@ class LLM:
         return [
             chosen for each in params for chosen in choose_best([next(places) for _ in each.each()], each)
         ]
-
-
-def _wait_for_all(streams: Sequence[RequestStream], use_tqdm: bool) -> None:
-    """Wait for the end of all streams, taking their output in as it comes."""
-    from tqdm.auto import tqdm
-
-    started = time.monotonic()
-    with tqdm(total=len(streams), desc="requests", unit="req", disable=not use_tqdm, leave=False) as bar:
-        pending = list(streams)
-        done_tokens = 0
-        while pending:
-            pending[0].wait(REFRESH_S)
-            left = []
-            tokens = done_tokens
-            for stream in pending:
-                tokens += stream.drain()
-                if stream.completion is None:
-                    left.append(stream)
-                else:
-                    done_tokens += stream.completion.num_output_tokens
-            bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-6):.0f} tok/s", refresh=False)
-            bar.update(len(pending) - len(left))
-            pending = left
-
-
-def _abort_all(streams: Sequence[RequestStream]) -> None:
-    """End what runs and see it end, so that the next call finds an idle engine."""
-    for stream in streams:
-        stream.abort()
-    deadline = time.monotonic() + ABORT_WAIT_S
-    for stream in streams:
-        stream.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -439,31 +335,8 @@ def _one_each(given: Any, kind: type, count: int, *, param: str, what: str) -> l
     return each
 
 
-def _int_between(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
-        return value
-    raise InvalidRequestError(
-        f"{name} must be an integer from {low} to {high}, got {value!r}", value=value, limit=high, param=name
-    )
-
-
-def _scoring(start: int = 0, num_logprobs: int = 0) -> SamplingParams:
-    """Params of a request that generates nothing and scores its prompt from token `start` on."""
-    return SamplingParams(max_tokens=0, prompt_logprobs=num_logprobs, logprob_start_len=start)
-
-
-def _entries(completion: Completion) -> tuple[TokenLogprobs, ...]:
-    if completion.finish_reason is not FinishReason.LENGTH:
-        raise StepFailedError(completion.error or "scoring failed", value=completion.request_id)
-    return completion.prompt_logprobs
-
-
-def _scored(completion: Completion) -> tuple[float, ...]:
-    return tuple([entry.logprob for entry in _entries(completion)])
-
-
 def _score(completion: Completion) -> Score:
-    logprobs = _scored(completion)
+    logprobs = tuple([entry.logprob for entry in scoring.entries_of(completion)])
     assert len(logprobs) == completion.num_prompt_tokens - 1, (len(logprobs), completion.num_prompt_tokens)
     total = math.fsum(logprobs)
-    return Score(completion.prompt_token_ids, logprobs, total, perplexity_of(total, len(logprobs)))
+    return Score(completion.prompt_token_ids, logprobs, total, scoring.perplexity_of(total, len(logprobs)))

@@ -49,7 +49,9 @@ class SamplingParams:
         InvalidParamsError: naming the parameter, its value and its range.
     """
 
-    max_tokens: int | None = 16  # output tokens at most; None: up to the context's end; 0, with prompt_logprobs: scored only
+    max_tokens: int | None = (
+        16  # output tokens at most; None: up to the context's end; 0, with prompt_logprobs: scored only
+    )
     temperature: float = 1.0  # 0 is greedy: the most likely token, lowest id first among equals
     top_k: int = 0  # keep the k most likely tokens; 0 or -1: all
     top_p: float = 1.0  # keep the smallest set whose probability reaches top_p
@@ -62,7 +64,9 @@ class SamplingParams:
     bad_words: tuple[str | tuple[int, ...], ...] = ()  # texts or token ids that the output must not hold
     allowed_token_ids: tuple[int, ...] | None = None  # None: all; others are never chosen
     n: int = 1  # completions of the prompt; one after the other with the seed, the seed plus 1, …
-    best_of: int | None = None  # generate so many, return the n of the highest mean log-probability a token, the best first
+    best_of: int | None = (
+        None  # generate so many, return the n of the highest mean log-probability a token, the best first
+    )
     seed: int | None = None  # None: the engine draws one and records it
     stop: tuple[str, ...] = ()  # texts that end the output; never part of it unless asked for below
     stop_token_ids: tuple[int, ...] = ()
@@ -71,7 +75,9 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None  # what the whole output must look like
     logprobs: int | None = None  # None: none; n: the chosen token's and the n most likely tokens'
     prompt_logprobs: int | None = None  # the same of the prompt's tokens; ALL_LOGPROBS: whole rows of logits
-    logprob_start_len: int = 0  # prompt_logprobs of the tokens from this one on; what is before may come from the cache
+    logprob_start_len: int = (
+        0  # prompt_logprobs of the tokens from this one on; what is before may come from the cache
+    )
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 

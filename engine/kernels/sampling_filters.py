@@ -304,9 +304,7 @@ def kept_typical(x, keep, typical, work, row, share):
     if share < 1.0:
         typical += row * _TYPICAL_WORDS
         peak = value_of(tl.load(work + row * _ROW_WORDS + _PEAK))
-        keep = keep & (
-            _distance_key(x, peak, typical) >= _typical_floor(typical, share).to(tl.uint32)
-        )
+        keep = keep & (_distance_key(x, peak, typical) >= _typical_floor(typical, share).to(tl.uint32))
     return keep
 
 

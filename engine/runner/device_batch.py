@@ -165,7 +165,9 @@ class DeviceRowBatch(RowBatch):
     def _admit(self, admission: RowAdmission) -> None:
         params, blocks = admission.params, np.asarray(admission.block_ids[0], dtype=np.int64)
         self._is_typical[admission.row] = is_typical = params.typical_p < 1.0
-        self._is_filtered[admission.row] = is_typical or params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+        self._is_filtered[admission.row] = (
+            is_typical or params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+        )
         if self._device_controls is None and admission.row in self.controls:
             self._device_controls = DeviceControls(self.idle_row + 1, self.shape.vocab_size, self.device)
         self._admitted.append(admission)

@@ -349,7 +349,18 @@ class EngineMachine(RuleBasedStateMachine):
         score_from=st.sampled_from([0, 0, 1, 2, 7]),
     )
     def add(
-        self, prompt, reuse, max_tokens, min_tokens, ignore_eos, stop_token_ids, stop, include, salt, score, score_from
+        self,
+        prompt,
+        reuse,
+        max_tokens,
+        min_tokens,
+        ignore_eos,
+        stop_token_ids,
+        stop,
+        include,
+        salt,
+        score,
+        score_from,
     ) -> None:
         if reuse is not None and self.harness.prompts:
             old = self.harness.prompts[reuse[0] % len(self.harness.prompts)]

@@ -107,7 +107,8 @@ def test_rows_with_settings_of_their_own_do_not_change_each_other(compiled: CpuS
     rows, vocab = len(CHOICES) * 8, 4096
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
     columns = {
-        name: np.array([(defaults | CHOICES[i % len(CHOICES)])[name] for i in range(rows)]) for name in defaults
+        name: np.array([(defaults | CHOICES[i % len(CHOICES)])[name] for i in range(rows)])
+        for name in defaults
     }
     logits = logits_of(rows, vocab)
 

@@ -46,7 +46,18 @@ REGISTERS = 65536  # of one multiprocessor
 SHARED_BYTES = 16 * 1024  # so that the registers, not these, say how many programs run side by side
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 PARTS = 128  # of a vocabulary of 128k
-FLOATS = ("logits", "temperature", "top_p", "min_p", "typical_p", "best", "peaks", "totals", "chosen", "top_values")
+FLOATS = (
+    "logits",
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "best",
+    "peaks",
+    "totals",
+    "chosen",
+    "top_values",
+)
 CONTROL_FLOATS = ("repetition", "frequency", "presence", "biases")
 CONTROL_INTS = (
     "marked", "tokens", "counts_tokens", "allowed", "is_limited", "bias_ids", "num_biases", "bans", "num_bans", "num_prompt",

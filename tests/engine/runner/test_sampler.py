@@ -131,7 +131,14 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "filters", [{"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 5, "top_p": 0.8, "min_p": 0.05}, {"typical_p": 0.6}]
+    "filters",
+    [
+        {"top_k": 4},
+        {"top_p": 0.7},
+        {"min_p": 0.1},
+        {"top_k": 5, "top_p": 0.8, "min_p": 0.05},
+        {"typical_p": 0.6},
+    ],
 )
 def test_filtered_draws_follow_the_renormalised_softmax(filters: dict[str, float]) -> None:
     vocab, draws = 16, 10_000
@@ -212,7 +219,11 @@ def test_typical_tokens_are_those_of_transformers(mass: float, before: dict[str,
     logits[::5] = logits[::5].round()  # ties
     top_k, top_p, min_p = (
         np.full(rows, before.get(name, default), kind)
-        for name, default, kind in (("top_k", 0, np.int64), ("top_p", 1.0, np.float64), ("min_p", 0.0, np.float64))
+        for name, default, kind in (
+            ("top_k", 0, np.int64),
+            ("top_p", 1.0, np.float64),
+            ("min_p", 0.0, np.float64),
+        )
     )
     left = keep_likely(logits, Filters(top_k, top_p, min_p, np.ones(rows)))
     typical_p = np.where(np.arange(rows) % 4 == 3, 1.0, mass)
@@ -241,7 +252,9 @@ def test_looking_at_few_tokens_changes_no_draw(monkeypatch: pytest.MonkeyPatch) 
         position=generator.integers(0, 4000, rows),
     )
     drawn = settings.temperature > 0
-    filters = Filters(settings.top_k, settings.top_p, settings.min_p, settings.typical_p).of(np.nonzero(drawn)[0])
+    filters = Filters(settings.top_k, settings.top_p, settings.min_p, settings.typical_p).of(
+        np.nonzero(drawn)[0]
+    )
     few = filters.rows_that_keep_few(vocab)
     assert len(few) > 100
     found = sample(logits, settings).token_ids
