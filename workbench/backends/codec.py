@@ -30,7 +30,7 @@ from engine.llm import Score
 from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats, MemoryLedger, RequestRecord, StepRecord
 from engine.request import FinishReason
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import ALL_LOGPROBS, MAX_LOGPROBS, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,13 @@ def params_from_json(values: Mapping[str, Any]) -> SamplingParams:
             raise InvalidParamsError(
                 f"unknown sampling parameter {name!r}", value=name, limit=sorted(_PARAMS), param=str(name)
             )
-    return SamplingParams(**values)
+    params = SamplingParams(**values)
+    if params.prompt_logprobs == ALL_LOGPROBS:
+        raise InvalidParamsError(
+            "whole rows of logits do not leave the process: prompt_logprobs=-1", value=ALL_LOGPROBS, limit=MAX_LOGPROBS,
+            param="prompt_logprobs", remedy="Ask for at most as many as the limit says.",
+        )  # fmt: skip
+    return params
 
 
 # ── completions ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -43,7 +43,7 @@ _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "tool_calls": FinishReason.STOP}
 _OPENAI_FIELDS = ("temperature", "top_p", "seed", "max_tokens")
 _EXTRA_FIELDS = (  # sent only where they say something
-    "top_k", "min_p", "ignore_eos", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "top_k", "min_p", "typical_p", "ignore_eos", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "logit_bias", "bad_words", "allowed_token_ids",
 )  # fmt: skip
 

@@ -167,6 +167,12 @@ def one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: in
             f"a backend gives one completion a prompt, n is {n}", value=n, limit=1, param="n",
             remedy="Give the prompt n times, with the params of params.each().",
         )  # fmt: skip
+    best_of = next((each.best_of for each in many if each is not None and each.chooses), None)
+    if best_of is not None:
+        raise InvalidRequestError(
+            f"a backend does not choose among completions, best_of is {best_of}", value=best_of, limit=1, param="best_of",
+            remedy="Use LLM.generate, or /v1/completions.",
+        )  # fmt: skip
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:
