@@ -52,7 +52,7 @@ def test_completions(completion: Completion) -> None:
 @given(
     st.builds(
         SamplingParams, max_tokens=st.none() | st.integers(9, 99), temperature=st.floats(0, 100), top_k=st.integers(0, 9),
-        top_p=st.floats(0.1, 1), seed=st.none() | st.integers(-(2**63), 2**63 - 1), min_tokens=st.integers(0, 9),
+        top_p=st.floats(0.1, 1), typical_p=st.floats(0.1, 1), best_of=st.none() | st.just(16), seed=st.none() | st.integers(-(2**63), 2**63 - 1), min_tokens=st.integers(0, 9),
         stop=st.lists(st.text(min_size=1), max_size=3).map(tuple), stop_token_ids=ids, ignore_eos=st.booleans(),
         logprobs=st.none() | st.integers(0, 20), prompt_logprobs=st.none() | st.integers(0, 20), n=st.integers(1, 16),
         presence_penalty=st.floats(-2, 2), frequency_penalty=st.floats(-2, 2), repetition_penalty=st.floats(0.1, 9),
@@ -68,6 +68,12 @@ def test_params(params: SamplingParams) -> None:
 def test_an_unknown_param_is_refused() -> None:
     with pytest.raises(InvalidParamsError, match="temprature"):
         codec.params_from_json({"temprature": 1})
+
+
+def test_whole_rows_do_not_travel() -> None:
+    with pytest.raises(InvalidParamsError, match="whole rows") as caught:
+        codec.params_from_json({"prompt_logprobs": -1})
+    assert (caught.value.param, caught.value.value, caught.value.limit) == ("prompt_logprobs", -1, 20)
 
 
 def test_scores_with_an_impossible_token() -> None:
