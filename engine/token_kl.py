@@ -36,6 +36,13 @@ class TokenKL:
         """A token; NaN when there is none."""
         return math.fsum(self.kl) / len(self.kl) if self.kl else math.nan
 
+    def last(self, num_tokens: int) -> TokenKL:
+        """The figures of the text's last tokens alone; `token_ids` keeps the one before them."""
+        first = max(0, len(self.kl) - num_tokens)
+        columns = (self.kl, self.logprobs, self.other_logprobs, self.same_top)
+        kl, own, other, same = (column[first:] for column in columns)
+        return TokenKL(self.token_ids[first:], kl, own, other, same)
+
 
 class KLBuilder:
     """Gathers the figures of one text, piece by piece."""

@@ -6,6 +6,7 @@ form); an infinity is written as the text "inf" or "-inf".
     POST /quire/chat      {"model", "messages": [[…], …], "params": [{…}, …], "tools": […]|null}  -> {"completions": [{…}, …]}
     POST /quire/generate  {"model", "prompts": ["…" | [ids], …], "params": [{…}, …]}              -> {"completions": [{…}, …]}
     POST /quire/score     {"model", "texts": ["…" | [ids], …]}                                    -> {"scores": [{…}, …]}
+    POST /quire/token_kl  {"model", "other", "texts": ["…" | [ids], …]}                           -> {"divergences": [{…}, …]}
     POST /quire/load      {"ref", "deterministic"}                                                -> {"id"}
     POST /quire/unload    {"id"}                                                                  -> {}
     GET  /quire/residents                                                                         -> {"residents": [{…}, …]}
@@ -31,6 +32,7 @@ from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats, MemoryLedger, RequestRecord, StepRecord
 from engine.request import FinishReason
 from engine.sampling_params import ALL_LOGPROBS, MAX_LOGPROBS, SamplingParams
+from engine.token_kl import TokenKL
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,21 @@ def score_from_json(values: Mapping[str, Any]) -> Score:
         float(values["total_logprob"]),
         float(values["perplexity"]),
     )
+
+
+def token_kl_to_json(divergence: TokenKL) -> dict[str, Any]:
+    return {
+        "token_ids": list(divergence.token_ids),
+        "kl": [_out(p) for p in divergence.kl],
+        "logprobs": [_out(p) for p in divergence.logprobs],
+        "other_logprobs": [_out(p) for p in divergence.other_logprobs],
+        "same_top": list(divergence.same_top),
+    }
+
+
+def token_kl_from_json(values: Mapping[str, Any]) -> TokenKL:
+    figures = (tuple(float(p) for p in values[name]) for name in ("kl", "logprobs", "other_logprobs"))
+    return TokenKL(tuple(values["token_ids"]), *figures, tuple(values["same_top"]))
 
 
 # ── statistics and records ──────────────────────────────────────────────────────────────────────────────────────────────

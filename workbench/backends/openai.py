@@ -23,6 +23,7 @@ from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from engine.token_kl import TokenKL
 from workbench.backends.protocol import (
     DEFAULT_CONCURRENCY,
     BackendUnsupportedError,
@@ -128,6 +129,11 @@ class OpenAIBackend(HttpBackend):
 
     def score(self, texts: Prompt | Sequence[Prompt], *, model: str | None = None) -> list[Score]:
         self._refuse("score given texts")
+
+    def token_kl(
+        self, texts: Prompt | Sequence[Prompt], *, other: str, model: str | None = None
+    ) -> list[TokenKL]:
+        self._refuse("compare whole distributions")
 
     def load(self, ref: str, *, deterministic: bool = False) -> str:
         """The id of a model that the endpoint serves already. Raises BackendUnsupportedError for any other."""

@@ -14,6 +14,7 @@ from engine.errors import InvalidRequestError
 from engine.llm import Score
 from engine.records import Completion, EngineStats
 from engine.sampling_params import SamplingParams
+from engine.token_kl import TokenKL
 from workbench.backends.codec import Records, StepSummary
 from workbench.errors import WorkbenchError
 
@@ -91,6 +92,12 @@ class Backend(Protocol):
 
     def score(self, texts: Prompt | Sequence[Prompt], *, model: str | None = None) -> list[Score]:
         """Log-probabilities of given texts, token by token."""
+        ...
+
+    def token_kl(
+        self, texts: Prompt | Sequence[Prompt], *, other: str, model: str | None = None
+    ) -> list[TokenKL]:
+        """How far the resident model `other` is from `model` at every token of given texts: exact KL divergence."""
         ...
 
     def load(self, ref: str, *, deterministic: bool = False) -> str:
