@@ -39,9 +39,9 @@ class TokenKL:
     def last(self, num_tokens: int) -> TokenKL:
         """The figures of the text's last tokens alone; `token_ids` keeps the one before them."""
         first = max(0, len(self.kl) - num_tokens)
-        columns = (self.kl, self.logprobs, self.other_logprobs, self.same_top)
-        kl, own, other, same = (column[first:] for column in columns)
-        return TokenKL(self.token_ids[first:], kl, own, other, same)
+        return TokenKL(
+            self.token_ids[first:], self.kl[first:], self.logprobs[first:], self.other_logprobs[first:], self.same_top[first:]
+        )  # fmt: skip
 
 
 class KLBuilder:

@@ -184,7 +184,7 @@ class DecodeGraphs:
         self, size: int, *, is_filtered: bool, is_typical: bool = False, is_controlled: bool = False
     ) -> None:
         self._replay(
-            ("sampler", size, is_filtered, is_typical, is_controlled),
+            ("sampler", size, is_filtered, is_controlled, is_typical),
             lambda: self._sample(size, is_filtered, is_typical, is_controlled),
         )
 

@@ -163,8 +163,8 @@ def token_kl_to_json(divergence: TokenKL) -> dict[str, Any]:
 
 
 def token_kl_from_json(values: Mapping[str, Any]) -> TokenKL:
-    figures = (tuple(float(p) for p in values[name]) for name in ("kl", "logprobs", "other_logprobs"))
-    return TokenKL(tuple(values["token_ids"]), *figures, tuple(values["same_top"]))
+    kl, own, other = (tuple(map(float, values[name])) for name in ("kl", "logprobs", "other_logprobs"))
+    return TokenKL(tuple(values["token_ids"]), kl, own, other, tuple(values["same_top"]))
 
 
 # ── statistics and records ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -229,7 +229,7 @@ def workload() -> dict[str, Asked]:
     return {
         "greedy": Asked(tokens(7), SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)),
         "figures": Asked(tokens(3), SamplingParams(max_tokens=34, temperature=0.0, ignore_eos=True, logprobs=2)),
-        "drawn": Asked([*shared, 1], SamplingParams(max_tokens=16, seed=3, logprobs=1, **drawn), arrives=2),
+        "drawn": Asked([*shared, 1], SamplingParams(max_tokens=16, seed=3, typical_p=0.6, logprobs=1, **drawn), 2),
         "filtered": Asked([*shared, 2], SamplingParams(max_tokens=16, seed=4, top_k=9, top_p=0.8, min_p=0.02, **drawn), 5),
         "stops": Asked(tokens(5), SamplingParams(max_tokens=25, seed=2**40 + 7, temperature=1.0,
                                                  stop_token_ids=tuple(range(12))), arrives=3),
@@ -351,6 +351,7 @@ def test_late_results_and_captured_steps_give_the_same_tokens(
     if not enforce_eager:
         sizes = {key[1] for key in replay.captured if key[0] == "sampler" and key[3]}
         assert len(sizes) >= 2, "rows with controls decode in captured steps too"
+        assert any(key[4] for key in replay.captured if key[0] == "sampler"), "and so do rows with typical_p"
 
 
 @pytest.mark.parametrize("stored", ["int8", pytest.param("fp8", marks=pytest.mark.full)])

@@ -15,6 +15,7 @@ from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats, MemoryLedger, RequestRecord
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from engine.token_kl import TokenKL
 from workbench.backends import codec
 
 ids = st.lists(st.integers(0, 2**31), max_size=5).map(tuple)
@@ -68,6 +69,11 @@ def test_params(params: SamplingParams) -> None:
 def test_an_unknown_param_is_refused() -> None:
     with pytest.raises(InvalidParamsError, match="temprature"):
         codec.params_from_json({"temprature": 1})
+
+
+def test_divergences_with_an_impossible_token() -> None:
+    one = TokenKL((1, 2, 3), (0.1, math.inf), (-0.5, -0.25), (-0.125, -math.inf), (True, False))
+    assert codec.token_kl_from_json(through_json(codec.token_kl_to_json(one))) == one
 
 
 def test_whole_rows_do_not_travel() -> None:
