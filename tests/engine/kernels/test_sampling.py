@@ -67,14 +67,14 @@ def test_tokens_are_those_of_the_runners_sampler(vocab: int, num_rows: int, mask
     assert not set(wrong_rows(step, expected)) & set(differ)
 
 
-@pytest.mark.parametrize(("vocab", "num_rows"), [(61, 360), (4096, 54)])
+@pytest.mark.parametrize(("vocab", "num_rows"), [(61, 216), (4096, 27)])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_typical_tokens_are_those_of_the_runners_sampler(vocab: int, num_rows: int, masked: bool) -> None:
     step = sampling_step(TYPICAL + FILTERED + PLAIN, vocab, num_rows=num_rows, seed=vocab, masked=masked)
     found = run(step, is_typical=True)
     expected = sample(step.logits.masked_fill(~step.allowed, float("-inf")), host_settings(step)).token_ids
     differ = torch.nonzero(found != expected).flatten().tolist()
-    assert len(differ) <= num_rows // 50, differ
+    assert len(differ) <= 1 + num_rows // 100, differ
     assert wrong_rows(step, found) == []
     assert not set(wrong_rows(step, expected)) & set(differ)
     without = set(torch.nonzero(run(step) != found).flatten().tolist())
