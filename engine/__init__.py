@@ -46,7 +46,9 @@ from engine.records import (
 )
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from engine.scoring import Perplexity
 from engine.stream import RequestStream
+from engine.token_kl import TokenKL
 from engine.tokenizer import Tokenizer
 from engine.worker import EngineWorker
 
@@ -75,6 +77,7 @@ __all__ = [
     "ModelLoadError",
     "ModelNotFoundError",
     "OutOfMemoryError",
+    "Perplexity",
     "PromptTooLongError",
     "RecordLog",
     "RequestRecord",
@@ -86,6 +89,7 @@ __all__ = [
     "StepFailedError",
     "StepRecord",
     "StreamDelta",
+    "TokenKL",
     "TokenLogprobs",
     "Tokenizer",
     "UnsupportedAdapterError",

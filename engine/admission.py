@@ -17,7 +17,9 @@ from engine.grammar import Compiled
 from engine.lora import Lora
 from engine.request import Request
 from engine.request import Sequence as RequestSequence
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import ALL_LOGPROBS, SamplingParams
+
+MAX_ROW_VALUES = 2**25  # of the rows of logits that one request may ask for: 128 MiB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Limits:
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raises: InvalidRequestError, PromptTooLongError."""
-        self._check_prompt(prompt)
+        self._check_prompt(prompt, params)
         if params.stop and not self.can_detokenize:
             raise InvalidRequestError(
                 "stop texts need a tokenizer, and this engine has none",
@@ -39,9 +41,11 @@ class Limits:
                 remedy="Use stop_token_ids.",
                 param="stop",
             )
-        if params.n != 1:
+        self._check_scoring(len(prompt), params)
+        if params.n != 1 or params.chooses:
             raise InvalidRequestError(
-                f"a request is one completion, n is {params.n}", value=params.n, limit=1, param="n",
+                f"a request is one completion, n is {params.n}, best_of is {params.best_of}",
+                value=params.best_of if params.chooses else params.n, limit=1, param="best_of" if params.chooses else "n",
                 remedy="Submit each of params.each(), as LLM.generate does.",
             )  # fmt: skip
         self._check_vocabulary("logit_bias", params.logit_bias or ())
@@ -65,7 +69,7 @@ class Limits:
         ceiling = min(self.max_model_len, self.num_slots + 1)
         return ceiling if params.max_tokens is None else min(num_prompt_tokens + params.max_tokens, ceiling)
 
-    def _check_prompt(self, prompt: Sequence[int]) -> None:
+    def _check_prompt(self, prompt: Sequence[int], params: SamplingParams) -> None:
         if not prompt:
             raise InvalidRequestError(
                 "the prompt has no tokens",
@@ -74,13 +78,15 @@ class Limits:
                 remedy="Send at least one token.",
                 param="prompt",
             )
-        if len(prompt) >= self.max_model_len:
+        most = self.max_model_len - (params.max_tokens != 0)
+        if len(prompt) > most:
+            output = " with at least one of output" if params.max_tokens != 0 else ""
             raise PromptTooLongError(
-                f"the prompt has {len(prompt)} tokens, the context holds {self.max_model_len} with at least one of output",
+                f"the prompt has {len(prompt)} tokens, the context holds {self.max_model_len}{output}",
                 value=len(prompt),
-                limit=self.max_model_len - 1,
+                limit=most,
                 param="prompt",
-                remedy=f"Shorten the prompt to at most {self.max_model_len - 1} tokens.",
+                remedy=f"Shorten the prompt to at most {most} tokens.",
             )
         if len(prompt) > self.num_slots:
             raise PromptTooLongError(
@@ -91,6 +97,22 @@ class Limits:
                 remedy="Shorten the prompt, or raise num_blocks.",
             )
         self._check_vocabulary("prompt", prompt)
+
+    def _check_scoring(self, num_prompt_tokens: int, params: SamplingParams) -> None:
+        start = params.logprob_start_len
+        if start and start >= num_prompt_tokens:
+            raise InvalidRequestError(
+                f"logprob_start_len is {start}, the prompt has {num_prompt_tokens} tokens", value=start,
+                limit=num_prompt_tokens - 1, param="logprob_start_len", remedy="Score from an earlier token on.",
+            )  # fmt: skip
+        most = max(1, MAX_ROW_VALUES // self.vocab_size)
+        scored = num_prompt_tokens - max(1, start)
+        if params.prompt_logprobs == ALL_LOGPROBS and scored > most:
+            raise InvalidRequestError(
+                f"whole rows of logits of {scored} tokens were asked for; of a vocabulary of {self.vocab_size} at most {most} "
+                "are held at once", value=scored, limit=most, param="prompt_logprobs",
+                remedy=f"Score at most {most} tokens a request, by logprob_start_len, as LLM.token_kl does.",
+            )  # fmt: skip
 
     def _check_vocabulary(self, param: str, token_ids: Collection[int]) -> None:
         if not token_ids:

@@ -202,6 +202,11 @@ class Engine:
             self._outbox.put_end(seq, FinishReason.ABORT, None, time.monotonic_ns())
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens of the model's output; ids are below it."""
+        return self._limits.vocab_size
+
+    @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to hand out."""
         return self._scheduler.has_work or not self._outbox.is_empty

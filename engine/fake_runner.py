@@ -11,9 +11,11 @@ Boundary: no torch, no randomness. Sampling parameters other than log-probabilit
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 
 from engine.fake_tokenizer import FakeTokenizer
 from engine.plan import NO_COPIES, BlockCopies, Int32, RowAdmission, StepPlan, StepResult, TokenLogprobs
+from engine.sampling_params import ALL_LOGPROBS
 
 if TYPE_CHECKING:
     from engine.runner.structured import GrammarRows
@@ -71,6 +74,14 @@ def fake_logprobs(token_id: int, num_top: int, vocab_size: int) -> TokenLogprobs
     top = [(token_id + i) % vocab_size for i in range(min(num_top, vocab_size))]
     logprob = -0.125 * (1 + token_id % 8)
     return TokenLogprobs(token_id, logprob, 1, tuple(top), tuple(logprob - 0.5 * i for i in range(len(top))))
+
+
+def fake_row(entry: TokenLogprobs, vocab_size: int) -> NDArray[np.float32]:
+    """A row of logits whose log-softmax has the entry's log-probability at its token; the others share the rest."""
+    rest = math.log(-math.expm1(entry.logprob) / max(1, vocab_size - 1))
+    row = np.full(vocab_size, rest, np.float32)
+    row[entry.token_id % vocab_size] = entry.logprob
+    return row
 
 
 def scripted(text: str | bytes, eos_token_id: int = 256) -> Choose:
@@ -245,7 +256,7 @@ class FakeRunner:
             row = self._rows[row_id]
             row.tokens += (drafts := [next(guesses) for _ in range(num_draft[i])])
             self._write(row, start, start + count)
-            if row.admission.params.prompt_logprobs:
+            if row.admission.params.prompt_logprobs is not None:
                 result.prompt_logprobs[i] = self._score(row, start, count)
             if i in sampling:
                 self._sample(row, start + count, drafts, result)
@@ -401,9 +412,15 @@ class FakeRunner:
         return self._grammars
 
     def _score(self, row: _Row, start: int, count: int) -> list[TokenLogprobs]:
-        end = min(start + count + 1, row.admission.num_prompt_tokens)
-        num_top = row.admission.params.logprobs or 0
-        return [fake_logprobs(token, num_top, self.vocab_size) for token in row.tokens[start + 1 : end]]
+        params, end = row.admission.params, min(start + count + 1, row.admission.num_prompt_tokens)
+        begin = max(start + 1, params.logprob_start_len)
+        entries = [
+            fake_logprobs(token, max(0, params.prompt_logprobs or 0), self.vocab_size)
+            for token in row.tokens[begin:end]
+        ]
+        if params.prompt_logprobs == ALL_LOGPROBS:
+            entries = [replace(entry, logits=fake_row(entry, self.vocab_size)) for entry in entries]
+        return entries
 
     def _check(self, holds: bool, message: str) -> None:
         if not holds:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import math
 import operator
-import time
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -18,21 +17,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+from engine import scoring
+from engine.best_of import choose_best
 from engine.chat_messages import Message
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, InvalidRequestError, StepFailedError
+from engine.errors import EngineDeadError, InvalidRequestError
 from engine.lora import Lora
 from engine.records import Completion, EngineStats, HealthState
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
-from engine.stream import RequestStream
+from engine.scoring import Perplexity
+from engine.token_kl import TokenKL
 from engine.tokenizer import TokenizerLike
+from engine.waiting import abort_all, wait_for_all
 from engine.worker import EngineWorker
 
 Prompt = str | Sequence[int]
-
-REFRESH_S = 0.1  # how often output is taken in and the progress bar moves
-ABORT_WAIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,8 @@ class LLM:
     ) -> list[Completion]:
         """Complete one prompt or many, batched by the engine; completions in the order of the prompts.
 
-        Where params ask for n completions, a prompt's n stand side by side; with a seed, the i-th has the seed plus i.
+        Where params ask for n completions, a prompt's n stand side by side; with a seed, the i-th has the seed plus i. With
+        best_of they are the n of so many with the highest mean log-probability a token, the best first.
         `lora`: the name of an adapter that `add_lora` loaded, one for all or one for each prompt; None: the base alone.
 
         A request that fails while it runs comes back with finish reason ERROR and its `error`, with a RuntimeWarning; the
@@ -142,16 +143,58 @@ class LLM:
     def score(self, texts_or_token_ids: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[Score]:
         """Log-probabilities of given texts under the model, token by token.
 
-        A text may have one token less than the context: the engine generates one token after it, which is dropped.
-
         Raises:
             InvalidRequestError: a text that does not fit.
             StepFailedError: scoring failed on the way.
             EngineDeadError: the engine died or is closed.
         """
         many = _as_prompts(texts_or_token_ids)
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True, ignore_eos=True)
-        return [_score(completion) for completion in self._run(many, [params] * len(many), use_tqdm)]
+        done = self._run(many, [scoring.scoring_params()] * len(many), use_tqdm)
+        return [_score(completion) for completion in done]
+
+    def perplexity(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        stride: int | None = None,
+        max_length: int | None = None,
+        lora: str | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Perplexity]:
+        """Perplexity of texts of any length: windows of `max_length` tokens (None: the context), each `stride` tokens on.
+
+        Each token is scored once, in the first window that holds it, with all of that window before it. `stride` None is half
+        a window: the smaller it is, the more each token has before it, and the longer it takes. See `engine.scoring.windows_of`.
+
+        Raises:
+            InvalidRequestError: a window beyond the context, or a stride beyond the window; nothing ran.
+            StepFailedError: scoring failed on the way.
+            EngineDeadError: the engine died or is closed.
+        """
+        return scoring.perplexity(
+            self, _as_prompts(texts), stride=stride, max_length=max_length, lora=lora, use_tqdm=use_tqdm
+        )
+
+    def token_kl(
+        self,
+        other: LLM,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        lora: str | None = None,
+        other_lora: str | None = None,
+    ) -> list[TokenKL]:
+        """How far `other` is from this model, at every token of given texts: exact KL divergence over the whole vocabulary.
+
+        Rows of logits are held for a few tokens at a time, whatever the texts' lengths, and compared in float64. With
+        ``deterministic=True`` in both, the figures do not depend on batch or step. `other` may be this very LLM, with another
+        adapter.
+
+        Raises:
+            InvalidRequestError: the vocabularies or the tokens of a text differ, or a text is beyond a context; nothing ran.
+            StepFailedError: scoring failed on the way.
+            EngineDeadError: an engine died or is closed.
+        """
+        return scoring.token_kl(self, other, _as_prompts(texts), lora=lora, other_lora=other_lora)
 
     def add_lora(self, name: str, folder: str | Path) -> Lora:
         """Load a PEFT LoRA adapter, for `lora=name`; the engine needs the setting `enable_lora`.
@@ -220,9 +263,9 @@ class LLM:
         loras = _one_each(lora, str, len(prompts), param="lora", what="adapters")
         streams = self.worker.submit_all(prompts, params, loras=loras)
         try:
-            _wait_for_all(streams, use_tqdm)
+            wait_for_all(streams, use_tqdm)
         except BaseException:
-            _abort_all(streams)
+            abort_all(streams)
             raise
         completions = [stream.result() for stream in streams]
         failed = [c for c in completions if c.finish_reason is FinishReason.ERROR]
@@ -234,39 +277,10 @@ class LLM:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        return completions
-
-
-def _wait_for_all(streams: Sequence[RequestStream], use_tqdm: bool) -> None:
-    """Wait for the end of all streams, taking their output in as it comes."""
-    from tqdm.auto import tqdm
-
-    started = time.monotonic()
-    with tqdm(total=len(streams), desc="requests", unit="req", disable=not use_tqdm, leave=False) as bar:
-        pending = list(streams)
-        done_tokens = 0
-        while pending:
-            pending[0].wait(REFRESH_S)
-            left = []
-            tokens = done_tokens
-            for stream in pending:
-                tokens += stream.drain()
-                if stream.completion is None:
-                    left.append(stream)
-                else:
-                    done_tokens += stream.completion.num_output_tokens
-            bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-6):.0f} tok/s", refresh=False)
-            bar.update(len(pending) - len(left))
-            pending = left
-
-
-def _abort_all(streams: Sequence[RequestStream]) -> None:
-    """End what runs and see it end, so that the next call finds an idle engine."""
-    for stream in streams:
-        stream.abort()
-    deadline = time.monotonic() + ABORT_WAIT_S
-    for stream in streams:
-        stream.wait(max(0.0, deadline - time.monotonic()))
+        places = iter(completions)
+        return [
+            chosen for each in params for chosen in choose_best([next(places) for _ in each.each()], each)
+        ]
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -322,18 +336,7 @@ def _one_each(given: Any, kind: type, count: int, *, param: str, what: str) -> l
 
 
 def _score(completion: Completion) -> Score:
-    if completion.finish_reason is FinishReason.ERROR:
-        raise StepFailedError(completion.error or "scoring failed", value=completion.request_id)
-    logprobs = tuple(entry.logprob for entry in completion.prompt_logprobs)
+    logprobs = tuple([entry.logprob for entry in scoring.entries_of(completion)])
     assert len(logprobs) == completion.num_prompt_tokens - 1, (len(logprobs), completion.num_prompt_tokens)
     total = math.fsum(logprobs)
-    return Score(completion.prompt_token_ids, logprobs, total, _perplexity(total, len(logprobs)))
-
-
-def _perplexity(total_logprob: float, num_tokens: int) -> float:
-    if not num_tokens:
-        return math.nan
-    try:
-        return math.exp(-total_logprob / num_tokens)
-    except OverflowError:
-        return math.inf
+    return Score(completion.prompt_token_ids, logprobs, total, scoring.perplexity_of(total, len(logprobs)))

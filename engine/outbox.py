@@ -78,7 +78,9 @@ class RequestTrack:
         return self.matcher.flush() + self.detokenizer.flush()
 
     def prompt_logprobs_in_order(self) -> tuple[TokenLogprobs, ...]:
-        return tuple(self.prompt_logprobs[position] for position in sorted(self.prompt_logprobs))
+        """They are told once, and forgotten."""
+        entries, self.prompt_logprobs = self.prompt_logprobs, {}
+        return tuple(entries[position] for position in sorted(entries))
 
 
 class Outbox:
@@ -91,6 +93,7 @@ class Outbox:
         self._deltas: list[StreamDelta] = []
         self._requests: list[RequestRecord] = []
         self._num_watched = 0  # live requests with stop texts
+        self._num_scored = 0  # live requests that asked for log-probabilities of their prompt
         self._forget_plain()
 
     def _forget_plain(self) -> None:
@@ -103,6 +106,7 @@ class Outbox:
         """Begin to follow a request."""
         self._tracks[request.request_id] = RequestTrack(request, detokenizer)
         self._num_watched += bool(request.params.stop)
+        self._num_scored += request.params.prompt_logprobs is not None
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._tracks
@@ -135,7 +139,12 @@ class Outbox:
     def put_commit(self, commit: Commit, now_ns: int) -> list[Sequence]:
         """What a committed step brought; returns sequences whose stop text was found and that still run."""
         for part in commit.prompt_logprobs:
-            self._tracks[part.seq.request_id].prompt_logprobs.update(enumerate(part.entries, part.first))
+            track = self._tracks[part.seq.request_id]
+            if not track.token_ns:  # computed again after a preemption: they were told
+                track.prompt_logprobs.update(enumerate(part.entries, part.first))
+        for finish in commit.finished:
+            if not finish.has_token:
+                self.put_end(finish.seq, finish.reason, None, now_ns)
         decoding = commit.decoding
         special = self._special(commit)
         plain = self._plain(decoding, special)
@@ -159,6 +168,10 @@ class Outbox:
             found.update(i for i, seq in enumerate(sequences) if seq.request_id in commit.logprobs)
         if self._num_watched:
             found.update(i for i, seq in enumerate(sequences) if seq.request.params.stop)
+        if (
+            self._num_scored
+        ):  # the first token of one whose prompt's last token was computed like a decoded one
+            found.update(i for i, seq in enumerate(sequences) if self._tracks[seq.request_id].prompt_logprobs)
         return sorted(found)
 
     def _plain(self, decoding: DecodeRows, special: list[int]) -> DecodeRows:
@@ -200,7 +213,7 @@ class Outbox:
                 stop_reason,
                 num_cached_tokens=track.num_cached_tokens,
                 created_ns=now_ns,
-                prompt_logprobs=track.prompt_logprobs_in_order() if reason else (),
+                prompt_logprobs=track.prompt_logprobs_in_order() if len(track.token_ns) == 1 else (),
             )
             self._deltas.append(delta)
             self._recorder.num_output_tokens += len(tokens)
@@ -220,7 +233,7 @@ class Outbox:
                 error=error,
                 num_cached_tokens=track.num_cached_tokens,
                 created_ns=now_ns,
-                prompt_logprobs=track.prompt_logprobs_in_order(),
+                prompt_logprobs=() if track.token_ns else track.prompt_logprobs_in_order(),
             )
         )
         self._close(seq, reason, now_ns, error)
@@ -229,6 +242,7 @@ class Outbox:
         track = self._tracks.pop(seq.request_id)
         self._forget_plain()
         self._num_watched -= bool(track.request.params.stop)
+        self._num_scored -= track.request.params.prompt_logprobs is not None
         self._recorder.count_finished(reason)
         token_ns = tuple(track.token_ns)
         self._requests.append(

@@ -113,8 +113,9 @@ class StepPlan:
     """What one step computes. S scheduled rows.
 
     Row ``rows[i]`` computes tokens at positions ``start[i] … start[i] + num_tokens[i] - 1``. `logit_rows` are the
-    indices i whose last position is the sequence's last token: they sample one token, written by the runner at position
-    ``start[i] + num_tokens[i]`` of that row. Order within a step: `finished`, `copies`, `admitted`, `new_block_ids`, compute.
+    indices i whose last position is the sequence's last token, if it may have another: they sample one token, written by the
+    runner at position ``start[i] + num_tokens[i]`` of that row. Order within a step: `finished`, `copies`, `admitted`,
+    `new_block_ids`, compute.
     Rows that compute one token (decode) come first, rows that compute several (prefill, or guesses) after them.
 
     The last ``num_draft[i]`` tokens of a row are guesses, which come with the plan. Such a row chooses a token behind its last
@@ -168,6 +169,8 @@ class TokenLogprobs:
     rank: int  # 1 is the most likely token
     top_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
+    # The whole row of logits [V], where ALL_LOGPROBS were asked for; in the logits' dtype, so that nothing is rounded twice.
+    logits: NDArray[np.float32 | np.float64] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +179,8 @@ class StepResult:
 
     `token_ids[j]` is the j-th of ``plan.choices()``. `logprobs` maps j to its entry for rows that asked; `prompt_logprobs`
     maps the row index i to the log-probabilities of the tokens at positions ``start[i] + 1 … start[i] + num_tokens[i]``
-    that are prompt tokens, for rows that asked. `dead_ends` maps j to the reason why no token was possible: its token is none.
+    that are prompt tokens and not before logprob_start_len, for rows that asked. `dead_ends` maps j to the reason why no token
+    was possible: its token is none.
     """
 
     step_id: int

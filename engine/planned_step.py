@@ -85,6 +85,7 @@ class Finish:
     seq: Sequence
     reason: FinishReason
     stop_reason: int | None = None
+    has_token: bool = True  # False: it was only scored
 
 
 @dataclass(slots=True)

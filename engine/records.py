@@ -37,7 +37,7 @@ class StreamDelta(NamedTuple):
     created_ns: int = 0
     prompt_logprobs: tuple[
         TokenLogprobs, ...
-    ] = ()  # in the last delta of a request that asked: prompt tokens 1 … n-1
+    ] = ()  # in the first delta of a request that asked: prompt tokens 1 … n-1, or from logprob_start_len on
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,9 @@ class Completion:
     finish_reason: FinishReason
     stop_reason: str | int | None
     logprobs: tuple[TokenLogprobs, ...]
-    prompt_logprobs: tuple[TokenLogprobs, ...]  # of prompt tokens 1 … n-1, when asked for
+    prompt_logprobs: tuple[
+        TokenLogprobs, ...
+    ]  # when asked for: of prompt tokens 1 … n-1, or from logprob_start_len on
     num_cached_tokens: int
     seed: int
     ttft_ms: float | None  # arrival to first token; None when there was none

@@ -15,6 +15,7 @@ from engine.errors import InvalidParamsError
 from engine.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
+ALL_LOGPROBS = -1  # as prompt_logprobs, as in vLLM: of the whole vocabulary
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 16
 # What a row holds on a device has fixed sizes: tokens with a bias, bad words, their tokens, stop tokens under min_tokens.
@@ -30,8 +31,8 @@ class SamplingParams:
     """Sampling and stopping rules of one request.
 
     What changes logits acts in vLLM's order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty,
-    frequency_penalty, presence_penalty; then temperature and the filters min_p, top_k, top_p. With c(t) the number of times
-    that t is in the output, and z its logit:
+    frequency_penalty, presence_penalty; then temperature and the filters min_p, top_k, top_p, typical_p. With c(t) the number
+    of times that t is in the output, and z its logit:
 
         repetition_penalty r    z / r where z > 0, else z * r, for each t of prompt or output
         frequency_penalty f     z - f * c(t)
@@ -41,17 +42,25 @@ class SamplingParams:
     allowed_token_ids, bad_words and min_tokens may be nothing: then the request ends with an error. A stop text or stop token ends an
     output wherever it comes. Log-probabilities are those of the raw logits.
 
-    Source: vLLM's SamplingParams and sampler (frequency and presence are OpenAI's, repetition is CTRL's, Keskar 2019).
+    typical_p keeps, of what the filters before it left, the tokens whose surprise -log p is nearest to the distribution's entropy:
+    the smallest set whose probability reaches typical_p, and all as near as the last of them. It comes last as in transformers;
+    vLLM has none.
+
+    Source: vLLM's SamplingParams and sampler (frequency and presence are OpenAI's, repetition is CTRL's, Keskar 2019);
+    typical_p: Meister et al. 2022, "Locally Typical Sampling".
 
     Raises:
         InvalidParamsError: naming the parameter, its value and its range.
     """
 
-    max_tokens: int | None = 16  # output tokens at most; None: up to the context's end
+    max_tokens: int | None = (
+        16  # output tokens at most; None: up to the context's end; 0, with prompt_logprobs: scored only
+    )
     temperature: float = 1.0  # 0 is greedy: the most likely token, lowest id first among equals
     top_k: int = 0  # keep the k most likely tokens; 0 or -1: all
     top_p: float = 1.0  # keep the smallest set whose probability reaches top_p
     min_p: float = 0.0  # drop tokens less likely than min_p times the most likely one
+    typical_p: float = 1.0  # keep the most typical tokens, up to this probability; 1: all
     presence_penalty: float = 0.0  # -2 … 2
     frequency_penalty: float = 0.0  # -2 … 2
     repetition_penalty: float = 1.0  # above 0; above 1 discourages what was there, below encourages it
@@ -59,6 +68,9 @@ class SamplingParams:
     bad_words: tuple[str | tuple[int, ...], ...] = ()  # texts or token ids that the output must not hold
     allowed_token_ids: tuple[int, ...] | None = None  # None: all; others are never chosen
     n: int = 1  # completions of the prompt; one after the other with the seed, the seed plus 1, …
+    best_of: int | None = (
+        None  # generate so many, return the n of the highest mean log-probability a token, the best first
+    )
     seed: int | None = None  # None: the engine draws one and records it
     stop: tuple[str, ...] = ()  # texts that end the output; never part of it unless asked for below
     stop_token_ids: tuple[int, ...] = ()
@@ -66,7 +78,10 @@ class SamplingParams:
     min_tokens: int = 0  # no end-of-sequence or stop before this many output tokens
     structured_outputs: StructuredOutputsParams | None = None  # what the whole output must look like
     logprobs: int | None = None  # None: none; n: the chosen token's and the n most likely tokens'
-    prompt_logprobs: bool = False  # log-probability of every prompt token (used by score)
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens; ALL_LOGPROBS: whole rows of logits
+    logprob_start_len: int = (
+        0  # prompt_logprobs of the tokens from this one on; what is before may come from the cache
+    )
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -76,18 +91,24 @@ class SamplingParams:
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, None)
+            _check_int("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, None)
         _check_float("temperature", self.temperature, 0.0, 100.0)
         _check_int("top_k", self.top_k, 0, None)
         _check_float("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
         _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("typical_p", self.typical_p, 0.0, 1.0, exclude_low=True)
         self._check_controls()
         _check_int("n", self.n, 1, MAX_CHOICES)
+        if self.best_of is not None:
+            _check_int("best_of", self.best_of, self.n, MAX_CHOICES)
         if self.seed is not None:
             _check_int("seed", self.seed, -SEED_LIMIT, SEED_LIMIT - 1)
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check_int("prompt_logprobs", self.prompt_logprobs, ALL_LOGPROBS, MAX_LOGPROBS)
+        _check_int("logprob_start_len", self.logprob_start_len, 0, None)
         if len(self.stop) > MAX_STOP_STRINGS or any(not s for s in self.stop):
             raise InvalidParamsError(
                 f"stop must be at most {MAX_STOP_STRINGS} texts, none of them empty, got {self.stop!r}",
@@ -115,13 +136,25 @@ class SamplingParams:
             _check_count("stop_token_ids", self.stop_token_ids, MAX_LATE_STOPS)
 
     def each(self) -> list[SamplingParams]:
-        """The parameters of each of the n completions: n is 1, and completion i has the seed plus i, where there is a seed."""
-        if self.n == 1:
+        """The parameters of each completion that is generated: n is 1, and completion i has the seed plus i, where there is a seed.
+
+        Of best_of completions each has its tokens' log-probabilities, by which `engine.best_of` chooses.
+        """
+        if self.n == 1 and self.best_of is None:
             return [self]
+        one, count = replace(self, n=1, best_of=None), self.n
+        if self.chooses:
+            assert self.best_of is not None
+            one, count = replace(one, logprobs=self.logprobs or 0), self.best_of
         if self.seed is None:
-            return [replace(self, n=1)] * self.n
-        seeds = ((self.seed + i + SEED_LIMIT) % (2 * SEED_LIMIT) - SEED_LIMIT for i in range(self.n))
-        return [replace(self, n=1, seed=seed) for seed in seeds]
+            return [one] * count
+        seeds = ((self.seed + i + SEED_LIMIT) % (2 * SEED_LIMIT) - SEED_LIMIT for i in range(count))
+        return [replace(one, seed=seed) for seed in seeds]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether more completions are generated than are returned."""
+        return self.best_of is not None and self.best_of > self.n
 
     @property
     def is_greedy(self) -> bool:

@@ -236,7 +236,9 @@ class Scheduler:
 
     def _schedule_chunk(self, seq: Sequence, start: int, num_tokens: int, fresh: list[int]) -> Chunk:
         end = start + num_tokens
-        samples = end == len(seq.token_ids)
+        samples = (
+            end == len(seq.token_ids) and end < seq.max_total_tokens
+        )  # one that is only scored has its last token
         self._num_scheduled[seq.row] = end
         if end + 1 >= len(seq.token_ids):
             seq.is_decoding = end + 1 < seq.max_total_tokens
@@ -400,6 +402,9 @@ class Scheduler:
                 commit.sequences.append(seq)
                 commit.token_ids.append(token)
                 self._finish_if_over(commit, seq, token)
+            if end == seq.max_total_tokens:
+                self.finish(seq, FinishReason.LENGTH)
+                commit.finished.append(Finish(seq, FinishReason.LENGTH, has_token=False))
 
     def _commit_guesses(self, commit: Commit, chunk: Chunk, sampled: list[int]) -> None:
         """Take in what was chosen behind the last known token and behind each guess, up to the first wrong guess."""
@@ -430,7 +435,8 @@ class Scheduler:
         for i, entries in result.prompt_logprobs.items():
             seq, start = rows[i]
             if seq not in step.dropped:
-                commit.prompt_logprobs.append(PromptLogprobs(seq, start + 1, entries))
+                first = max(start + 1, seq.request.params.logprob_start_len)
+                commit.prompt_logprobs.append(PromptLogprobs(seq, first, entries))
 
     def _finish_if_over(self, commit: Commit, seq: Sequence, token: int) -> None:
         """End `seq` if its newest token stops it or is its last."""
@@ -535,7 +541,8 @@ class Scheduler:
         name, size = seq.request_id, self.blocks.block_size
         assert seq.status is SequenceStatus.RUNNING, f"{name} runs as {seq.status}"
         num_tokens, num_scheduled = len(seq.token_ids), self.num_scheduled(seq)
-        assert 0 <= seq.num_computed <= num_scheduled < seq.max_total_tokens, f"{name}: counts"
+        most = max(seq.num_prompt_tokens, seq.max_total_tokens - 1)  # the last output token is not computed
+        assert 0 <= seq.num_computed <= num_scheduled <= most, f"{name}: counts"
         assert seq.num_computed < num_tokens <= seq.max_total_tokens, f"{name}: {num_tokens} tokens"
         most = num_scheduled + (self._speculator.num_tokens if self._speculator is not None else 0)
         assert -(-num_scheduled // size) <= len(seq.block_ids) <= -(-most // size), (

@@ -19,12 +19,15 @@ class StopTextMatcher:
         self.matched: str | None = None  # the stop text that ended the output
 
     def push(self, text: str) -> str:
-        """Text that may be shown now. Sets `matched` when a stop text is complete; the earliest one wins."""
+        """Text that may be shown now. Sets `matched` when a stop text is complete.
+
+        The one that is complete first wins, of several the longest: so it does not matter how the text was cut into tokens.
+        """
         assert self.matched is None, "the output has ended"
         buffer = self._held + text
-        found = [(at, -len(stop), stop) for stop in self._stops if (at := buffer.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := buffer.find(stop)) >= 0]
         if found:
-            at, _, self.matched = min(found)
+            _, at, self.matched = min(found)
             self._held = ""
             return buffer[: at + len(self.matched)] if self._include else buffer[:at]
         keep = max(_overlap(buffer, stop) for stop in self._stops)

@@ -71,6 +71,7 @@ class EngineWorker:
     ) -> None:
         self.config: EngineConfig = engine.config
         self.tokenizer: TokenizerLike | None = engine.tokenizer
+        self.vocab_size: int = engine.vocab_size
         self._stats: EngineStats = engine.stats()
         self.records = RecordLog(engine.config.record_seconds, self._stats.num_blocks)
         self._engine: Engine | None = engine

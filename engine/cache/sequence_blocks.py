@@ -72,9 +72,9 @@ class SequenceBlocks:
 
     def match(self, seq: Sequence) -> Match:
         """What is known of the beginning of `seq`, leaving at least one token to compute."""
-        if not self._reads_cache(seq):
+        if not self._enabled:
             return Match([], [])
-        limit = (len(seq.token_ids) - 1) // self.block_size
+        limit = self._most_matched(seq)
         self._hash_until(seq, limit)
         blocks = self.pool.match(seq.block_hashes, limit)
         tier = self.pool.tier
@@ -102,9 +102,9 @@ class SequenceBlocks:
         If so, `seq` awaits the last of them: having the whole common prefix costs least.
         """
         self._awaited.pop(seq, None)
-        if not self._reads_cache(seq):
+        if not self._enabled:
             return False
-        for digest in seq.block_hashes[num_matched : (len(seq.token_ids) - 1) // self.block_size]:
+        for digest in seq.block_hashes[num_matched : self._most_matched(seq)]:
             if digest not in self._announced:
                 break
             self._awaited[seq] = digest
@@ -239,10 +239,12 @@ class SequenceBlocks:
         self.events.clear()
         return events
 
-    def _reads_cache(self, seq: Sequence) -> bool:
-        return (
-            self._enabled and not seq.request.params.prompt_logprobs
-        )  # those need the logits of every position
+    def _most_matched(self, seq: Sequence) -> int:
+        """Blocks that may come from the cache: at least one token is computed, and each that a scored one follows."""
+        params, num_tokens = seq.request.params, len(seq.token_ids)
+        if params.prompt_logprobs is not None:
+            num_tokens = min(num_tokens, max(1, params.logprob_start_len))
+        return (num_tokens - 1) // self.block_size
 
     def _hash_until(self, seq: Sequence, num_blocks: int) -> None:
         if len(seq.block_hashes) < num_blocks:

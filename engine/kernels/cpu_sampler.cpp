@@ -31,7 +31,7 @@ struct Edit {
 struct Sampling {
     const float* logits;  // [rows, vocab]
     int64_t rows, vocab;
-    const double *temperature, *top_p, *min_p;     // [rows]; a temperature of 0 is greedy
+    const double *temperature, *top_p, *min_p, *typical_p;  // [rows]; a temperature of 0 is greedy
     const int64_t *top_k, *seed, *position;        // [rows]; a top_k of 0 keeps all
     const Edit* edits;                             // [num_edits], at most one a row
     int64_t num_edits;
@@ -147,11 +147,15 @@ inline void most_likely(const float* x, int64_t size, int64_t count, std::vector
     std::sort(found.begin(), found.end(), is_before);
 }
 
-// What a row keeps: its tokens up to and including `last` in the order of is_before.
+// What a row keeps: its tokens up to and including `last` in the order of is_before, none of a distance above `reach`.
 struct Kept {
     Candidate last{NOTHING, std::numeric_limits<int32_t>::max()};
+    float peak = 0, mean = 0, reach = std::numeric_limits<float>::infinity();
 
-    bool has(float value, int64_t id) const { return value > last.value || (value == last.value && id <= last.id); }
+    float distance(float value) const { return std::abs(peak - value - mean); }  // from the mean difference to the peak
+    bool has(float value, int64_t id) const {
+        return (value > last.value || (value == last.value && id <= last.id)) && distance(value) <= reach;
+    }
 };
 
 inline Kept keep_likely(const float* scaled, int64_t size, int64_t top_k, double top_p, double min_p,
@@ -177,6 +181,42 @@ inline Kept keep_likely(const float* scaled, int64_t size, int64_t top_k, double
         }
         if (count >= size || found.back().value < floor) return kept;
     }
+}
+
+// Of what is kept, only the tokens nearest to their mean value that reach typical_p of the probability together, and those
+// as near as the last of them: the weighted order statistic of their distances, by halves.
+inline void keep_typical(const float* scaled, int64_t size, double typical_p, Kept& kept, std::vector<Candidate>& found) {
+    const float peak = highest(scaled, size);
+    double total = 0, weighted = 0;
+    found.clear();
+    for (int64_t i = 0; i < size; i++) {
+        if (!(scaled[i] > NOTHING) || !kept.has(scaled[i], i)) continue;
+        const double below = double(peak) - scaled[i], weight = std::exp(-below);
+        total += weight;
+        weighted += weight * below;
+        found.push_back({scaled[i], int32_t(i)});
+    }
+    if (!std::isfinite(peak) || found.empty()) return;
+    kept.peak = peak;
+    kept.mean = float(weighted / total);
+    const auto nearer = [&](const Candidate& a, const Candidate& b) {
+        return kept.distance(a.value) < kept.distance(b.value) || (kept.distance(a.value) == kept.distance(b.value) && a.id < b.id);
+    };
+    double left = typical_p * total;  // of the weight, beyond what is before `low`
+    size_t low = 0, high = found.size();
+    while (high - low > 1) {
+        const size_t middle = low + (high - low) / 2;
+        std::nth_element(found.begin() + low, found.begin() + middle, found.begin() + high, nearer);
+        double before = 0;
+        for (size_t i = low; i < middle; i++) before += std::exp(double(found[i].value) - peak);
+        if (before >= left) {
+            high = middle;
+        } else {
+            left -= before;
+            low = middle;
+        }
+    }
+    kept.reach = kept.distance(found[low].value);
 }
 
 inline int64_t draw(const float* scaled, int64_t size, const NoiseKeys& keys, const Kept& kept) {
@@ -259,7 +299,8 @@ inline void sample_row(const Sampling& s, int64_t row, std::vector<float>& scrat
     const vf divisor = splat(float(std::max(temperature, 1e-5)));
     float* x = scratch.data();
     in_vectors(s.vocab, [&](int64_t i, int64_t n) { store_some(x + i, load_some(x + i, n) / divisor, n); });
-    const Kept kept = keep_likely(x, s.vocab, s.top_k[row], s.top_p[row], s.min_p[row], found);
+    Kept kept = keep_likely(x, s.vocab, s.top_k[row], s.top_p[row], s.min_p[row], found);
+    if (s.typical_p[row] < 1.0) keep_typical(x, s.vocab, s.typical_p[row], kept, found);
     s.chosen[row] = draw(x, s.vocab, NoiseKeys(s.seed[row], s.position[row]), kept);
 }
 

@@ -27,8 +27,14 @@ FILTERED: tuple[dict[str, float], ...] = (
     {"top_p": 0.95, "min_p": 0.02, "temperature": 1.5}, {"top_k": 20, "top_p": 0.95, "min_p": 0.01, "temperature": 0.7},
     {"temperature": 0.0, "top_k": 3, "top_p": 0.5, "min_p": 0.5},
 )  # fmt: skip
+TYPICAL: tuple[dict[str, float], ...] = (
+    {"typical_p": 0.2}, {"typical_p": 0.95}, {"typical_p": 1e-6}, {"typical_p": 0.9999},
+    {"typical_p": 0.5, "temperature": 1.5}, {"typical_p": 0.6, "top_k": 40}, {"typical_p": 0.7, "top_p": 0.9},
+    {"typical_p": 0.4, "min_p": 0.02, "top_p": 0.95, "temperature": 0.7}, {"typical_p": 0.3, "temperature": 0.0},
+)  # fmt: skip
 SUM_ULPS = 4  # of the larger term: the division, two logarithms and an addition
 NUCLEUS_MARGIN = 1e-5  # of probability
+DISTANCE_MARGIN = 1e-4  # of a distance from the mean: of float32 values up to 100, and of what a token at another filter's edge moves
 _ULP = 2.0**-23
 
 
@@ -58,7 +64,7 @@ class SamplingStep:
 
 def settings_of(rows: Sequence[dict[str, float]], *, seed: int = 0, device: str = "cpu") -> RowSettings:
     """Settings of these rows; seeds of 64 random bits."""
-    defaults: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    defaults: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
     columns = {
         name: torch.tensor(
             [row.get(name, default) for row in rows],
@@ -112,12 +118,16 @@ def _is_right(step: SamplingStep, i: int, token: int) -> bool:
         return token == (best[0] if best else 0)
     x = (x / one["temperature"].clamp(min=MIN_TEMPERATURE)).double()
     must, may = _kept(x, int(one["top_k"]), float(one["top_p"]), float(one["min_p"]))
+    if float(one["typical_p"]) < 1.0:
+        must, may = _typical(x, must, may, float(one["typical_p"]))
     keys = mix_keys(one["seed_low"][None], one["seed_high"][None], step.positions[i : i + 1].cpu())
     noise = gumbel_noise(keys, torch.arange(len(x), dtype=torch.int32), torch.float64)[0]
     sums = x + noise
     top = int(sums.masked_fill(~must, float("-inf")).argmax())
     largest = max(1.0, *(float(term[j].abs()) for term in (x, noise) for j in (token, top)))
     is_kept = bool(may[token] & allowed[token])
+    if not must.any():  # as many as are equally near, and each may be beyond what another rounding keeps
+        return is_kept
     return is_kept and float(sums[token]) >= float(sums[top]) - SUM_ULPS * _ULP * largest
 
 
@@ -137,3 +147,22 @@ def _kept(x: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Te
     may = (values >= floor) & (values >= least - slack) & (before < limits[1])
     must[0] = may[0] = True
     return torch.empty_like(must).scatter_(0, order, must), torch.empty_like(may).scatter_(0, order, may)
+
+
+def _typical(x: Tensor, must: Tensor, may: Tensor, typical_p: float) -> tuple[Tensor, Tensor]:
+    """The same of those that the other filters keep: a token stays where what is nearer to the mean does not reach typical_p."""
+    logprob = x.masked_fill(~may, float("-inf")).log_softmax(-1)
+    probability = logprob.exp()
+    entropy = -(probability * logprob.nan_to_num(neginf=0.0)).sum()
+    distance = (-logprob - entropy).abs()
+    values, order = distance.sort()
+    nearer = torch.cat([torch.zeros(1, dtype=x.dtype), probability[order].cumsum(-1)])
+
+    def mass_within(limit: Tensor) -> Tensor:
+        return nearer[torch.searchsorted(values, limit)]
+
+    most = mass_within(distance + DISTANCE_MARGIN) - probability
+    least = mass_within(distance - DISTANCE_MARGIN)
+    # The nearest stays however small typical_p is, if no other is as near.
+    nearest = max(typical_p - NUCLEUS_MARGIN, 1e-12)
+    return must & (most < nearest), may & (least < typical_p + NUCLEUS_MARGIN)

@@ -2,13 +2,14 @@
 
 Semantics and noise are `engine.runner.sampler`'s. A row's tokens are cut into parts, one program each, so that one row of a
 large vocabulary fills a GPU; a second kernel merges the parts' winners. Rows with filters are searched first
-(`engine.kernels.sampling_filters`): 2 launches without filters, 20 with them.
+(`engine.kernels.sampling_filters`): 2 launches without filters, 20 with them, 30 with typical_p.
 
 A row's token depends on its own logits and settings alone. It equals that of another implementation but where
 
 - two tokens' sums of value and noise are within the rounding of their logarithms (4 units in the last place of the larger term),
 - a token's probability is within 1e-6 of min_p times the largest, or
-- the probability before it, in the order of likelihood, is within 1e-5 of top_p: float32 sums are rounded, ours are integers.
+- the probability before it, in the order of likelihood or of distance, is within 1e-5 of top_p or typical_p: float32 sums are
+  rounded, ours are integers; and so are two tokens' distances from the mean, where they are nearly equal.
 
 Not-a-number counts as -inf. Where every allowed token is -inf, the lowest allowed id is chosen; where none is allowed, 0.
 
@@ -32,11 +33,14 @@ from engine.kernels.gumbel import MIN_TEMPERATURE, gumbel_noise, mix_keys
 from engine.kernels.sampling_filters import (
     NUM_DIGITS,
     ROW_WORDS,
+    TYPICAL_WORDS,
     keep_ref,
     kept,
+    kept_typical,
     load_scaled,
     narrow_kernel,
     parts_of,
+    typical_kernel,
 )
 
 WARPS = 4
@@ -57,6 +61,7 @@ class RowSettings:
     top_k: Tensor  # int32; 0: all
     top_p: Tensor  # float32; 1: all
     min_p: Tensor  # float32; 0: all
+    typical_p: Tensor  # float32; 1: all
     seed_low: Tensor  # int32, the bits of the seed's lower half
     seed_high: Tensor  # int32
 
@@ -87,9 +92,9 @@ def gumbel_of(ids, seed_low, seed_high, position):
 
 @triton.jit(do_not_specialize=["rows", "positions"])
 def draw_kernel(
-    best, best_id, work, counts, logits, rows, positions, temperature, top_p, seed_low, seed_high, mask, vocab,
-    stride_logits, stride_mask,
-    IS_FILTERED: tl.constexpr, HAS_MASK: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+    best, best_id, typical, work, counts, logits, rows, positions, temperature, top_p, typical_p, seed_low, seed_high, mask,
+    vocab, stride_logits, stride_mask,
+    IS_FILTERED: tl.constexpr, IS_TYPICAL: tl.constexpr, HAS_MASK: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The winner of each part: its sum to `best` and its id to `best_id` (V where nothing is kept). Axes: (row, part)."""
     row = tl.program_id(0).to(tl.int64)
@@ -104,6 +109,8 @@ def draw_kernel(
     if heat > 0.0:
         if IS_FILTERED:
             allowed = kept(x, allowed, work, counts, row, part, tl.load(top_p + setting), PARTS)
+            if IS_TYPICAL:
+                allowed = kept_typical(x, allowed, typical, work, row, tl.load(typical_p + setting))
             x = tl.where(allowed, x, float("-inf"))
         x += gumbel_of(
             ids, tl.load(seed_low + setting), tl.load(seed_high + setting), tl.load(positions + row)
@@ -133,16 +140,18 @@ def sample_tokens(
     out: Tensor,
     *,
     is_filtered: bool,
+    is_typical: bool = False,
     mask: Tensor | None = None,
 ) -> None:
     """Write to `out` [n] int32 the tokens chosen from float32 logits [n, V], row i under the settings of ``rows[i]``.
 
-    `positions` [n] int32 are those of the tokens to be chosen. `is_filtered` False promises that no row has top_k, top_p
-    or min_p. Bit ``j % 32`` of ``mask[i, j // 32]`` (int32) says that token j may be chosen; None allows all.
+    `positions` [n] int32 are those of the tokens to be chosen. `is_filtered` False promises that no row has top_k, top_p,
+    min_p or typical_p, `is_typical` False that none has typical_p. Bit ``j % 32`` of ``mask[i, j // 32]`` (int32) says that token j may be chosen; None allows all.
 
     Launches follow from shapes and Python arguments; workspace comes from torch's allocator: a CUDA graph can hold all of it.
     """
     _check(logits, rows, positions, settings, out, mask)
+    assert is_filtered or not is_typical, "typical_p is a filter"
     n, vocab = logits.shape
     if n == 0:
         return
@@ -153,6 +162,8 @@ def sample_tokens(
     work = counts = best_id  # not read without filters
     bits, stride_mask = (best_id, 0) if mask is None else (mask, mask.stride(0))
     forms = {"HAS_MASK": mask is not None, "TILE": tile, "num_warps": WARPS}
+    padded = triton.next_power_of_2(parts)
+    typical = work
     if is_filtered:
         work = torch.zeros(n, ROW_WORDS, dtype=torch.int64, device=device)
         counts = torch.empty(n, parts, dtype=torch.int32, device=device)
@@ -163,10 +174,17 @@ def sample_tokens(
                     bits, vocab, logits.stride(0), stride_mask, index,
                     FIRST=index == 0, BY_MASS=by_mass, **forms,
                 )  # fmt: skip
-    padded = triton.next_power_of_2(parts)
+    if is_typical:
+        typical = torch.zeros(n, TYPICAL_WORDS, dtype=torch.int64, device=device)
+        for index in (-1, *range(NUM_DIGITS)):
+            typical_kernel[(n, parts)](
+                typical, work, counts, logits, rows, settings.temperature, settings.top_p, settings.typical_p, bits, vocab,
+                logits.stride(0), stride_mask, index, FIRST=index < 0, PARTS=padded, **forms,
+            )  # fmt: skip
     draw_kernel[(n, parts)](
-        best, best_id, work, counts, logits, rows, positions, settings.temperature, settings.top_p, settings.seed_low,
-        settings.seed_high, bits, vocab, logits.stride(0), stride_mask, IS_FILTERED=is_filtered, PARTS=padded, **forms,
+        best, best_id, typical, work, counts, logits, rows, positions, settings.temperature, settings.top_p,
+        settings.typical_p, settings.seed_low, settings.seed_high, bits, vocab, logits.stride(0), stride_mask,
+        IS_FILTERED=is_filtered, IS_TYPICAL=is_typical, PARTS=padded, **forms,
     )  # fmt: skip
     merge_kernel[(n,)](out, best, best_id, vocab, parts, PARTS=padded, num_warps=1)
 
@@ -179,6 +197,7 @@ def sample_tokens_ref(
     out: Tensor,
     *,
     is_filtered: bool,
+    is_typical: bool = False,
     mask: Tensor | None = None,
 ) -> None:
     """The same in torch by sorting, on any device: static shapes, and no value goes to the host."""
@@ -194,7 +213,8 @@ def sample_tokens_ref(
     scaled = scaled / torch.where(is_drawn, temperature.clamp(min=MIN_TEMPERATURE), 1.0)
     if is_filtered:
         filters = (settings.top_k[index], settings.top_p[index], settings.min_p[index])
-        allowed = allowed & (keep_ref(scaled, allowed, *filters) | ~is_drawn)
+        typical_p = settings.typical_p[index] if is_typical else None
+        allowed = allowed & (keep_ref(scaled, allowed, *filters, typical_p) | ~is_drawn)
     keys = mix_keys(settings.seed_low[index], settings.seed_high[index], positions)
     sums = scaled + torch.where(is_drawn, gumbel_noise(keys, ids, torch.float32), 0.0)
     sums = torch.where(allowed, sums, float("-inf"))
@@ -210,7 +230,7 @@ def _check(
     for tensor in (rows, positions, out):
         assert (tensor.dtype, tensor.shape) == (torch.int32, (n,)), (tensor.dtype, tensor.shape, n)
         assert tensor.is_contiguous()
-    for tensor in (settings.temperature, settings.top_p, settings.min_p):
+    for tensor in (settings.temperature, settings.top_p, settings.min_p, settings.typical_p):
         assert tensor.dtype == torch.float32, tensor.dtype
     for tensor in (settings.top_k, settings.seed_low, settings.seed_high):
         assert tensor.dtype == torch.int32, tensor.dtype

@@ -1,10 +1,15 @@
-"""What min_p, top_k and top_p keep of a row, found without sorting it: a search over the integers that order its floats.
+"""What min_p, top_k, top_p and typical_p keep of a row, found without sorting it: a search over the integers that order its floats.
 
 A float's *key* is an unsigned integer of the same order. top_k asks for the largest key t with at least k tokens at or
 above it, top_p for the largest t with at least top_p of the probability at or above it. Both are found digit by digit, 4 bits
 a pass, high bits first: a pass adds up what lies in the range found so far at or above each of its 16 digits, the next one
 chooses the largest digit that still reaches the target. Probabilities are added as integers (2^40 is the most likely
 token), so a sum has one value whatever the order of its parts, and a row keeps the same tokens whatever is beside it.
+
+typical_p comes last, of what the others keep. A token's distance from the entropy, ``|-log p - H|``, is ``|d - mean d|`` with d
+the difference to the row's peak, since the normaliser cancels. One launch adds up masses and masses times d, as integers; then
+the same search, over the keys of negated distances, finds the distance at which the probability is reached. All tokens at that
+distance stay.
 
 A row's tokens are cut into parts of at most TILE, one program each; sums go to the row's workspace by atomic integer additions. A
 part with nothing in the range ends at once, here and in all further passes. The number of launches never depends on data.
@@ -56,6 +61,11 @@ _BY_MASS_SLOTS = tl.constexpr(_HEADER + NUM_DIGITS * _SLOT)
 _LAST = tl.constexpr(NUM_DIGITS - 1)
 _ROW_WORDS = tl.constexpr(_BY_MASS_SLOTS + (NUM_DIGITS + 1) * _SLOT)
 ROW_WORDS = int(_ROW_WORDS.value)
+# And for typical_p: the mass of what the others keep, its sum of mass times d, and a slot for each pass.
+_MASS = tl.constexpr(0)
+_MOMENT = tl.constexpr(1)
+_TYPICAL_WORDS = tl.constexpr(_HEADER + NUM_DIGITS * _SLOT)
+TYPICAL_WORDS = int(_TYPICAL_WORDS.value)
 
 
 @triton.jit
@@ -218,7 +228,89 @@ def kept(x, allowed, work, counts, row, part, p, PARTS: tl.constexpr):
     return keep
 
 
-def keep_ref(scaled: Tensor, allowed: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+@triton.jit
+def _below(x, peak):
+    """How far values lie below the peak, which may be infinite."""
+    finite = tl.where(tl.abs(peak) == float("inf"), _HIGHEST, peak)
+    return tl.where(x == peak, 0.0, finite - x)
+
+
+@triton.jit
+def _distance_key(x, peak, typical):
+    """Keys of negated distances from the mean: the nearest token has the largest one."""
+    # Not in float64, whose division is a call with a stack of its own.
+    mass = tl.maximum(tl.load(typical + _MASS), 1).to(tl.float32)
+    mean = tl.div_rn(tl.load(typical + _MOMENT).to(tl.float32), mass)
+    return key_of(-tl.abs(_below(x, peak) - mean))
+
+
+@triton.jit
+def _typical_floor(typical, typical_p):
+    """The lowest key of a negated distance that typical_p keeps, once all passes are done."""
+    floor, _ = _descend(typical + _HEADER + _LAST * _SLOT, _mass_target(typical, typical_p), _LAST)
+    return floor
+
+
+@triton.jit(do_not_specialize=["rows", "index"])
+def typical_kernel(
+    typical, work, counts, logits, rows, temperature, top_p, typical_p, mask, vocab, stride_logits, stride_mask, index,
+    FIRST: tl.constexpr, HAS_MASK: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """FIRST: mass and moment of what the row's other filters keep; then pass `index` of the search. Axes: (row, part)."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    setting = tl.load(rows + row)
+    heat = tl.load(temperature + setting)
+    share = tl.load(typical_p + setting)
+    if (heat <= 0.0) | (share >= 1.0):
+        return
+    typical += row * _TYPICAL_WORDS
+    ids = part * TILE + tl.arange(0, TILE)
+    x, allowed = load_scaled(
+        logits + row * stride_logits, mask + row * stride_mask, ids, vocab, heat, HAS_MASK
+    )
+    inside = kept(x, allowed, work, counts, row, part, tl.load(top_p + setting), PARTS)
+    peak = value_of(tl.load(work + row * _ROW_WORDS + _PEAK))
+    mass = tl.where(inside, _mass_of(x, peak), 0)
+    if FIRST:
+        below = tl.where(mass > 0, _below(x, peak), 0.0)
+        moment = (tl.exp(-below) * below * _ONE).to(tl.int64)
+        tl.atomic_add(typical + _MASS, tl.sum(mass, 0), sem="relaxed")
+        tl.atomic_add(typical + _MOMENT, tl.sum(tl.where(mass > 0, moment, 0), 0), sem="relaxed")
+    else:
+        slot = typical + _HEADER + index * _SLOT
+        low = tl.zeros([], tl.int64)
+        if index > 0:
+            low, above = _descend(slot - _SLOT, _mass_target(typical, share), index - 1)
+            if part == 0:
+                tl.store(slot + _LOW, low)
+                tl.store(slot + _ABOVE, above)
+        key = _distance_key(x, peak, typical)
+        inside = inside & (
+            (key ^ low.to(tl.uint32)) <= (0xFFFFFFFF >> (index * _BITS).to(tl.int64)).to(tl.uint32)
+        )
+        shift = tl.maximum((index - _LAST) * -_BITS, 0).to(tl.uint32)
+        digit = (key >> shift).to(tl.int32) & (_BASE - 1)
+        weight = tl.where(inside, mass, 0)
+        for first in tl.static_range(0, _BASE, _GROUP):
+            digits = first + tl.arange(0, _GROUP)
+            sums = tl.sum(tl.where(digit[:, None] >= digits[None, :], weight[:, None], 0), 0)
+            tl.atomic_add(slot + digits, sums, mask=sums > 0, sem="relaxed")
+
+
+@triton.jit
+def kept_typical(x, keep, typical, work, row, share):
+    """Which of the part's tokens, of those that the other filters keep, typical_p keeps."""
+    if share < 1.0:
+        typical += row * _TYPICAL_WORDS
+        peak = value_of(tl.load(work + row * _ROW_WORDS + _PEAK))
+        keep = keep & (_distance_key(x, peak, typical) >= _typical_floor(typical, share).to(tl.uint32))
+    return keep
+
+
+def keep_ref(
+    scaled: Tensor, allowed: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, typical_p: Tensor | None
+) -> Tensor:
     """The same in torch by sorting: which of scaled logits [n, V] the rows' filters [n] keep. No value leaves the device."""
     vocab = scaled.shape[1]
     values, order = scaled.sort(dim=-1, descending=True, stable=True)
@@ -233,4 +325,17 @@ def keep_ref(scaled: Tensor, allowed: Tensor, top_k: Tensor, top_p: Tensor, min_
     mass = torch.where((values >= floor) & allowed.gather(1, order), mass, 0)
     target = (top_p[:, None].double() * mass.sum(dim=-1, keepdim=True).double()).ceil().long().clamp(min=1)
     beyond = (mass.cumsum(dim=-1) - mass >= target) & (top_p[:, None] < 1.0)
-    return (scaled >= floor) & ~torch.empty_like(beyond).scatter_(1, order, beyond)
+    keep = (scaled >= floor) & ~torch.empty_like(beyond).scatter_(1, order, beyond)
+    if typical_p is None:
+        return keep
+    keep = keep & allowed
+    below = torch.where(scaled == peak, 0.0, finite - scaled)
+    mass = torch.where(keep, ((-below).exp() * ONE).long(), 0)
+    moment = torch.where(mass > 0, ((-below).exp() * below * ONE).long(), 0)
+    total = mass.sum(dim=-1, keepdim=True)
+    mean = moment.sum(dim=-1, keepdim=True).float() / total.clamp(min=1).float()
+    distance = torch.where(keep, (below - mean).abs(), float("inf"))
+    nearest, order = distance.sort(dim=-1, stable=True)
+    target = (typical_p[:, None].double() * total.double()).ceil().long().clamp(min=1)
+    last = (mass.gather(1, order).cumsum(dim=-1) < target).sum(dim=-1, keepdim=True).clamp(max=vocab - 1)
+    return keep & ((distance <= nearest.gather(1, last)) | (typical_p[:, None] >= 1.0))

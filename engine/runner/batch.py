@@ -30,6 +30,7 @@ from engine.runner.sampler import LogitEdits, Masks, Sampled, SampleSettings
 from engine.runner.structured import Followed, GrammarRows
 
 Int64 = NDArray[np.int64]
+NO_LOGPROBS = -2  # of a prompt; ALL_LOGPROBS is -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ class RowBatch(ABC):
         self.num_blocks = np.zeros(rows, dtype=np.int64)
         self.num_prompt_tokens = np.zeros(rows, dtype=np.int64)
         self.num_logprobs = np.full(rows, -1, dtype=np.int64)
-        self.wants_prompt_logprobs = np.zeros(rows, dtype=bool)
+        self.prompt_logprobs = np.full(rows, NO_LOGPROBS, dtype=np.int64)
+        self.logprob_start = np.zeros(rows, dtype=np.int64)
         self.controls: dict[int, Controls] = {}  # of rows that ask for any
         self.grammars = GrammarRows(shape.vocab_size)
         self._control_end = np.zeros(rows, dtype=np.int64)  # positions from it on are free of them
@@ -131,6 +133,10 @@ class RowBatch(ABC):
     def _put_tokens(self, rows: Int64, positions: Int64, ids: Int32) -> None:
         """Write token ids to their places in the rows."""
 
+    def scored(self, plan: StepPlan) -> Int64:
+        """Which of the plan's rows want log-probabilities of their prompts."""
+        return np.nonzero(self.prompt_logprobs[plan.rows] != NO_LOGPROBS)[0]
+
     def controlled(self, plan: StepPlan) -> Int64:
         """Which of the step's choices have controls that change their logits."""
         index, positions = plan.choices()
@@ -141,7 +147,8 @@ class RowBatch(ABC):
         self.num_blocks[row] = len(admission.block_ids[0])
         self.num_prompt_tokens[row] = admission.num_prompt_tokens
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self.wants_prompt_logprobs[row] = params.prompt_logprobs
+        self.prompt_logprobs[row] = NO_LOGPROBS if params.prompt_logprobs is None else params.prompt_logprobs
+        self.logprob_start[row] = params.logprob_start_len
         controls = controls_of(admission, self.shape.eos_token_ids, self.shape.vocab_size)
         if controls is not None:
             self.controls[row] = controls
@@ -151,7 +158,7 @@ class RowBatch(ABC):
     def _clear(self, row: int) -> None:
         self.num_blocks[row] = 0
         self.num_logprobs[row] = -1
-        self.wants_prompt_logprobs[row] = False
+        self.prompt_logprobs[row] = NO_LOGPROBS
         self._control_end[row] = 0
         self.controls.pop(row, None)
         self.grammars.leave(row)
@@ -170,6 +177,7 @@ class HostRowBatch(RowBatch):
         self._top_k = np.zeros(rows, dtype=np.int64)
         self._top_p = np.ones(rows)
         self._min_p = np.zeros(rows)
+        self._typical_p = np.ones(rows)
         self._seed = np.zeros(rows, dtype=np.int64)
         self._marks: dict[int, NDArray[np.int16]] = {}  # [V], of rows with penalties
         self._biases: dict[int, NDArray[np.float32]] = {}  # [V], -inf where a token is not allowed
@@ -218,6 +226,7 @@ class HostRowBatch(RowBatch):
             top_k=self._top_k[rows],
             top_p=self._top_p[rows],
             min_p=self._min_p[rows],
+            typical_p=self._typical_p[rows],
             seed=self._seed[rows],
             position=position,
             num_logprobs=self.num_logprobs[rows],
@@ -250,6 +259,7 @@ class HostRowBatch(RowBatch):
         self._tables[row, : len(blocks)] = blocks
         self._temperature[row], self._seed[row] = params.temperature, admission.seed
         self._top_k[row], self._top_p[row], self._min_p[row] = params.top_k, params.top_p, params.min_p
+        self._typical_p[row] = params.typical_p
         if row in self.controls:
             self._admit_controls(row, self.controls[row], admission.token_ids)
 

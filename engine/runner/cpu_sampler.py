@@ -36,6 +36,7 @@ class _Sampling(ctypes.Structure):
         ("temperature", ctypes.c_void_p),
         ("top_p", ctypes.c_void_p),
         ("min_p", ctypes.c_void_p),
+        ("typical_p", ctypes.c_void_p),
         ("top_k", ctypes.c_void_p),
         ("seed", ctypes.c_void_p),
         ("position", ctypes.c_void_p),
@@ -109,6 +110,7 @@ class CpuSampler:
         call = _Sampling(
             logits.data_ptr(), rows, vocab,
             _of(settings.temperature, np.float64), _of(settings.top_p, np.float64), _of(settings.min_p, np.float64),
+            _of(settings.typical_p, np.float64),
             _of(settings.top_k, np.int64), _of(settings.seed, np.int64), _of(settings.position, np.int64),
             ctypes.addressof(edits), len(edits), *_mask_fields(settings.masks), torch.get_num_threads(),
             _of(chosen, np.int64),

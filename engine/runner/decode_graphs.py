@@ -3,8 +3,8 @@
 A step in which every row computes one token is padded to the next size. Its inputs come in one copy to a place that never
 moves; everything else (tokens, tables, settings, caches, weights) stays on the device. The forward pass and the sampler are
 captured apart, so that a mask that needs the last token can be uploaded between them. Rows with controls (penalties, biases,
-bans) have a sampler of their own, which is captured when such a row first decodes in a step of that size; its memory, a copy of
-the logits, comes from what the KV cache's sizing leaves free.
+bans) have a sampler of their own, and so have rows with typical_p, which is captured when such a row first decodes in a step of
+that size; its memory, for controls a copy of the logits, comes from what the KV cache's sizing leaves free.
 
 `Replay` is the seam: CudaGraphs makes CUDA graphs. Work that is captured may not wait for the device, may not look at
 host values that change, and may not read memory that another step allocates.
@@ -117,7 +117,7 @@ class DecodeGraphs:
             or int(plan.num_tokens.max()) > 1
         ):
             return 0
-        if batch.wants_prompt_logprobs[plan.rows].any():
+        if len(batch.scored(plan)):
             return 0
         if not self._attention.fits_captured(plan.start + 1):
             return 0
@@ -148,7 +148,10 @@ class DecodeGraphs:
         batch, rows = self._batch, plan.num_rows
         is_controlled = bool(len(batch.controlled(plan)))
         self._run_sampler(
-            size, is_filtered=is_controlled or batch.is_filtered(plan), is_controlled=is_controlled
+            size,
+            is_filtered=is_controlled or batch.is_filtered(plan),
+            is_typical=batch.is_typical(plan),
+            is_controlled=is_controlled,
         )
         wanted = self._columns(size)[3, : len(batch.wanted(plan))]
         return batch.sampled(self._logits[:rows], self._token_ids[:rows], plan, wanted)
@@ -177,10 +180,12 @@ class DecodeGraphs:
         longest = self._short if is_short else self._batch.shape.max_model_len
         self._replay(("forward", size, longest, uses_lora), lambda: self._forward(size, longest, uses_lora))
 
-    def _run_sampler(self, size: int, *, is_filtered: bool, is_controlled: bool = False) -> None:
+    def _run_sampler(
+        self, size: int, *, is_filtered: bool, is_typical: bool = False, is_controlled: bool = False
+    ) -> None:
         self._replay(
-            ("sampler", size, is_filtered, is_controlled),
-            lambda: self._sample(size, is_filtered, is_controlled),
+            ("sampler", size, is_filtered, is_controlled, is_typical),
+            lambda: self._sample(size, is_filtered, is_typical, is_controlled),
         )
 
     def _forward(self, size: int, longest: int, uses_lora: bool) -> None:
@@ -209,12 +214,12 @@ class DecodeGraphs:
         )
         self._logits[:size] = self._decoder.logits(hidden)
 
-    def _sample(self, size: int, is_filtered: bool, is_controlled: bool) -> None:
+    def _sample(self, size: int, is_filtered: bool, is_typical: bool, is_controlled: bool) -> None:
         """The captured sampler of `size` rows."""
         rows, positions, *_ = self._columns(size)
         self._batch.draw(
             self._logits[:size], rows, positions + 1, self._token_ids[:size], is_filtered=is_filtered,
-            is_controlled=is_controlled,
+            is_typical=is_typical, is_controlled=is_controlled,
         )  # fmt: skip
 
 

@@ -51,18 +51,20 @@ class DeviceRowBatch(RowBatch):
         self.tokens = torch.zeros(rows, shape.row_tokens, dtype=torch.int32, device=device)
         self.tables = torch.zeros(rows, shape.row_blocks, dtype=torch.int32, device=device)
         self.tables[self.idle_row] = idle_block
-        self._settings = torch.zeros(6, rows, dtype=torch.int32, device=device)
-        temperature, top_k, top_p, min_p, seed_low, seed_high = self._settings
+        self._settings = torch.zeros(7, rows, dtype=torch.int32, device=device)
+        temperature, top_k, top_p, min_p, typical_p, seed_low, seed_high = self._settings
         self.settings = RowSettings(
             temperature=temperature.view(torch.float32),
             top_k=top_k,
             top_p=top_p.view(torch.float32),
             min_p=min_p.view(torch.float32),
+            typical_p=typical_p.view(torch.float32),
             seed_low=seed_low,
             seed_high=seed_high,
         )
         self._device_controls: DeviceControls | None = None  # made for the first row that asks
-        self._is_filtered = np.zeros(shape.max_num_seqs, dtype=bool)  # by top_k, top_p or min_p
+        self._is_filtered = np.zeros(shape.max_num_seqs, dtype=bool)  # by top_k, top_p, min_p or typical_p
+        self._is_typical = np.zeros(shape.max_num_seqs, dtype=bool)  # by typical_p
         self._admitted: list[RowAdmission] = []  # since the last upload
         self._table_entries: list[tuple[Int64, Int64, Int64]] = []  # likewise: rows, columns, block ids
         self._choice: _Choice | None = None
@@ -102,7 +104,7 @@ class DeviceRowBatch(RowBatch):
         token_ids = torch.empty(len(raw), dtype=torch.int32, device=self.device)
         self.draw(
             raw, choice.rows, choice.positions, token_ids, is_filtered=self.is_filtered(plan),
-            is_controlled=bool(len(self.controlled(plan))),
+            is_typical=self.is_typical(plan), is_controlled=bool(len(self.controlled(plan))),
         )  # fmt: skip
         return self.sampled(raw, token_ids, plan, choice.wanted)
 
@@ -114,6 +116,7 @@ class DeviceRowBatch(RowBatch):
         out: Tensor,
         *,
         is_filtered: bool,
+        is_typical: bool,
         is_controlled: bool,
     ) -> None:
         """Write the tokens drawn from float32 logits [n, V] to `out` [n], and to these positions of these rows.
@@ -125,7 +128,9 @@ class DeviceRowBatch(RowBatch):
             logits = self._device_controls.apply(logits, rows, positions, self.tokens)
         on_gpu = self.device.type == "cuda"
         sample_tokens = sampling.sample_tokens if on_gpu else sampling.sample_tokens_ref
-        sample_tokens(logits, rows, positions, self.settings, out, is_filtered=is_filtered)
+        sample_tokens(
+            logits, rows, positions, self.settings, out, is_filtered=is_filtered, is_typical=is_typical
+        )
         self.tokens[rows, positions] = out
 
     def sampled(self, logits: Tensor, token_ids: Tensor, plan: StepPlan, wanted: Tensor) -> Sampled:
@@ -150,6 +155,10 @@ class DeviceRowBatch(RowBatch):
         """Whether any of the rows that sample drops tokens before it draws."""
         return bool(self._is_filtered[plan.rows[plan.logit_rows]].any())
 
+    def is_typical(self, plan: StepPlan) -> bool:
+        """Whether any of the rows that sample has typical_p."""
+        return bool(self._is_typical[plan.rows[plan.logit_rows]].any())
+
     def forget_block_deltas(self) -> None:
         """The step at hand writes its new blocks to the tables itself."""
         assert not self._admitted, "an admission has to be uploaded"
@@ -166,7 +175,10 @@ class DeviceRowBatch(RowBatch):
         params, blocks = admission.params, np.asarray(admission.block_ids[0], dtype=np.int64)
         if admission.grammar is not None:
             self._control_end[admission.row] = NEVER_ENDS
-        self._is_filtered[admission.row] = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+        self._is_typical[admission.row] = is_typical = params.typical_p < 1.0
+        self._is_filtered[admission.row] = (
+            is_typical or params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+        )
         if self._device_controls is None and admission.row in self.controls:
             self._device_controls = DeviceControls(self.idle_row + 1, self.shape.vocab_size, self.device)
         self._admitted.append(admission)
@@ -225,6 +237,7 @@ def upload(parts: Sequence[ArrayLike], device: torch.device) -> list[Tensor]:
 def _settings_of(admission: RowAdmission) -> Int32:
     """The bits of the fields of RowSettings, in their order."""
     params, seed = admission.params, admission.seed
-    floats = np.array([params.temperature, params.top_p, params.min_p], dtype=np.float32).view(np.int32)
+    given = [params.temperature, params.top_p, params.min_p, params.typical_p]
+    floats = np.array(given, dtype=np.float32).view(np.int32)
     low, high = np.array([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], dtype=np.uint32).view(np.int32)
-    return np.array([floats[0], params.top_k, floats[1], floats[2], low, high], dtype=np.int32)
+    return np.array([floats[0], params.top_k, *floats[1:], low, high], dtype=np.int32)

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,7 @@ from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
 from engine.runner.step_clock import StepClock
 from engine.runner.step_cost import StepCost, StepNeeds
 from engine.runner.structured import Followed
+from engine.sampling_params import ALL_LOGPROBS
 
 if TYPE_CHECKING:
     from engine.runner.decode_graphs import DecodeGraphs, Replay
@@ -57,7 +58,8 @@ class _Started:
     plan: StepPlan
     sampled: Sampled
     num_logprobs: list[int]  # of ``sampled.logprob_rows``
-    prompt: tuple[tuple[int, int, LogprobTensors], ...]  # (row index, number of most likely tokens, figures)
+    # (row index, number of most likely tokens or ALL_LOGPROBS, figures)
+    prompt: tuple[tuple[int, int, LogprobTensors], ...]
     prepare_ms: float
     clock: StepClock
     needs: StepNeeds
@@ -365,17 +367,17 @@ class ModelRunner:
         """Figures of the prompt tokens that follow this step's tokens, for the rows that asked."""
         found = []
         first = np.cumsum(plan.num_tokens) - plan.num_tokens
-        for i in np.nonzero(batch.wants_prompt_logprobs[plan.rows])[0].tolist():
+        for i in batch.scored(plan).tolist():
             row, start = int(plan.rows[i]), int(plan.start[i])
+            skipped = max(0, int(batch.logprob_start[row]) - 1 - start)
             count = min(int(plan.num_tokens[i]), int(batch.num_prompt_tokens[row]) - 1 - start)
-            num_top = max(0, int(batch.num_logprobs[row]))
-            for begin in range(0, count, PROMPT_LOGPROB_ROWS):
+            num_top = int(batch.prompt_logprobs[row])
+            for begin in range(skipped, count, PROMPT_LOGPROB_ROWS):
                 stop = min(begin + PROMPT_LOGPROB_ROWS, count)
                 part = hidden[int(first[i]) + begin : int(first[i]) + stop]
                 # A copy: on a CPU the slice is the row buffer itself, which a later request will overwrite.
                 targets = batch.tokens[row, start + 1 + begin : start + 1 + stop].long()
-                # The logits get no name: they would live on beside the next part's.
-                found.append((i, num_top, token_logprobs(decoder.logits(part), targets, num_top).to_host()))
+                found.append((i, num_top, _prompt_figures(decoder.logits(part), targets, num_top)))
         return tuple(found)
 
 
@@ -401,6 +403,17 @@ def allocate_caches(
     ]
 
 
+def _prompt_figures(logits: Tensor, token_ids: Tensor, num_top: int) -> LogprobTensors:
+    """Figures of given tokens [n] under logits [n, V], on their way to the host; ALL_LOGPROBS: and the rows themselves.
+
+    In a function of its own, so that the logits do not live on beside the next part's.
+    """
+    figures = token_logprobs(logits, token_ids, max(0, num_top)).to_host()
+    if num_top == ALL_LOGPROBS:
+        figures = replace(figures, logits=logits.to("cpu", non_blocking=True))
+    return figures
+
+
 def _rows_of(hidden: Tensor, index: Tensor) -> Tensor:
     """The rows of `hidden` [T, hidden] that are sampled from; all of them in a step that only decodes."""
     return hidden if len(index) == len(hidden) else hidden.index_select(0, index)
@@ -415,7 +428,7 @@ def _result(started: _Started) -> StepResult:
         logprobs = dict(zip(sampled.logprob_rows, entries, strict=True))
     prompt: dict[int, list[TokenLogprobs]] = {}
     for i, num_top, figures in started.prompt:
-        prompt.setdefault(i, []).extend(figures.entries([num_top] * len(figures.token_ids)))
+        prompt.setdefault(i, []).extend(figures.entries([max(0, num_top)] * len(figures.token_ids)))
     return StepResult(
         step_id=plan.step_id,
         token_ids=sampled.token_ids.tolist(),

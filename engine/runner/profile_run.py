@@ -83,7 +83,7 @@ def largest_steps(config: EngineConfig, vocab_size: int) -> tuple[StepPlan, Step
         presence_penalty=1.0,
     )  # fmt: skip
     wide = _spread(config.max_batched_tokens, num_rows, max(1, longest - 1))
-    last = params.with_(prompt_logprobs=True)
+    last = params.with_(prompt_logprobs=MAX_LOGPROBS)
     widest = _step(0, [0] * num_rows, wide, [*[params] * (num_rows - 1), last], config, ())
     deepest = _step(1, [longest - 1] * num_rows, [1] * num_rows, [params] * num_rows, config, range(num_rows))
     return widest, deepest

@@ -15,8 +15,11 @@ Source: mix is "lowbias32" (Wellons, hash-prospector, 2018); argmax of logits pl
 (Gumbel 1954; Maddison et al. 2014).
 
 A row's edits (biases, penalties, banned tokens) come first. Then filters, in this order, as in vLLM: temperature, min_p,
-top_k, top_p. Work that no row asks for is not done: a greedy batch is one argmax, rows are sorted only for top_p, and where
+top_k, top_p; last typical_p, as in transformers. Work that no row asks for is not done: a greedy batch is one argmax, rows are sorted only for top_p, and where
 few are kept only their most likely tokens. Log-probabilities are those of the raw logits.
+
+typical_p looks at what is left of a row, renormalised. A token's distance |-log p - entropy| is |value - mean value| there, since
+the normaliser cancels; all tokens at the distance where the probability reaches typical_p stay.
 
 Boundary: logits and settings in, tokens and log-probabilities out, on the host (`engine.kernels.sampling` is for devices);
 no rows, no plan, no stop rules.
@@ -68,6 +71,7 @@ class SampleSettings:
     top_k: NDArray[np.int64]  # 0: all
     top_p: NDArray[np.float64]
     min_p: NDArray[np.float64]
+    typical_p: NDArray[np.float64]
     seed: NDArray[np.int64]
     position: NDArray[np.int64]  # of the token to be chosen
     num_logprobs: NDArray[np.int64]  # -1: none wanted; n: the chosen one and the n most likely
@@ -82,17 +86,18 @@ class Filters:
     top_k: NDArray[np.int64]
     top_p: NDArray[np.float64]
     min_p: NDArray[np.float64]
+    typical_p: NDArray[np.float64]
 
     def of(self, rows: NDArray[np.int64]) -> Filters:
         """The filters of some of the rows."""
-        return Filters(self.top_k[rows], self.top_p[rows], self.min_p[rows])
+        return Filters(self.top_k[rows], self.top_p[rows], self.min_p[rows], self.typical_p[rows])
 
     def rows_that_keep_few(self, vocab_size: int) -> NDArray[np.int64]:
         """Rows whose kept tokens are probably among the FEW most likely ones."""
         if vocab_size <= 2 * FEW:
             return np.empty(0, dtype=np.int64)
         narrow = (self.top_k > 0) | (self.top_p < 1.0) | (self.min_p > 0.0)
-        return np.nonzero(narrow & (self.top_k < FEW))[0]
+        return np.nonzero(narrow & (self.top_k < FEW) & (self.typical_p >= 1.0))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +109,10 @@ class LogprobTensors:
     rank: Tensor  # [n]
     top_ids: Tensor  # [n, N]
     top_values: Tensor  # [n, N]
+    logits: Tensor | None = None  # [n, V], on the host, where whole rows were asked for
 
     def fields(self) -> tuple[Tensor, ...]:
-        """All of them, in their order."""
+        """All of them but whole rows, in their order."""
         return self.token_ids, self.chosen, self.rank, self.top_ids, self.top_values
 
     def to_host(self) -> LogprobTensors:
@@ -117,12 +123,15 @@ class LogprobTensors:
         """One entry per position with its first ``num_top[i]`` most likely tokens."""
         columns = zip(
             self.token_ids.tolist(), self.chosen.tolist(), self.rank.tolist(), self.top_ids.tolist(),
-            self.top_values.tolist(), num_top, strict=True,
+            self.top_values.tolist(), num_top, self._rows(), strict=True,
         )  # fmt: skip
         return [
-            TokenLogprobs(token, logprob, rank, tuple(ids[:n]), tuple(values[:n]))
-            for token, logprob, rank, ids, values, n in columns
+            TokenLogprobs(token, logprob, rank, tuple(ids[:n]), tuple(values[:n]), row)
+            for token, logprob, rank, ids, values, n, row in columns
         ]
+
+    def _rows(self) -> Sequence[NDArray[np.float32] | None]:
+        return [None] * len(self.token_ids) if self.logits is None else list(self.logits.numpy())
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +203,7 @@ def _draw(logits: Tensor, settings: SampleSettings, rows: NDArray[np.int64], inv
     """Draw from logits [n, V], row i under the settings of ``rows[i]``."""
     temperature = np.maximum(settings.temperature[rows], MIN_TEMPERATURE)
     scaled = logits / torch.from_numpy(temperature)[:, None].to(logits.dtype)
-    filters = Filters(settings.top_k[rows], settings.top_p[rows], settings.min_p[rows])
+    filters = Filters(settings.top_k, settings.top_p, settings.min_p, settings.typical_p).of(rows)
     keys = noise_keys(settings.seed[rows], settings.position[rows])
     chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     left = np.arange(len(rows))
@@ -243,7 +252,7 @@ def _draw_among_few(scaled: Tensor, filters: Filters, keys: Tensor, invariant: b
 
 
 def keep_likely(scaled: Tensor, filters: Filters) -> Tensor:
-    """Set to -inf what min_p, top_k and top_p drop from the scaled logits [n, V]; tokens equal to the k-th stay."""
+    """Set to -inf what min_p, top_k, top_p and typical_p drop from the scaled logits [n, V]; tokens equal to the k-th stay."""
     vocab, top_k, top_p, min_p = scaled.shape[1], filters.top_k, filters.top_p, filters.min_p
     if (min_p > 0.0).any():
         with np.errstate(divide="ignore"):
@@ -256,18 +265,32 @@ def keep_likely(scaled: Tensor, filters: Filters) -> Tensor:
         kth = best.gather(1, torch.from_numpy(k - 1)[:, None])
         unlimited = torch.from_numpy(~limited)[:, None]
         scaled = scaled.masked_fill((scaled < kth) & ~unlimited, float("-inf"))
-    nucleus = np.nonzero(top_p < 1.0)[0]
-    if len(nucleus) == len(scaled):
-        return _keep_nucleus(scaled, top_p)
-    if len(nucleus):
-        index = torch.from_numpy(nucleus)
-        scaled = scaled.index_copy(0, index, _keep_nucleus(scaled[index], top_p[nucleus]))
+    for keep, share in ((_keep_nucleus, top_p), (_keep_typical, filters.typical_p)):
+        asking = np.nonzero(share < 1.0)[0]
+        if len(asking) == len(scaled):
+            scaled = keep(scaled, share)
+        elif len(asking):
+            index = torch.from_numpy(asking)
+            scaled = scaled.index_copy(0, index, keep(scaled[index], share[asking]))
     return scaled
 
 
 def _keep_nucleus(scaled: Tensor, top_p: NDArray[np.float64]) -> Tensor:
     """Keep the smallest set of most likely tokens whose probability reaches top_p; lower ids first among equals."""
     return scaled.masked_fill(_beyond_nucleus(scaled, scaled.softmax(dim=-1), top_p), float("-inf"))
+
+
+def _keep_typical(scaled: Tensor, typical_p: NDArray[np.float64]) -> Tensor:
+    """Keep the tokens nearest to their mean value, under their own probabilities, that reach typical_p together."""
+    probabilities = scaled.softmax(dim=-1)
+    below = torch.where(probabilities > 0.0, scaled.amax(dim=-1, keepdim=True) - scaled, 0.0)
+    mean = (probabilities * below).sum(dim=-1, keepdim=True)
+    distance = torch.where(scaled > float("-inf"), (below - mean).abs(), float("inf"))
+    ordered, order = distance.sort(dim=-1, stable=True)
+    share = torch.from_numpy(typical_p)[:, None].to(scaled.dtype)
+    last = (probabilities.gather(1, order).cumsum(dim=-1) < share).sum(dim=-1, keepdim=True)
+    reach = ordered.gather(1, last.clamp(max=scaled.shape[1] - 1))
+    return scaled.masked_fill(distance > reach, float("-inf"))
 
 
 def _beyond_nucleus(values: Tensor, probabilities: Tensor, top_p: NDArray[np.float64]) -> Tensor:

@@ -27,7 +27,7 @@ from engine.kernels.quantized_weight import (
     quantize_int4,
     quantize_int8,
 )
-from engine.kernels.random_sampling import FILTERED, PLAIN, SamplingStep, sampling_step, wrong_rows
+from engine.kernels.random_sampling import FILTERED, PLAIN, TYPICAL, SamplingStep, sampling_step, wrong_rows
 from engine.kernels.rms_norm import fused_add_rms_norm, rms_norm
 from engine.kernels.rotary import rotate_and_store
 from engine.kernels.sampling import sample_tokens, sample_tokens_ref
@@ -351,27 +351,35 @@ def test_launching_waits_for_nothing_and_closing_leaves_nothing(device: torch.de
 
 
 def _sample(
-    step: SamplingStep, *, is_filtered: bool = True, reference: bool = False, out: Tensor | None = None
+    step: SamplingStep,
+    *,
+    is_filtered: bool = True,
+    is_typical: bool = False,
+    reference: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     out = torch.full_like(step.rows, -1) if out is None else out
     function = sample_tokens_ref if reference else sample_tokens
     function(
-        step.logits, step.rows, step.positions, step.settings, out, is_filtered=is_filtered, mask=step.mask
-    )
+        step.logits, step.rows, step.positions, step.settings, out, is_filtered=is_filtered, is_typical=is_typical,
+        mask=step.mask,
+    )  # fmt: skip
     return out
 
 
 @pytest.mark.parametrize(("vocab", "num_rows"), [(61, 720), (4096, 180), (32001, 36), (128256, 36)])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("is_filtered", [False, True], ids=["plain", "filtered"])
-def test_sampling(vocab: int, num_rows: int, masked: bool, is_filtered: bool, device: torch.device) -> None:
-    kinds = PLAIN + FILTERED if is_filtered else PLAIN
+@pytest.mark.parametrize("kind", ["plain", "filtered", "typical"])
+def test_sampling(vocab: int, num_rows: int, masked: bool, kind: str, device: torch.device) -> None:
+    kinds = {"plain": PLAIN, "filtered": PLAIN + FILTERED, "typical": PLAIN + TYPICAL + FILTERED[-4:]}[kind]
+    asked = {"is_filtered": kind != "plain", "is_typical": kind == "typical"}
     step = sampling_step(kinds, vocab, num_rows=num_rows, seed=vocab, masked=masked, device=str(device))
-    found = _sample(step, is_filtered=is_filtered)
+    found = _sample(step, **asked)
     assert wrong_rows(step, found) == []
-    assert int((found != _sample(step, is_filtered=is_filtered, reference=True)).sum()) <= num_rows // 50
+    differ = int((found != _sample(step, **asked, reference=True)).sum())
+    assert differ <= num_rows // (36 if kind == "typical" else 50)
     for i in range(0, num_rows, 5):
-        assert torch.equal(_sample(step.part(slice(i, i + 1)), is_filtered=is_filtered), found[i : i + 1])
+        assert torch.equal(_sample(step.part(slice(i, i + 1)), **asked), found[i : i + 1])
 
 
 def test_a_captured_step_samples_with_whatever_settings_and_logits_it_finds(device: torch.device) -> None:

@@ -48,7 +48,7 @@ def run_full_batch(engine: Engine) -> None:
         prompt = torch.randint(0, VOCAB, (400 + 12 * i,), generator=generator).tolist()
         params = SamplingParams(
             max_tokens=24, min_tokens=8, stop_token_ids=(0,), top_k=VOCAB - 1, top_p=0.99, min_p=1e-6, seed=i,
-            logprobs=MAX_LOGPROBS, prompt_logprobs=i % 16 == 0,
+            logprobs=MAX_LOGPROBS, prompt_logprobs=None if i % 16 else MAX_LOGPROBS,
         )  # fmt: skip
         engine.add(engine.make_request(prompt, params))
     while engine.has_work:

@@ -26,6 +26,37 @@ def done(records, open_page):
     return make
 
 
+def test_the_report_shows_divergence_where_it_was_measured(records, open_page):
+    world = records()
+    result = compare_result(world.settings, SPEC["a"], SPEC["b"], pair_rows(wins=20, losses=2))
+    apart = {
+        "mean_kl": 0.01234, "low": 0.01, "high": 0.0151, "max_kl": 2.5, "same_top": 0.975, "n": 44, "num_tokens": 1234,
+        "worst": [["t-07", 0.2]],
+    }  # fmt: skip
+    world.job("compare", SPEC, JobState.DONE, title="v1 against v2", result={**result, "divergence": apart})
+    shown = html_of(settle(open_page("compare")))
+    for told in (
+        "Token distributions",
+        "0.0123",
+        "0.0100 … 0.0151",
+        "2.50",
+        "97.5%",
+        "1,234 tokens",
+        "t-07 (0.200)",
+    ):
+        assert told in shown, told
+
+
+def test_divergence_is_measured_when_it_is_asked_for(records, open_page):
+    world = records()
+    at = settle(open_page("compare"))
+    at.toggle("divergence").set_value(True).run()
+    at.button("compare_start").click().run()
+    assert not at.exception
+    (job,) = world.jobs.list(kind="compare")
+    assert job.spec["divergence"] is True
+
+
 def test_without_versions_it_says_what_is_missing(records, open_page):
     records(empty=True)
     at = settle(open_page("compare"))

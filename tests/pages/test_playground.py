@@ -102,6 +102,7 @@ def test_controls_reach_the_request_and_the_address(ready_host, open_page):
     at.text_input("seed").set_value("7")
     at.text_area("system").set_value("Be brief.")
     at.number_input("presence_penalty").set_value(0.5)
+    at.number_input("typical_p").set_value(0.8)
     at.text_input("logit_bias").set_value("7: -100, 9: 1.5")
     at.text_area("bad_words").set_value("never\nmind")
     at.run()
@@ -119,6 +120,7 @@ def test_controls_reach_the_request_and_the_address(ready_host, open_page):
     assert "'ignore_eos': True" in codes
     assert "seed=7" in codes
     assert "presence_penalty=0.5" in codes
+    assert "'typical_p': 0.8" in codes
     assert "logit_bias={'7': -100.0, '9': 1.5}" in codes
     assert "'bad_words': ['never', 'mind']" in codes
     assert "Be brief." in codes

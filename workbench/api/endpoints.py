@@ -96,7 +96,7 @@ class Endpoints:
         )
         wire = ChatWire(
             self._head("chatcmpl", request_id, body.model), tokenizer.token_text,
-            wants_logprobs=bool(body.logprobs), include_usage=include_usage,
+            wants_logprobs=bool(body.logprobs), include_usage=include_usage, num_prompt_logprobs=body.prompt_logprobs,
         )  # fmt: skip
         answer_log = self._answer_log(lambda: json.dumps(messages, ensure_ascii=False))
         choices = submit_choices(  # the last thing that can refuse: nothing runs that is not answered
@@ -112,25 +112,30 @@ class Endpoints:
         self, worker: EngineWorker, body: CompletionRequest, request_id: str, arrival_ns: int
     ) -> Response:
         tokenizer = _tokenizer_of(worker)
-        params = _common_params(body, body.max_tokens, _DEFAULT_COMPLETION_TOKENS, body.logprobs)
+        params = _completion_params(body)
         include_usage = _include_usage(body)
         given = _prompt_list(body.prompt)
         size = sum(len(p) for p in given if isinstance(p, str))
         prompts = await _maybe_off_loop(
             size, lambda: [tokenizer.encode(p) if isinstance(p, str) else p for p in given]
         )
+        echoes = None
+        if body.echo:
+            echoes = [
+                p if isinstance(p, str) else tokenizer.decode(p, params.skip_special_tokens) for p in given
+            ]
         wire = CompletionWire(
-            self._head("cmpl", request_id, body.model), tokenizer.token_text,
-            wants_logprobs=body.logprobs is not None, include_usage=include_usage,
+            self._head("cmpl", request_id, body.model), tokenizer.token_text, num_logprobs=body.logprobs,
+            include_usage=include_usage, num_prompt_logprobs=body.prompt_logprobs,
         )  # fmt: skip
         answer_log = self._answer_log(lambda: "\n".join(p for p in given if isinstance(p, str)))
         choices = submit_choices(
             worker, prompts, params, request_id=request_id,
-            cache_salt=body.cache_salt or "", arrival_ns=arrival_ns, answer_log=answer_log,
+            cache_salt=body.cache_salt or "", arrival_ns=arrival_ns, answer_log=answer_log, echoes=echoes,
         )  # fmt: skip
         return GenerationResponse(
             choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage,
-            answer_log=answer_log,
+            answer_log=answer_log, best_of=params,
         )  # fmt: skip
 
     def _answer_log(self, prompt: Callable[[], str]) -> AnswerLog:
@@ -223,6 +228,41 @@ def _chat_params(body: ChatRequest) -> SamplingParams:
     return _common_params(body, next(iter(given), None), None, logprobs)
 
 
+def _completion_params(body: CompletionRequest) -> SamplingParams:
+    """As `_common_params`; an echoed prompt has its log-probabilities where the output has them."""
+    params = _common_params(body, body.max_tokens, _DEFAULT_COMPLETION_TOKENS, body.logprobs)
+    if body.best_of is not None:
+        params = params.with_(best_of=body.best_of)
+    if params.chooses and body.stream:
+        raise ApiError(
+            f"best_of={body.best_of} with n={params.n} cannot be streamed: which are best is known at the end",
+            value=body.best_of, limit=params.n, param="best_of", remedy="Send stream=false, or best_of equal to n.",
+        )  # fmt: skip
+    return params
+
+
+def _scored(body: ChatRequest | CompletionRequest) -> int | None:
+    """prompt_logprobs of the engine's requests: what was asked for by name, or by echo."""
+    asked = body.prompt_logprobs
+    if asked is not None and not 0 <= asked <= MAX_LOGPROBS:
+        raise ApiError(
+            f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, got {asked}", value=asked, limit=MAX_LOGPROBS,
+            param="prompt_logprobs", remedy="Ask for fewer.",
+        )  # fmt: skip
+    if asked is not None and body.stream:
+        raise ApiError(
+            f"prompt_logprobs={asked} cannot be streamed", value=asked, limit="stream=false", param="prompt_logprobs",
+            remedy="Send stream=false, or echo=true with logprobs to /v1/completions.",
+        )  # fmt: skip
+    if (
+        isinstance(body, CompletionRequest)
+        and body.echo
+        and (body.logprobs is not None or body.max_tokens == 0)
+    ):
+        return max(asked or 0, body.logprobs or 0)
+    return asked
+
+
 def _common_params(
     body: ChatRequest | CompletionRequest,
     max_tokens: int | None,
@@ -235,6 +275,8 @@ def _common_params(
         "top_p": body.top_p,
         "top_k": body.top_k,
         "min_p": body.min_p,
+        "typical_p": body.typical_p,
+        "prompt_logprobs": _scored(body),
         "n": body.n,
         "presence_penalty": body.presence_penalty,
         "frequency_penalty": body.frequency_penalty,

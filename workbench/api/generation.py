@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from engine.best_of import choose_best
 from engine.errors import EngineError
 from engine.records import Completion, StreamDelta
 from engine.request import FinishReason
@@ -39,6 +40,7 @@ class Choice:
     stream: RequestStream
     markers: ToolCallMarkers | None = None
     counts_prompt: bool = True  # of n answers to one prompt, the first counts it
+    echo: str | None = None  # the prompt's text, which the answer begins with
     parser: ToolCallParser | None = field(init=False)
     num_tokens: int = 0
     num_cached: int = 0
@@ -61,6 +63,10 @@ class Choice:
             first_call=self.num_calls,
             stop_reason=delta.stop_reason,
         )
+        if not self.started and self.echo is not None:
+            part.text = self.echo + part.text
+            part.prompt_token_ids = self.stream.prompt_token_ids
+        part.prompt_logprobs = delta.prompt_logprobs
         if delta.finish_reason is not None:
             part.finish_reason = delta.finish_reason.value
         if self.parser is not None:
@@ -83,6 +89,7 @@ class Choice:
                 completion.finish_reason,
                 completion.stop_reason,
                 num_cached_tokens=completion.num_cached_tokens,
+                prompt_logprobs=completion.prompt_logprobs,
             )
         )
 
@@ -105,11 +112,16 @@ def submit_choices(
     arrival_ns: int | None = None,
     markers: ToolCallMarkers | None = None,
     answer_log: AnswerLog | None = None,
+    echoes: Sequence[str] | None = None,
 ) -> list[Choice]:
-    """Submit a request for each of a prompt's ``params.n`` answers; all of them or none. `arrival_ns`: when the request came in."""
+    """Submit a request for each of a prompt's ``params.each()``; all of them or none. `arrival_ns`: when the request came in.
+
+    `echoes`: what the answers to each prompt begin with.
+    """
     choices: list[Choice] = []
     try:
-        for prompt in prompts:
+        for place, prompt in enumerate(prompts):
+            echo = None if echoes is None else echoes[place]
             for i, each in enumerate(params.each()):
                 engine_id = f"{request_id}-{len(choices)}" if choices else request_id
                 if answer_log is not None:
@@ -121,7 +133,7 @@ def submit_choices(
                     cache_salt=cache_salt,
                     arrival_ns=arrival_ns,
                 )
-                choices.append(Choice(len(choices), stream, markers, counts_prompt=i == 0))
+                choices.append(Choice(len(choices), stream, markers, counts_prompt=i == 0, echo=echo))
     except BaseException:
         for choice in choices:
             choice.stream.abort()
@@ -141,9 +153,12 @@ class GenerationResponse(Response):
         stream: bool,
         include_usage: bool,
         answer_log: AnswerLog | None = None,
+        best_of: SamplingParams | None = None,
     ) -> None:
+        """`best_of`: the params that say how many of each prompt's choices are told; None: all."""
         super().__init__()
         self._choices = choices
+        self._best_of = best_of
         self._answer_log = answer_log or AnswerLog(None)
         self._wire = wire
         self._request_id = request_id
@@ -184,9 +199,21 @@ class GenerationResponse(Response):
             if not self._gone:
                 await error_response(error, self._request_id)(scope, receive, send)
             return
-        parts = [choice.whole(c) for choice, c in zip(self._choices, completions)]
-        body = self._wire.whole(parts, self._usage())
+        body = self._wire.whole(self._parts(completions), self._usage())
         await json_response(body, headers={"x-request-id": self._request_id})(scope, receive, send)
+
+    def _parts(self, completions: Sequence[Completion]) -> list[ChoicePart]:
+        """The choices to tell, numbered through; all of them count as used."""
+        parts = {choice.stream.request_id: choice.whole(c) for choice, c in zip(self._choices, completions)}
+        params = self._best_of
+        if params is None or not params.chooses:
+            return list(parts.values())
+        size = len(params.each())
+        groups = [completions[i : i + size] for i in range(0, len(completions), size)]
+        best = [parts[c.request_id] for group in groups for c in choose_best(group, params)]
+        for index, part in enumerate(best):
+            part.index = index
+        return best
 
     async def _send_stream(self, send: Send) -> None:
         headers = [

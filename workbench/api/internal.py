@@ -53,6 +53,7 @@ def internal_app(host: EngineHost, token: str, services: Services | None = None)
             Route("/stats", routes.stats, methods=["GET"]),
             Route("/records", routes.records, methods=["GET"]),
             Route("/score", routes.score, methods=["POST"]),
+            Route("/token_kl", routes.token_kl, methods=["POST"]),
             Route("/generate", routes.generate, methods=["POST"]),
             Route("/chat", routes.chat, methods=["POST"]),
         ],
@@ -155,6 +156,18 @@ class InternalRoutes:
         llm = LLM.from_worker(self._host.worker(_model(body)))
         scores = await asyncio.to_thread(llm.score, texts, use_tqdm=False)
         return json_response({"scores": [codec.score_to_json(score) for score in scores]})
+
+    async def token_kl(self, request: Request) -> Response:
+        """Exact KL divergence of two resident models along given texts."""
+        from engine.llm import LLM
+        from workbench.backends import codec
+
+        body = await _body(request, {"model", "other", "texts"})
+        texts = _list(body, "texts")
+        llm = LLM.from_worker(self._host.worker(_model(body)))
+        other = LLM.from_worker(self._host.worker(_text(body, "other")))
+        found = await asyncio.to_thread(llm.token_kl, other, texts)
+        return json_response({"divergences": [codec.token_kl_to_json(each) for each in found]})
 
     async def generate(self, request: Request) -> Response:
         """Complete prompts, given as text or token ids."""

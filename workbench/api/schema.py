@@ -86,12 +86,14 @@ class _Generation(_Strict):
     # vLLM's extras
     top_k: int | None = None
     min_p: float | None = None
+    typical_p: float | None = None
     repetition_penalty: float | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     cache_salt: str | None = None
@@ -109,6 +111,8 @@ class ChatRequest(_Generation):
 class CompletionRequest(_Generation):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
+    best_of: int | None = None
+    echo: bool | None = None
 
 
 class FeedbackRequest(_Strict):
@@ -139,8 +143,8 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((None,), "Leave it out: text is the only modality."),
     "prediction": ((None,), "Leave it out: predicted output is not served."),
     "web_search_options": ((None,), "Leave it out: there is no web search."),
-    "best_of": ((None, 1), "Use n and choose on your side."),
-    "echo": ((None, False), "Join prompt and output on your side."),
+    "best_of": ((None, 1), "Use n here; /v1/completions has best_of."),
+    "echo": ((None, False), "Leave it out here; /v1/completions has echo."),
     "suffix": ((None, ""), "Leave it out: filling in the middle is not served."),
     "use_beam_search": ((None, False), "Leave it out: beam search is not served."),
     "guided_json": ((None,), "Ask for JSON in the prompt: constrained output is not served."),

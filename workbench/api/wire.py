@@ -34,6 +34,8 @@ class ChoicePart:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     is_first: bool = False
+    prompt_token_ids: Sequence[int] = ()  # where `text` begins with the prompt's
+    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of its tokens but the first
 
 
 @dataclass(slots=True)
@@ -82,6 +84,7 @@ class _Base:
     token_text: TokenText
     wants_logprobs: bool
     include_usage: bool
+    num_prompt_logprobs: int | None = None  # vLLM's, in whole answers; None: not asked for
     _prefix: str = field(init=False)
     _suffix: str = field(init=False)
 
@@ -98,6 +101,25 @@ class _Base:
     def usage_chunk(self, usage: Usage) -> bytes:
         return f'{self._prefix}"choices":[],"usage":{_json(usage.as_dict())}}}\n\n'.encode()
 
+    def _prompt_logprobs(self, part: ChoicePart) -> list[dict[str, Any] | None]:
+        """vLLM's form: for each prompt token its own figures and those of the most likely ones, by token id; none for the first."""
+        assert self.num_prompt_logprobs is not None
+        found: list[dict[str, Any] | None] = [None]
+        for entry in part.prompt_logprobs:
+            figures = {entry.token_id: (entry.logprob, entry.rank)}
+            tops = zip(entry.top_ids[: self.num_prompt_logprobs], entry.top_logprobs)
+            for rank, (token_id, logprob) in enumerate(tops, 1):
+                figures.setdefault(token_id, (logprob, rank))
+            found.append(
+                {
+                    str(token_id): {
+                        "logprob": finite(logprob), "rank": rank, "decoded_token": self.token_text(token_id)
+                    }
+                    for token_id, (logprob, rank) in figures.items()
+                }
+            )  # fmt: skip
+        return found
+
     def _whole(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
         return {
             "id": self.head.id,
@@ -113,11 +135,18 @@ class ChatWire(_Base):
     """``chat.completion`` and ``chat.completion.chunk``."""
 
     def __init__(
-        self, head: Head, token_text: TokenText, *, wants_logprobs: bool, include_usage: bool
+        self,
+        head: Head,
+        token_text: TokenText,
+        *,
+        wants_logprobs: bool,
+        include_usage: bool,
+        num_prompt_logprobs: int | None = None,
     ) -> None:
         super().__init__(
-            head, "chat.completion", "chat.completion.chunk", token_text, wants_logprobs, include_usage
-        )
+            head, "chat.completion", "chat.completion.chunk", token_text, wants_logprobs, include_usage,
+            num_prompt_logprobs,
+        )  # fmt: skip
 
     def chunk(self, part: ChoicePart) -> bytes:
         delta = _chat_delta(part)
@@ -130,7 +159,10 @@ class ChatWire(_Base):
         ).encode()
 
     def whole(self, parts: Sequence[ChoicePart], usage: Usage) -> dict[str, Any]:
-        return self._whole([self._choice(part) for part in parts], usage)
+        body = self._whole([self._choice(part) for part in parts], usage)
+        if self.num_prompt_logprobs is not None:
+            body["prompt_logprobs"] = self._prompt_logprobs(parts[0])
+        return body
 
     def _choice(self, part: ChoicePart) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": part.text, "refusal": None}
@@ -160,16 +192,25 @@ class CompletionWire(_Base):
     """``text_completion``."""
 
     def __init__(
-        self, head: Head, token_text: TokenText, *, wants_logprobs: bool, include_usage: bool
+        self,
+        head: Head,
+        token_text: TokenText,
+        *,
+        num_logprobs: int | None,
+        include_usage: bool,
+        num_prompt_logprobs: int | None = None,
     ) -> None:
         super().__init__(
-            head, "text_completion", "text_completion", token_text, wants_logprobs, include_usage
-        )
+            head, "text_completion", "text_completion", token_text, num_logprobs is not None, include_usage,
+            num_prompt_logprobs,
+        )  # fmt: skip
+        self._num_logprobs = num_logprobs or 0
 
     def chunk(self, part: ChoicePart) -> bytes:
         if not part.text and part.finish_reason is None and not part.logprobs:
             return b""
-        logprobs = _json(self._logprobs(part)) if self.wants_logprobs and part.logprobs else "null"
+        wanted = self.wants_logprobs and (part.logprobs or part.prompt_token_ids)
+        logprobs = _json(self._logprobs(part)) if wanted else "null"
         return (
             f'{self._prefix}"choices":[{{"index":{part.index},"text":{quote(part.text)},"logprobs":{logprobs},'
             f'"finish_reason":{_finish(part)}}}{self._suffix}'
@@ -183,24 +224,38 @@ class CompletionWire(_Base):
                 "logprobs": self._logprobs(part) if self.wants_logprobs else None,
                 "finish_reason": part.finish_reason,
                 "stop_reason": part.stop_reason,
+                **(
+                    {}
+                    if self.num_prompt_logprobs is None
+                    else {"prompt_logprobs": self._prompt_logprobs(part)}
+                ),
             }
             for part in parts
         ]
         return self._whole(choices, usage)
 
     def _logprobs(self, part: ChoicePart) -> dict[str, Any]:
-        tokens = [self.token_text(entry.token_id) for entry in part.logprobs]
+        """OpenAI's columns; an echoed prompt's tokens come first, and the very first has nothing before it."""
+        entries, first = list(part.logprobs), part.prompt_token_ids[:1]
+        if first:
+            entries = [*part.prompt_logprobs, *entries]
+        tokens = [self.token_text(token_id) for token_id in first]
+        tokens += [self.token_text(entry.token_id) for entry in entries]
         offsets = [part.text_offset]
         for token in tokens[:-1]:
             offsets.append(offsets[-1] + len(token))
+        nothing = [None] * len(first)
         return {
             "tokens": tokens,
-            "token_logprobs": [finite(entry.logprob) for entry in part.logprobs],
-            "top_logprobs": [
-                {self.token_text(i): finite(p) for i, p in zip(entry.top_ids, entry.top_logprobs)}
-                for entry in part.logprobs
-            ],
+            "token_logprobs": nothing + [finite(entry.logprob) for entry in entries],
+            "top_logprobs": nothing + [self._top(entry) for entry in entries],
             "text_offset": offsets[: len(tokens)],
+        }
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        count = self._num_logprobs
+        return {
+            self.token_text(i): finite(p) for i, p in zip(entry.top_ids[:count], entry.top_logprobs[:count])
         }
 
 

@@ -21,6 +21,7 @@ from engine.errors import EngineError
 from engine.llm import Score
 from engine.records import Completion, EngineStats
 from engine.sampling_params import SamplingParams
+from engine.token_kl import TokenKL
 from workbench.backends import codec
 from workbench.backends.protocol import (
     DEFAULT_CONCURRENCY,
@@ -115,6 +116,13 @@ class AppBackend(HttpBackend):
         many = [text if isinstance(text, str) else list(text) for text in as_prompts(texts)]
         answer = self._post("/quire/score", {"model": model or self._default, "texts": many})
         return [codec.score_from_json(score) for score in answer["scores"]]
+
+    def token_kl(
+        self, texts: Prompt | Sequence[Prompt], *, other: str, model: str | None = None
+    ) -> list[TokenKL]:
+        many = [text if isinstance(text, str) else list(text) for text in as_prompts(texts)]
+        body = {"model": model or self._default, "other": other, "texts": many}
+        return [codec.token_kl_from_json(each) for each in self._post("/quire/token_kl", body)["divergences"]]
 
     # ── versions ────────────────────────────────────────────────────────────────────────────────────────────────────
 

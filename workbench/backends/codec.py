@@ -6,6 +6,7 @@ form); an infinity is written as the text "inf" or "-inf".
     POST /quire/chat      {"model", "messages": [[…], …], "params": [{…}, …], "tools": […]|null}  -> {"completions": [{…}, …]}
     POST /quire/generate  {"model", "prompts": ["…" | [ids], …], "params": [{…}, …]}              -> {"completions": [{…}, …]}
     POST /quire/score     {"model", "texts": ["…" | [ids], …]}                                    -> {"scores": [{…}, …]}
+    POST /quire/token_kl  {"model", "other", "texts": ["…" | [ids], …]}                           -> {"divergences": [{…}, …]}
     POST /quire/load      {"ref", "deterministic"}                                                -> {"id"}
     POST /quire/unload    {"id"}                                                                  -> {}
     GET  /quire/residents                                                                         -> {"residents": [{…}, …]}
@@ -30,7 +31,8 @@ from engine.llm import Score
 from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats, MemoryLedger, RequestRecord, StepRecord
 from engine.request import FinishReason
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import ALL_LOGPROBS, MAX_LOGPROBS, SamplingParams
+from engine.token_kl import TokenKL
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,13 @@ def params_from_json(values: Mapping[str, Any]) -> SamplingParams:
             raise InvalidParamsError(
                 f"unknown sampling parameter {name!r}", value=name, limit=sorted(_PARAMS), param=str(name)
             )
-    return SamplingParams(**values)
+    params = SamplingParams(**values)
+    if params.prompt_logprobs == ALL_LOGPROBS:
+        raise InvalidParamsError(
+            "whole rows of logits do not leave the process: prompt_logprobs=-1", value=ALL_LOGPROBS, limit=MAX_LOGPROBS,
+            param="prompt_logprobs", remedy="Ask for at most as many as the limit says.",
+        )  # fmt: skip
+    return params
 
 
 # ── completions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,6 +150,21 @@ def score_from_json(values: Mapping[str, Any]) -> Score:
         float(values["total_logprob"]),
         float(values["perplexity"]),
     )
+
+
+def token_kl_to_json(divergence: TokenKL) -> dict[str, Any]:
+    return {
+        "token_ids": list(divergence.token_ids),
+        "kl": [_out(p) for p in divergence.kl],
+        "logprobs": [_out(p) for p in divergence.logprobs],
+        "other_logprobs": [_out(p) for p in divergence.other_logprobs],
+        "same_top": list(divergence.same_top),
+    }
+
+
+def token_kl_from_json(values: Mapping[str, Any]) -> TokenKL:
+    kl, own, other = (tuple(map(float, values[name])) for name in ("kl", "logprobs", "other_logprobs"))
+    return TokenKL(tuple(values["token_ids"]), kl, own, other, tuple(values["same_top"]))
 
 
 # ── statistics and records ──────────────────────────────────────────────────────────────────────────────────────────────

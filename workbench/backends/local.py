@@ -19,6 +19,7 @@ from engine.errors import ConfigError, EngineDeadError, InvalidRequestError
 from engine.llm import LLM, Score
 from engine.records import Completion, EngineStats
 from engine.sampling_params import SamplingParams
+from engine.token_kl import TokenKL
 from workbench.backends.codec import step_summary
 from workbench.backends.protocol import (
     DEFAULT_CONCURRENCY,
@@ -102,6 +103,11 @@ class LocalBackend(ClosesItself):
 
     def score(self, texts: Prompt | Sequence[Prompt], *, model: str | None = None) -> list[Score]:
         return LLM.from_worker(self._worker(model)).score(texts, use_tqdm=False)
+
+    def token_kl(
+        self, texts: Prompt | Sequence[Prompt], *, other: str, model: str | None = None
+    ) -> list[TokenKL]:
+        return LLM.from_worker(self._worker(model)).token_kl(LLM.from_worker(self._worker(other)), texts)
 
     # ── versions ────────────────────────────────────────────────────────────────────────────────────────────────────
 

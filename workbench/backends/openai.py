@@ -23,6 +23,7 @@ from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from engine.token_kl import TokenKL
 from workbench.backends.protocol import (
     DEFAULT_CONCURRENCY,
     BackendUnsupportedError,
@@ -43,7 +44,7 @@ _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "tool_calls": FinishReason.STOP}
 _OPENAI_FIELDS = ("temperature", "top_p", "seed", "max_tokens")
 _EXTRA_FIELDS = (  # sent only where they say something
-    "top_k", "min_p", "ignore_eos", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "top_k", "min_p", "typical_p", "ignore_eos", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "logit_bias", "bad_words", "allowed_token_ids",
 )  # fmt: skip
 
@@ -128,6 +129,11 @@ class OpenAIBackend(HttpBackend):
 
     def score(self, texts: Prompt | Sequence[Prompt], *, model: str | None = None) -> list[Score]:
         self._refuse("score given texts")
+
+    def token_kl(
+        self, texts: Prompt | Sequence[Prompt], *, other: str, model: str | None = None
+    ) -> list[TokenKL]:
+        self._refuse("compare whole distributions")
 
     def load(self, ref: str, *, deterministic: bool = False) -> str:
         """The id of a model that the endpoint serves already. Raises BackendUnsupportedError for any other."""

@@ -14,6 +14,7 @@ from engine.errors import InvalidRequestError
 from engine.llm import Score
 from engine.records import Completion, EngineStats
 from engine.sampling_params import SamplingParams
+from engine.token_kl import TokenKL
 from workbench.backends.codec import Records, StepSummary
 from workbench.errors import WorkbenchError
 
@@ -93,6 +94,12 @@ class Backend(Protocol):
         """Log-probabilities of given texts, token by token."""
         ...
 
+    def token_kl(
+        self, texts: Prompt | Sequence[Prompt], *, other: str, model: str | None = None
+    ) -> list[TokenKL]:
+        """How far the resident model `other` is from `model` at every token of given texts: exact KL divergence."""
+        ...
+
     def load(self, ref: str, *, deterministic: bool = False) -> str:
         """Make a version resident (folder, hub id, NAME/3, NAME@alias); the id to give as `model`."""
         ...
@@ -166,6 +173,12 @@ def one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: in
         raise InvalidRequestError(
             f"a backend gives one completion a prompt, n is {n}", value=n, limit=1, param="n",
             remedy="Give the prompt n times, with the params of params.each().",
+        )  # fmt: skip
+    best_of = next((each.best_of for each in many if each is not None and each.chooses), None)
+    if best_of is not None:
+        raise InvalidRequestError(
+            f"a backend does not choose among completions, best_of is {best_of}", value=best_of, limit=1, param="best_of",
+            remedy="Use LLM.generate, or /v1/completions.",
         )  # fmt: skip
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count

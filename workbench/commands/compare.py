@@ -23,6 +23,11 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "--rules", type=Path, help="gate rules (TOML) for the verdict; default: data/gates/default.toml"
     )
     parser.add_argument("--no-speed", action="store_true", help="leave out the timing of both versions")
+    parser.add_argument(
+        "--divergence",
+        action="store_true",
+        help="also the exact KL divergence of their next-token distributions",
+    )
     parser.set_defaults(run=run)
 
 
@@ -45,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         "a": absolute(arguments.a), "b": absolute(arguments.b), "dataset": absolute(arguments.dataset),
         "scorers": arguments.scorers, "limit": arguments.limit, "seed": arguments.seed,
         "speed": not arguments.no_speed, "gate": absolute(arguments.rules), "max_tokens": arguments.max_tokens,
+        "divergence": arguments.divergence,
     }  # fmt: skip
     result = run_job("compare", spec, f"{arguments.a} → {arguments.b}", arguments)
     print(as_text(result), file=sys.stderr if arguments.json else sys.stdout)
@@ -91,6 +97,13 @@ def as_text(result: dict[str, Any]) -> str:
         limits = "no interval" if m["low"] is None else f"{m['low']:+.4g} to {m['high']:+.4g}"
         lines.append(
             f"  {name:22} {m['a']:10.4g} → {m['b']:10.4g}   {m['diff']:+.4g} [{limits}]  n = {m['n']}"
+        )
+    apart = result.get("divergence")
+    if apart is not None:
+        limits = "no interval" if apart["low"] is None else f"{apart['low']:.4g} to {apart['high']:.4g}"
+        lines.append(
+            f"  KL(A || B) {apart['mean_kl']:.4g} nats a token [{limits}], at most {apart['max_kl']:.4g}; "
+            f"the same most likely token at {apart['same_top']:.1%} of {apart['num_tokens']} tokens"
         )
     lines.append(f"Verdict: {result['verdict']}")
     lines += [f"  {reason['outcome']:10} {reason['text']}" for reason in result["reasons"]]

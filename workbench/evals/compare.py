@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from workbench.evals.datasets import Dataset, Example
+from workbench.evals.divergence import measure_divergence
 from workbench.evals.errors import CompareSpecError
 from workbench.evals.evaluate import (
     CheckCancelled,
@@ -70,11 +71,14 @@ def compare(
     options: EvaluationOptions | None = None,
     speed: SpeedOptions | None = None,
     statistics: Statistics | None = None,
+    divergence: bool = False,
     on_evaluation: OnEvaluation | None = None,
     on_progress: OnProgress | None = None,
     check_cancelled: CheckCancelled | None = None,
 ) -> Comparison:
     """Version `b` against version `a`. `speed`: None leaves it out. `on_evaluation` sees each version's rows as soon as they are there.
+
+    `divergence`: also how far B's token distributions lie from A's, exactly; both versions are in memory at once for it.
 
     Raises:
         ScorerError: a scorer does not fit the dataset; nothing was loaded.
@@ -99,6 +103,18 @@ def compare(
                 on_evaluation("ab"[place], done)
             if place == 1:
                 repeatable = check_repeatable(backend, done)
+    apart = None
+    if divergence:
+        say(2 * share, "Loading both versions to compare their distributions")
+        with (
+            _loaded(backend, a, deterministic=True) as model_a,
+            _loaded(backend, b, deterministic=True) as model_b,
+        ):
+            apart = measure_divergence(
+                backend, model_a, model_b, evaluations[0], confidence=statistics.confidence,
+                resamples=statistics.resamples, seed=statistics.seed, on_progress=_part(say, 2 * share, 0.0),
+                check_cancelled=check_cancelled,
+            )  # fmt: skip
     speed_rows: list[SpeedRow] = []
     if speed is not None:
         say(2 * share, "Loading both versions to time them")
@@ -114,6 +130,7 @@ def compare(
         speed=speed_of(speed_rows, statistics),
         speed_rows=tuple(speed_rows),
         repeatable=repeatable,
+        divergence=apart,
     )
 
 

@@ -62,6 +62,7 @@ class Row:
     logprob: float  # of the whole answer, in nats
     finish_reason: str
     num_prompt_tokens: int
+    prompt_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +248,7 @@ def _row(
         math.fsum(entry.logprob for entry in completion.logprobs),
         completion.finish_reason.value,
         completion.num_prompt_tokens,
+        completion.prompt_token_ids,
     )
 
 

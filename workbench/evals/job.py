@@ -1,10 +1,10 @@
 """The job kind "compare": two versions on one dataset, recorded in MLflow, with a verdict.
 
     {"a": ref, "b": ref, "dataset": path or name, "scorers": [names] | null, "limit": n | null, "seed": 0, "speed": true,
-     "gate": path of rules | null, "max_tokens": 256}
+     "gate": path of rules | null, "max_tokens": 256, "divergence": false}
 
 Result: ``metrics`` {name: {a, b, diff, low, high, n, …}}, ``slices``, ``speed``, ``verdict``, ``reasons``, ``run_id``,
-``runs`` {a, b}, ``dataset``, ``repeatable``, ``rows_saved``.
+``runs`` {a, b}, ``dataset``, ``repeatable``, ``divergence``, ``rows_saved``.
 
 Boundary: from a spec to a result. The work is in `compare`, `gate` and `record`; jobs are run by `workbench.jobs`.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from workbench.jobs import JobContext
     from workbench.settings import Settings
 
-_FIELDS = {"a", "b", "dataset", "scorers", "limit", "seed", "speed", "gate", "max_tokens"}
+_FIELDS = {"a", "b", "dataset", "scorers", "limit", "seed", "speed", "gate", "max_tokens", "divergence"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class Setup:
     options: EvaluationOptions
     speed: SpeedOptions | None
     statistics: Statistics
+    divergence: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def run_setup(setup: Setup, backend: Backend, context: JobContext) -> Outcome:
 
     comparison = compare(
         backend, setup.a, setup.b, setup.dataset, setup.scorers, options=setup.options, speed=setup.speed,
-        statistics=setup.statistics, on_evaluation=keep, check_cancelled=context.check_cancelled,
+        statistics=setup.statistics, divergence=setup.divergence, on_evaluation=keep, check_cancelled=context.check_cancelled,
         on_progress=lambda fraction, message: context.report(0.02 + 0.94 * fraction, message),
     )  # fmt: skip
     context.report(0.97, "Recording the comparison")
@@ -124,9 +125,7 @@ def prepare(spec: Mapping[str, Any], settings: Settings) -> Setup:
     limit, seed = _whole(spec, "limit", None, 1), _whole(spec, "seed", 0, 0) or 0
     max_tokens = _whole(spec, "max_tokens", 256, 1) or 256
     dataset = load_dataset(_text(spec, "dataset"), settings).sample(limit)
-    wants_speed = spec.get("speed", True)
-    if not isinstance(wants_speed, bool):
-        raise _wrong(f"speed must be true or false, got {wants_speed!r}", wants_speed, "true or false")
+    wants_speed, divergence = _flag(spec, "speed", True), _flag(spec, "divergence", False)
     own = load_rules(spec["gate"]) if spec.get("gate") is not None else None
     scorers = make_scorers(_scorer_names(spec.get("scorers"), dataset, own))
     check_scorers(scorers, dataset)
@@ -138,7 +137,7 @@ def prepare(spec: Mapping[str, Any], settings: Settings) -> Setup:
     check_rules(rules, [metric.name for metric in metrics])
     statistics = Statistics(confidence=rules.confidence, seed=seed)
     options = EvaluationOptions(max_tokens=max_tokens, seed=seed)
-    return Setup(a, b, dataset, tuple(scorers), rules, options, speed, statistics)
+    return Setup(a, b, dataset, tuple(scorers), rules, options, speed, statistics, divergence)
 
 
 def _scorer_names(given: Any, dataset: Dataset, rules: GateRules | None) -> list[str]:
@@ -157,6 +156,13 @@ def _text(spec: Mapping[str, Any], name: str) -> str:
     value = spec.get(name)
     if not isinstance(value, str) or not value:
         raise _wrong(f"{name} must be given as a text, got {value!r}", value, "text", name)
+    return value
+
+
+def _flag(spec: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = spec.get(name, default)
+    if not isinstance(value, bool):
+        raise _wrong(f"{name} must be true or false, got {value!r}", value, "true or false", name)
     return value
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from workbench.evals.divergence import Divergence
 from workbench.evals.evaluate import Repeatability
 from workbench.evals.speed import SpeedMetric, SpeedRow
 
@@ -107,6 +108,7 @@ class Comparison:
     speed: Mapping[str, SpeedMetric] = field(default_factory=dict)
     speed_rows: tuple[SpeedRow, ...] = ()
     repeatable: Repeatability | None = None
+    divergence: Divergence | None = None  # None: not measured
 
     @property
     def n(self) -> int:
@@ -125,6 +127,7 @@ class Comparison:
             "resamples": self.resamples,
             "seed": self.seed,
             "repeatable": None if self.repeatable is None else self.repeatable.to_dict(),
+            "divergence": None if self.divergence is None else self.divergence.to_dict(),
         }
 
 

@@ -19,6 +19,8 @@ TERMS = {
     "top_k": "Keep only the k most likely tokens; 0 keeps all.",
     "top_p": "Keep the smallest set of tokens whose probabilities add up to p.",
     "min_p": "Drop tokens that are less likely than this share of the most likely one.",
+    "kl": "Exact KL divergence: how far B's next-token distributions lie from A's along A's answers, in nats a token. Both are loaded at once.",
+    "typical_p": "Keep the tokens that surprise about as much as the whole distribution does, up to this probability.",
     "max tokens": "The answer ends after this many output tokens at the latest.",
     "min tokens": "No end of the answer before this many output tokens.",
     "presence_penalty": "Taken from the logit of every token that the answer has; below 0 it is encouraged.",

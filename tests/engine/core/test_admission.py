@@ -65,6 +65,16 @@ def test_stop_texts_without_a_tokenizer_are_refused(make_rig) -> None:
         make_rig(with_tokenizer=False).engine.make_request([1], SamplingParams(stop=("x",)))
 
 
+def test_a_prompt_that_is_only_scored_may_fill_the_context(make_rig) -> None:
+    rig = make_rig(max_model_len=32)
+    rig.add("a", [1] * 32, max_tokens=0, prompt_logprobs=0)
+    rig.run()
+    assert len(rig.last("a").prompt_logprobs) == 31
+    with pytest.raises(PromptTooLongError, match="33 tokens, the context holds 32") as caught:
+        rig.add("b", [1] * 33, max_tokens=0, prompt_logprobs=0)
+    assert (caught.value.param, caught.value.value, caught.value.limit) == ("prompt", 33, 32)
+
+
 def test_a_refused_request_leaves_no_trace(make_rig) -> None:
     rig = make_rig()
     with pytest.raises(InvalidRequestError):

@@ -183,16 +183,41 @@ def test_logprobs_come_with_their_tokens(make_rig) -> None:
 
 
 @pytest.mark.parametrize("preempted", [False, True])
-def test_prompt_logprobs_of_all_chunks_come_with_the_last_delta(make_rig, preempted: bool) -> None:
+def test_prompt_logprobs_of_all_chunks_come_once_with_the_first_delta(make_rig, preempted: bool) -> None:
     prompt = PREFIX[:41]
     rig = make_rig(num_blocks=5 if preempted else 64, max_batched_tokens=9, enable_prefix_cache=False)
     if preempted:
         rig.add("head", PREFIX[:10], max_tokens=60)
-    rig.add("a", prompt, max_tokens=1 if not preempted else 12, prompt_logprobs=True)
+    rig.add("a", prompt, max_tokens=12, prompt_logprobs=0)
     rig.run()
     assert (rig.requests["a"].num_preemptions > 0) == preempted
-    assert list(rig.last("a").prompt_logprobs) == [fake_logprobs(token, 0, 256) for token in prompt[1:]]
-    assert all(delta.prompt_logprobs == () for delta in rig.deltas["a"][:-1])
+    first, *others = rig.deltas["a"]
+    assert list(first.prompt_logprobs) == [fake_logprobs(token, 0, 256) for token in prompt[1:]]
+    assert all(delta.prompt_logprobs == () for delta in others)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 40, 41, 64])
+def test_a_prompt_that_is_only_scored_generates_nothing(make_rig, budget: int) -> None:
+    prompt = PREFIX[:41]
+    rig = make_rig(max_batched_tokens=budget, max_num_seqs=1)
+    rig.add("a", prompt, max_tokens=0, prompt_logprobs=2)
+    rig.run()
+    (delta,) = rig.deltas["a"]
+    assert (delta.token_ids, delta.finish_reason) == ((), FinishReason.LENGTH)
+    assert list(delta.prompt_logprobs) == [fake_logprobs(token, 2, 256) for token in prompt[1:]]
+    assert all(not len(plan.logit_rows) for plan in rig.runner.plans)
+
+
+def test_tokens_before_the_first_scored_one_come_from_the_cache(make_rig) -> None:
+    prompt = PREFIX[:41]
+    rig = make_rig()
+    rig.add("a", prompt, max_tokens=1)
+    rig.run()
+    rig.add("b", prompt, max_tokens=0, prompt_logprobs=0, logprob_start_len=33)
+    rig.run()
+    (delta,) = rig.deltas["b"]
+    assert list(delta.prompt_logprobs) == [fake_logprobs(token, 0, 256) for token in prompt[33:]]
+    assert delta.num_cached_tokens == 32, "the token before the first scored one is computed"
 
 
 # ── preemption ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -20,8 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from engine.config import EngineConfig, SpeculativeConfig
 from engine.engine import Engine, StepOutput
 from engine.errors import OutOfMemoryError
-from engine.fake_runner import FakeRunner, FakeTokenizer, next_state, next_token
-from engine.plan import KVSpec
+from engine.fake_runner import FakeRunner, FakeTokenizer, fake_logprobs, next_state, next_token
+from engine.plan import KVSpec, TokenLogprobs
 from engine.records import BlockEventKind
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
@@ -60,6 +60,8 @@ def alone(prompt: list[int], params: SamplingParams, max_total_tokens: int) -> A
     state, tokens = 0, []
     for token in prompt:
         state = next_state(state, token)
+    if max_total_tokens == len(prompt):
+        return Alone((), FinishReason.LENGTH, None, "" if params.stop else None)
     while True:
         token = next_token(state, len(prompt) + len(tokens) - 1, VOCAB_SIZE)
         tokens.append(token)
@@ -77,6 +79,13 @@ def alone(prompt: list[int], params: SamplingParams, max_total_tokens: int) -> A
             return Alone(tuple(tokens), FinishReason.STOP, *hit)
         if len(prompt) + len(tokens) == max_total_tokens:
             return Alone(tuple(tokens), FinishReason.LENGTH, None, text)
+
+
+def scores_of(prompt: list[int], params: SamplingParams) -> list[TokenLogprobs]:
+    if params.prompt_logprobs is None:
+        return []
+    scored = prompt[max(1, params.logprob_start_len) :]
+    return [fake_logprobs(token, params.prompt_logprobs, VOCAB_SIZE) for token in scored]
 
 
 def first_stop(text: str, params: SamplingParams, num_tokens: int) -> tuple[str, str] | None:
@@ -135,6 +144,8 @@ class Harness:
         self.expected: dict[str, Alone] = {}  # of live requests
         self.tokens: dict[str, list[int]] = {}
         self.texts: dict[str, str] = {}
+        self.scored: dict[str, list[TokenLogprobs]] = {}
+        self.expected_scores: dict[str, list[TokenLogprobs]] = {}
         self.prompts: list[list[int]] = []
         self.aborted: set[str] = set()
         self.owners: dict[str, list[int]] = {}  # replayed from the records alone
@@ -148,10 +159,12 @@ class Harness:
         return self.shape.num_blocks * self.shape.block_size
 
     def add(self, prompt: list[int], params: SamplingParams, salt: str = "") -> None:
-        room = min(MAX_MODEL_LEN - 1, self.capacity)
-        if not prompt or len(prompt) > room:
+        room = min(MAX_MODEL_LEN - (params.max_tokens != 0), self.capacity)
+        if not prompt or len(prompt) > room or params.logprob_start_len >= max(1, len(prompt)):
             return
-        total = min(len(prompt) + params.max_tokens, MAX_MODEL_LEN) if params.max_tokens else MAX_MODEL_LEN
+        total = MAX_MODEL_LEN
+        if params.max_tokens is not None:
+            total = min(len(prompt) + params.max_tokens, MAX_MODEL_LEN)
         if params.max_tokens is not None and total - 1 > self.capacity:
             return
         request_id = f"r{self.num_added}"
@@ -161,6 +174,8 @@ class Harness:
         self.expected[request_id] = alone(prompt, params, min(total, self.capacity + 1))
         self.tokens[request_id] = []
         self.texts[request_id] = ""
+        self.scored[request_id] = []
+        self.expected_scores[request_id] = scores_of(prompt, params)
         self.check()
 
     def abort(self, index: int) -> None:
@@ -209,6 +224,11 @@ class Harness:
             expected = self.expected[request_id]
             self.tokens[request_id] += delta.token_ids
             self.texts[request_id] += delta.text or ""
+            scored, expected_scores = self.scored[request_id], self.expected_scores[request_id]
+            scored += delta.prompt_logprobs
+            assert scored == expected_scores[: len(scored)], request_id
+            if self.tokens[request_id] or delta.finish_reason is FinishReason.LENGTH:
+                assert len(scored) == len(expected_scores), request_id
             got = tuple(self.tokens[request_id])
             assert got == expected.token_ids[: len(got)], f"{request_id}: {got}, alone {expected.token_ids}"
             if delta.finish_reason is None:
@@ -229,8 +249,10 @@ class Harness:
                 shown = self.texts[request_id]
                 assert whole.startswith(shown) or bytes(got).decode().startswith(shown), request_id
             self.seen.add(delta.finish_reason.value)
+            if delta.finish_reason is FinishReason.LENGTH and not got:
+                self.seen.add("scored only")
             self.num_finished += 1
-            for known in (self.expected, self.tokens, self.texts):
+            for known in (self.expected, self.tokens, self.texts, self.scored, self.expected_scores):
                 del known[request_id]
             self.aborted.discard(request_id)
         assert {record.request_id for record in output.requests} == {
@@ -333,29 +355,44 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(
         prompt=st.lists(TOKENS, min_size=1, max_size=24),
         reuse=st.none() | st.tuples(st.integers(0, 7), st.integers(1, 24)),
-        max_tokens=st.none() | st.integers(1, 12),
+        max_tokens=st.none() | st.integers(0, 12),
         min_tokens=st.integers(0, 3),
         ignore_eos=st.booleans(),
         stop_token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2),
         stop=STOP_TEXTS,
         include=st.booleans(),
         salt=st.sampled_from(["", "", "", "other"]),
-        score=st.sampled_from([False, False, False, True]),
+        score=st.sampled_from([None, None, None, 0, 2]),
+        score_from=st.sampled_from([0, 0, 1, 2, 7]),
     )
     def add(
-        self, prompt, reuse, max_tokens, min_tokens, ignore_eos, stop_token_ids, stop, include, salt, score
+        self,
+        prompt,
+        reuse,
+        max_tokens,
+        min_tokens,
+        ignore_eos,
+        stop_token_ids,
+        stop,
+        include,
+        salt,
+        score,
+        score_from,
     ) -> None:
         if reuse is not None and self.harness.prompts:
             old = self.harness.prompts[reuse[0] % len(self.harness.prompts)]
             prompt = (old[: reuse[1]] + prompt)[:24]
+        if max_tokens == 0 and score is None:
+            max_tokens = 1
         params = SamplingParams(
             max_tokens=max_tokens,
-            min_tokens=min(min_tokens, max_tokens or min_tokens),
+            min_tokens=min_tokens if max_tokens is None else min(min_tokens, max_tokens),
             ignore_eos=ignore_eos,
             stop_token_ids=tuple(stop_token_ids),
             stop=tuple(stop),
             include_stop_str_in_output=include,
             prompt_logprobs=score,
+            logprob_start_len=score_from if score is not None else 0,
         )
         self.harness.add(prompt, params, salt)
 
@@ -386,17 +423,19 @@ TestEngineMachine = EngineMachine.TestCase
 
 
 def random_params(rng: random.Random) -> SamplingParams:
-    max_tokens = rng.choice([None, *range(1, 13)])
+    score = rng.choice([0, 2]) if rng.random() < 0.2 else None
+    max_tokens = rng.choice([None, *range(score is None, 13)])
     return SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=rng.randint(0, min(3, max_tokens or 3)),
+        min_tokens=rng.randint(0, 3 if max_tokens is None else min(3, max_tokens)),
         ignore_eos=rng.random() < 0.5,
         stop_token_ids=tuple(rng.sample(range(VOCAB_SIZE), rng.choice([0, 0, 1]))),
         stop=tuple(
             "".join(rng.choices("\x00\x01\x02\x03\x04", k=2)) for _ in range(rng.choice([0, 0, 0, 2]))
         ),
         include_stop_str_in_output=rng.random() < 0.3,
-        prompt_logprobs=rng.random() < 0.1,
+        prompt_logprobs=score,
+        logprob_start_len=0 if score is None else rng.choice([0, 0, 1, 5]),
     )
 
 
@@ -462,6 +501,7 @@ EVERYTHING = {
     "prefix hit",
     "mixed step",
     "keyframe",
+    "scored only",
 }
 
 

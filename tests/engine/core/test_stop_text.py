@@ -21,10 +21,12 @@ def test_text_is_shown_as_soon_as_it_cannot_begin_a_stop_text() -> None:
     assert matcher.flush() == "ab"
 
 
-def test_the_earliest_match_wins_and_of_two_there_the_longer() -> None:
-    matcher = StopTextMatcher(("cd", "bc", "bcd"))
-    assert matcher.push("abcd") == "a"
-    assert matcher.matched == "bcd"
+def test_the_first_to_be_complete_wins_and_of_two_the_longer() -> None:
+    for stops, won, shown in ((("bc", "abcd"), "bc", "a"), (("cd", "bcd", "d"), "bcd", "a")):
+        for pieces in (["abcd"], ["ab", "cd"], list("abcd")):
+            matcher = StopTextMatcher(stops)
+            assert "".join(matcher.push(piece) for piece in pieces if matcher.matched is None) == shown
+            assert matcher.matched == won
 
 
 def test_text_passed_over_is_never_part_of_a_match() -> None:
@@ -41,17 +43,18 @@ def test_text_passed_over_is_never_part_of_a_match() -> None:
 )
 def test_any_cutting_into_pieces_gives_what_a_search_of_the_whole_gives(pieces, stops, include) -> None:
     matcher = StopTextMatcher(tuple(stops), include_in_output=include)
+    whole = "".join(pieces)
+    ends = [(whole.find(stop) + len(stop), whole.find(stop), stop) for stop in stops if stop in whole]
+    end, begin, first = min(ends, default=(len(whole) + 1, 0, None))
     shown = read = ""
     for piece in pieces:
         read += piece
         shown += matcher.push(piece)
-        ends = [(read.find(stop), -len(stop), stop) for stop in stops if stop in read]
-        assert (matcher.matched is None) == (not ends)
-        if ends:
-            at, _, stop = min(ends)
-            assert matcher.matched == stop
-            assert shown == (read[: at + len(stop)] if include else read[:at])
+        if len(read) >= end:
+            assert matcher.matched == first
+            assert shown == whole[: end if include else begin]
             return
+        assert matcher.matched is None
         assert read.startswith(shown)
         held = read[len(shown) :]
         assert held == "" or any(stop.startswith(held) for stop in stops), "text is held back without need"

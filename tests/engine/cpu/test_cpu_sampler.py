@@ -27,6 +27,10 @@ CHOICES: tuple[dict[str, Any], ...] = (
     {"min_p": 0.05},
     {"min_p": 1.0},
     {"top_k": 40, "top_p": 0.8, "min_p": 0.02, "temperature": 0.7},
+    {"typical_p": 0.3},
+    {"typical_p": 0.95, "temperature": 1.5},
+    {"typical_p": 1e-6, "top_k": 30},
+    {"typical_p": 0.6, "top_p": 0.9, "min_p": 0.001},
 )
 
 
@@ -39,6 +43,7 @@ def settings_of(rows: int, **values: Any) -> SampleSettings:
         top_k=column("top_k", 0, np.int64),
         top_p=column("top_p", 1.0, np.float64),
         min_p=column("min_p", 0.0, np.float64),
+        typical_p=column("typical_p", 1.0, np.float64),
         seed=column("seed", 0, np.int64),
         position=column("position", 0, np.int64),
         num_logprobs=column("num_logprobs", -1, np.int64),
@@ -111,10 +116,10 @@ def test_same_tokens_and_figures_as_torch(compiled: CpuSampler, vocab: int, choi
 def test_rows_with_settings_of_their_own_do_not_change_each_other(compiled: CpuSampler) -> None:
     """Alone, in a batch, in a batch that threads share, and in another order."""
     rows, vocab = len(CHOICES) * 8, 4096
-    names = ("temperature", "top_k", "top_p", "min_p")
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
     columns = {
-        name: np.array([(defaults | CHOICES[i % len(CHOICES)])[name] for i in range(rows)]) for name in names
+        name: np.array([(defaults | CHOICES[i % len(CHOICES)])[name] for i in range(rows)])
+        for name in defaults
     }
     logits = logits_of(rows, vocab)
 

@@ -265,10 +265,33 @@ def test_n_completions_stand_side_by_side_and_have_seeds_in_a_row(tiny_llm: LLM)
     assert all(c.num_cached_tokens >= full for c in fresh[1:])
 
 
-def test_one_request_is_one_completion(tiny_llm: LLM) -> None:
+def test_best_of_are_the_completions_of_the_highest_mean_logprob(tiny_llm: LLM) -> None:
+    prompts = ["The quick brown fox", "def f(x):"]
+    params = SHORT.with_(temperature=1.0, max_tokens=9, seed=11, ignore_eos=False)
+    found = tiny_llm.generate(prompts, params.with_(n=2, best_of=7), use_tqdm=False)
+    every = tiny_llm.generate(prompts, params.with_(n=7, logprobs=0), use_tqdm=False)
+    for place in range(2):
+        group = every[7 * place : 7 * place + 7]
+        means = [sum(entry.logprob for entry in c.logprobs) / len(c.logprobs) for c in group]
+        ranked = sorted(range(7), key=lambda i: -means[i])
+        best = found[2 * place : 2 * place + 2]
+        assert [c.token_ids for c in best] == [group[i].token_ids for i in ranked[:2]]
+        assert [c.seed for c in best] == [11 + i for i in ranked[:2]]
+    assert all(c.logprobs == () for c in found), "nobody asked for them"
+    (told,) = tiny_llm.generate("a", params.with_(best_of=2, logprobs=1), use_tqdm=False)
+    assert len(told.logprobs) == len(told.token_ids)
+    mixed = tiny_llm.generate(prompts, [params.with_(best_of=2), params.with_(n=2)], use_tqdm=False)
+    assert [c.prompt_token_ids for c in mixed] == [
+        found[0].prompt_token_ids,
+        *[found[2].prompt_token_ids] * 2,
+    ]
+
+
+@pytest.mark.parametrize(("asked", "param"), [({"n": 2}, "n"), ({"best_of": 2}, "best_of")])
+def test_one_request_is_one_completion(tiny_llm: LLM, asked: dict[str, int], param: str) -> None:
     with pytest.raises(InvalidRequestError, match=r"params.each\(\)") as caught:
-        tiny_llm.worker.submit("x", SHORT.with_(n=2))
-    assert caught.value.param == "n"
+        tiny_llm.worker.submit("x", SHORT.with_(**asked))
+    assert (caught.value.param, caught.value.value) == (param, 2)
 
 
 def test_scores_are_those_of_transformers(tiny_llm: LLM, reference: LlamaForCausalLM) -> None:

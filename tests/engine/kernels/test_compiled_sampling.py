@@ -35,9 +35,9 @@ from engine.kernels.logprobs import (
     part_kernel,
     token_logprobs,
 )
-from engine.kernels.random_sampling import FILTERED, PLAIN, sampling_step
+from engine.kernels.random_sampling import FILTERED, PLAIN, TYPICAL, sampling_step
 from engine.kernels.sampling import WARPS, draw_kernel, merge_kernel, sample_tokens
-from engine.kernels.sampling_filters import NUM_DIGITS, TILE, narrow_kernel
+from engine.kernels.sampling_filters import NUM_DIGITS, TILE, narrow_kernel, typical_kernel
 from engine.runner.controls import Controls
 from engine.runner.device_controls import DeviceControls
 from engine.sampling_params import MAX_BAD_WORD_TOKENS
@@ -46,7 +46,18 @@ REGISTERS = 65536  # of one multiprocessor
 SHARED_BYTES = 16 * 1024  # so that the registers, not these, say how many programs run side by side
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 PARTS = 128  # of a vocabulary of 128k
-FLOATS = ("logits", "temperature", "top_p", "min_p", "best", "peaks", "totals", "chosen", "top_values")
+FLOATS = (
+    "logits",
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "best",
+    "peaks",
+    "totals",
+    "chosen",
+    "top_values",
+)
 CONTROL_FLOATS = ("repetition", "frequency", "presence", "biases")
 CONTROL_INTS = (
     "marked", "tokens", "counts_tokens", "allowed", "is_limited", "bias_ids", "num_biases", "bans", "num_bans", "num_prompt",
@@ -73,7 +84,7 @@ TYPES = {
         ),
         "*i32",
     ),
-    **dict.fromkeys(("work", "rank", "top_ids"), "*i64"),
+    **dict.fromkeys(("work", "typical", "rank", "top_ids"), "*i64"),
     **dict.fromkeys(("vocab", "stride_logits", "stride_mask", "index", "num_parts"), "i32"),
 }
 
@@ -119,10 +130,16 @@ FORMS = {
     for by_mass in (False, True)
     for first in (False, True)
 } | {
-    f"draw-{'filtered' if filtered else 'all'}-{'masked' if masked else 'free'}": (
-        draw_kernel, {"IS_FILTERED": filtered, "HAS_MASK": masked, "TILE": TILE, "PARTS": PARTS}, WARPS, {},
+    f"typical-{'first' if first else 'next'}": (
+        typical_kernel, {"FIRST": first, "HAS_MASK": True, "TILE": TILE, "PARTS": PARTS}, WARPS, {},
     )
-    for filtered in (False, True)
+    for first in (False, True)
+} | {
+    f"draw-{('all', 'filtered', 'typical')[kind]}-{'masked' if masked else 'free'}": (
+        draw_kernel,
+        {"IS_FILTERED": kind > 0, "IS_TYPICAL": kind > 1, "HAS_MASK": masked, "TILE": TILE, "PARTS": PARTS}, WARPS, {},
+    )
+    for kind in range(3)
     for masked in (False, True)
 } | {
     "controls-count": (count_kernel, {}, 1, {}),
@@ -147,7 +164,7 @@ def test_fits(name: str, arch: int, tmp_path: Path, record_property: Any) -> Non
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), "registers are spilled"
     assert usage["SHARED"] <= SHARED_BYTES
     assert usage["REG"] * 32 * num_warps * 4 <= REGISTERS, "fewer than four programs on a multiprocessor"
-    if kernel in (narrow_kernel, draw_kernel, part_kernel, change_kernel):
+    if kernel in (narrow_kernel, typical_kernel, draw_kernel, part_kernel, change_kernel):
         assert re.search(r"ld\.global\.v4\.b32", ptx), "logits are loaded one by one"
     if kernel is draw_kernel:
         assert "lg2.approx" not in ptx, "a logarithm of 22 bits would change which token wins"
@@ -159,7 +176,7 @@ def test_fits(name: str, arch: int, tmp_path: Path, record_property: Any) -> Non
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here: tests/gpu launches for real")
 def test_launches_depend_on_shapes_alone_and_compile_once(launches: list[Any]) -> None:
     runs = []
-    for kinds, num_rows in ((PLAIN, 6), (FILTERED, 6), (FILTERED, 1), (PLAIN, 5)):
+    for kinds, num_rows in ((PLAIN, 6), (FILTERED[:3] + TYPICAL[:3], 6), (TYPICAL, 1), (PLAIN, 5)):
         step = sampling_step(kinds, 4096, num_rows=num_rows + 1).part(slice(1, None))  # rows lie 4 bytes off
         sample_tokens(
             step.logits,
@@ -168,6 +185,7 @@ def test_launches_depend_on_shapes_alone_and_compile_once(launches: list[Any]) -
             step.settings,
             torch.empty_like(step.rows),
             is_filtered=True,
+            is_typical=True,
         )
         token_logprobs(step.logits, step.rows, 5)
         runs.append(list(launches))
@@ -175,7 +193,7 @@ def test_launches_depend_on_shapes_alone_and_compile_once(launches: list[Any]) -
     assert runs[0] == runs[1]
     names = Counter(name for name, _, _ in runs[0])
     assert names == {
-        "narrow_kernel": 2 * NUM_DIGITS + 1, "draw_kernel": 1, "merge_kernel": 1, "part_kernel": 1,
+        "narrow_kernel": 2 * NUM_DIGITS + 1, "typical_kernel": NUM_DIGITS + 1, "draw_kernel": 1, "merge_kernel": 1, "part_kernel": 1,
         "merge_figures_kernel": 1,
     }  # fmt: skip
     assert [digest for _, digest, _ in runs[0]] == [digest for _, digest, _ in runs[2]]

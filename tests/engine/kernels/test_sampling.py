@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.kernels.random_sampling import (
     FILTERED,
     PLAIN,
+    TYPICAL,
     SamplingStep,
     sampling_step,
     settings_of,
@@ -22,11 +23,12 @@ from engine.kernels.sampling import sample_tokens_ref
 from engine.runner.sampler import SampleSettings, sample
 
 
-def run(step: SamplingStep, *, is_filtered: bool = True) -> Tensor:
+def run(step: SamplingStep, *, is_filtered: bool = True, is_typical: bool = False) -> Tensor:
     out = torch.full_like(step.rows, -1)
     sample_tokens_ref(
-        step.logits, step.rows, step.positions, step.settings, out, is_filtered=is_filtered, mask=step.mask
-    )
+        step.logits, step.rows, step.positions, step.settings, out, is_filtered=is_filtered, is_typical=is_typical,
+        mask=step.mask,
+    )  # fmt: skip
     return out
 
 
@@ -35,7 +37,7 @@ def host_settings(step: SamplingStep) -> SampleSettings:
     rows = step.rows.long()
     column = {
         name: getattr(step.settings, name)[rows].numpy()
-        for name in ("temperature", "top_k", "top_p", "min_p")
+        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p")
     }
     low, high = (
         half[rows].numpy().astype(np.int64) for half in (step.settings.seed_low, step.settings.seed_high)
@@ -45,6 +47,7 @@ def host_settings(step: SamplingStep) -> SampleSettings:
         top_k=column["top_k"].astype(np.int64),
         top_p=column["top_p"].astype(np.float64),
         min_p=column["min_p"].astype(np.float64),
+        typical_p=column["typical_p"].astype(np.float64),
         seed=(high << 32) | (low & 0xFFFFFFFF),
         position=step.positions.numpy().astype(np.int64),
         num_logprobs=np.full(len(rows), -1),
@@ -64,22 +67,37 @@ def test_tokens_are_those_of_the_runners_sampler(vocab: int, num_rows: int, mask
     assert not set(wrong_rows(step, expected)) & set(differ)
 
 
+@pytest.mark.parametrize(("vocab", "num_rows"), [(61, 216), (4096, 27)])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_typical_tokens_are_those_of_the_runners_sampler(vocab: int, num_rows: int, masked: bool) -> None:
+    step = sampling_step(TYPICAL + FILTERED + PLAIN, vocab, num_rows=num_rows, seed=vocab, masked=masked)
+    found = run(step, is_typical=True)
+    expected = sample(step.logits.masked_fill(~step.allowed, float("-inf")), host_settings(step)).token_ids
+    differ = torch.nonzero(found != expected).flatten().tolist()
+    assert len(differ) <= 1 + num_rows // 100, differ
+    assert wrong_rows(step, found) == []
+    assert not set(wrong_rows(step, expected)) & set(differ)
+    without = set(torch.nonzero(run(step) != found).flatten().tolist())
+    assert without <= {i for i in range(num_rows) if step.settings.typical_p[step.rows[i]] < 1.0}
+    assert len(without) > num_rows // 20, "typical_p changes what is drawn"
+
+
 def test_rows_without_filters_need_no_search() -> None:
     step = sampling_step(PLAIN, 4096, num_rows=60, seed=1)
     assert torch.equal(run(step, is_filtered=False), run(step, is_filtered=True))
 
 
 def test_the_judge_accepts_only_what_rounding_excuses() -> None:
-    step = sampling_step(PLAIN + FILTERED, 61, num_rows=180, masked=True)
-    right = run(step)
+    step = sampling_step(PLAIN + FILTERED + TYPICAL, 61, num_rows=216, masked=True)
+    right = run(step, is_typical=True)
     assert wrong_rows(step, right) == []
-    assert len(wrong_rows(step, (right + 1) % 61)) == 180
+    assert len(wrong_rows(step, (right + 1) % 61)) == 216
     # What a mistake of one token in a filter, or of one bit in the noise, would give.
-    for name, change in {"top_k": 1, "seed_low": 1}.items():
+    for name, change in {"top_k": 1, "seed_low": 1, "typical_p": 0.05}.items():
         values = {field: getattr(step.settings, field) for field in step.settings.__slots__}
         values[name] = values[name] + change
         other = SamplingStep(step.logits, step.rows, step.positions, type(step.settings)(**values), step.mask)
-        assert wrong_rows(step, run(other)), name
+        assert wrong_rows(step, run(other, is_typical=True)), name
 
 
 @pytest.mark.parametrize("kind", [{"temperature": 0.8}, {"top_k": 6, "top_p": 0.85}, {"min_p": 0.1}], ids=str)

@@ -22,7 +22,7 @@ from engine.errors import OutOfMemoryError
 from engine.kernels import cpu_library
 from engine.memory import DeviceMemory
 from engine.runner.profile_run import PROFILE_BLOCKS, largest_steps
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 
 ROOT = Path(__file__).parents[3]
 MIB = 1 << 20
@@ -229,7 +229,7 @@ def test_the_largest_steps_are_as_large_as_the_config_allows(
     assert len(widest.logit_rows) == widest.num_rows == deepest.num_rows == rows
     assert list(widest.num_tokens) == sorted(widest.num_tokens), "rows of one token come first"
     assert (deepest.start + deepest.num_tokens == max_model_len).all()
-    assert widest.admitted[-1].params.prompt_logprobs
+    assert widest.admitted[-1].params.prompt_logprobs == MAX_LOGPROBS
     for plan in (widest, deepest):
         for row, start, count in zip(plan.admitted, plan.start, plan.num_tokens, strict=True):
             (blocks,) = row.block_ids

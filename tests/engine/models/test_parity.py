@@ -56,7 +56,7 @@ def test_logits_equal_transformers_within_the_margins(
         assert (found - expected).abs().max() < margin, dtype
 
 
-SCORED = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=4, prompt_logprobs=True)
+SCORED = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=4, prompt_logprobs=4)
 
 
 def test_scores_of_prompt_and_output_equal_transformers_in_float64(

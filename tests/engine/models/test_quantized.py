@@ -285,7 +285,7 @@ def test_an_engine_computes_with_the_quantized_weights(
     method: str, backend: str, deterministic: bool, texts: list[list[int]], expected: list[Tensor]
 ) -> None:
     engine = build_engine(_engine_config(method, attention_backend=backend, deterministic=deterministic))
-    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True)
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     engine.add(engine.make_request(texts[1], params, request_id="a"))
     found: list[float] = []
     while engine.has_work:

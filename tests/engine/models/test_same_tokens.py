@@ -124,7 +124,7 @@ def needle(
             pytest.skip(f"no compiled CPU kernel: {unavailable_reason()}")
     tiny, prompt = tiny_models("wide_llama"), prompt_of(66, 3)
     settings = {**DETERMINISTIC, "attention_backend": backend, "num_threads": num_threads}
-    params = CONTROLLED.with_(prompt_logprobs=True)
+    params = CONTROLLED.with_(prompt_logprobs=4)
     run = run_engine(tiny.folder, {"x": prompt}, params, **settings)
     assert set(run.tokens["x"]) <= {token for token in range(0, 90, 2) if token != 4}
     return tiny, prompt, params, settings, run
@@ -143,7 +143,7 @@ def test_bits_across_chunks_and_blocks(needle: Any, run_engine: Engine, settings
 
 def test_bits_across_prefix_hits(needle: Any, prompt_of: Prompts, run_engine: Engine) -> None:
     tiny, prompt, params, base, expected = needle
-    params = params.with_(prompt_logprobs=False)  # a request for them computes its whole prompt
+    params = params.with_(prompt_logprobs=None)  # a request for them computes its whole prompt
     prompts = {"first": prompt, "other": prompt[:40] + prompt_of(9), "x": prompt}
     run = run_engine(tiny.folder, prompts, params, arrive_at={"other": 3, "x": 9}, **base)
     assert run.prefix_hits == {"other": 40, "x": 64}

@@ -235,14 +235,14 @@ def workload() -> dict[str, Asked]:
     return {
         "greedy": Asked(tokens(7), SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)),
         "figures": Asked(tokens(3), SamplingParams(max_tokens=34, temperature=0.0, ignore_eos=True, logprobs=2)),
-        "drawn": Asked([*shared, 1], SamplingParams(max_tokens=16, seed=3, logprobs=1, **drawn), arrives=2),
+        "drawn": Asked([*shared, 1], SamplingParams(max_tokens=16, seed=3, typical_p=0.6, logprobs=1, **drawn), 2),
         "filtered": Asked([*shared, 2], SamplingParams(max_tokens=16, seed=4, top_k=9, top_p=0.8, min_p=0.02, **drawn), 5),
         "stops": Asked(tokens(5), SamplingParams(max_tokens=25, seed=2**40 + 7, temperature=1.0,
                                                  stop_token_ids=tuple(range(12))), arrives=3),
         "later": Asked(tokens(4), SamplingParams(max_tokens=18, seed=9, temperature=1.0, min_tokens=9,
                                                  stop_token_ids=tuple(range(20))), arrives=6),
         "leaves": Asked(tokens(6), SamplingParams(max_tokens=25, seed=6, **drawn), aborted_after=5),
-        "prompt": Asked(tokens(6), SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, prompt_logprobs=True), 9),
+        "prompt": Asked(tokens(6), SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, prompt_logprobs=0), 9),
         "penalized": Asked([*shared, 3], SamplingParams(max_tokens=22, seed=11, presence_penalty=1.5, frequency_penalty=2.0,
                                                         repetition_penalty=1.6, **drawn), arrives=1),
         "biased": Asked(tokens(5), SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, repetition_penalty=1.7,
@@ -363,6 +363,7 @@ def test_late_results_and_captured_steps_give_the_same_tokens(
     if not enforce_eager:
         sizes = {key[1] for key in replay.captured if key[0] == "sampler" and key[3]}
         assert len(sizes) >= 2, "rows with controls decode in captured steps too"
+        assert any(key[4] for key in replay.captured if key[0] == "sampler"), "and so do rows with typical_p"
 
 
 @pytest.mark.parametrize("stored", ["int8", pytest.param("fp8", marks=pytest.mark.full)])

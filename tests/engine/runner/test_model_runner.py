@@ -79,7 +79,7 @@ def test_a_row_given_back_and_taken_again_keeps_nothing(
 ) -> None:
     runner = make_runner()
     hot = plans.admit(
-        1, PROMPT, [1, 2, 3], temperature=5.0, row_seed=9, logprobs=3, prompt_logprobs=True, min_tokens=9
+        1, PROMPT, [1, 2, 3], temperature=5.0, row_seed=9, logprobs=3, prompt_logprobs=3, min_tokens=9
     )
     step(runner, plans.plan_of(0, [(1, 0, 11)], samples=[0], admitted=[hot]))
     other = PROMPT[::-1][:6]
@@ -105,7 +105,7 @@ def test_figures_are_given_to_the_rows_that_asked(make_runner: Make, plans: Any,
     admitted = [
         plans.admit(0, PROMPT, [1, 2, 3]),
         plans.admit(1, PROMPT, [4, 5, 6], logprobs=2),
-        plans.admit(2, PROMPT, [7, 8, 9], logprobs=1, prompt_logprobs=True),
+        plans.admit(2, PROMPT, [7, 8, 9], logprobs=1, prompt_logprobs=1),
     ]
     plan = plans.plan_of(0, [(0, 0, 11), (1, 0, 11), (2, 0, 7)], samples=[0, 1], admitted=admitted)
     result = step(runner, plan)

@@ -74,7 +74,7 @@ def test_parts_of_a_prompt_give_the_figures_of_the_whole(plans: Any) -> None:
         decoder, ReferenceAttention(), config=config, kv_spec=make_kv_spec(MODEL, BLOCK_SIZE, torch.float64),
         eos_token_ids=frozenset(), device=CPU, dtype=torch.float64,
     )  # fmt: skip
-    admitted = plans.admit(0, tokens, range(44), logprobs=2, prompt_logprobs=True)
+    admitted = plans.admit(0, tokens, range(44), prompt_logprobs=2)
     with MostRows() as seen:
         runner.submit(plans.plan_of(0, [(0, 0, LENGTH)], samples=[0], admitted=[admitted]))
         (entries,) = runner.collect().prompt_logprobs.values()

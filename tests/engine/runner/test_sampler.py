@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
+from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor, TypicalLogitsWarper
 
 from engine.kernels.gumbel import mix32
 from engine.kernels.penalties import FULL, IN_PROMPT
@@ -53,10 +53,10 @@ def py_gumbel(seed: int, position: int, token: int) -> float:
 def settings_of(rows: int, **values: Any) -> SampleSettings:
     """Settings of `rows` rows; a scalar counts for all."""
     defaults: dict[str, Any] = {
-        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "position": 0, "num_logprobs": -1,
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "seed": 0, "position": 0, "num_logprobs": -1,
     }  # fmt: skip
     edits = values.pop("edits", ())
-    floats = {"temperature", "top_p", "min_p"}
+    floats = {"temperature", "top_p", "min_p", "typical_p"}
     arrays = {
         name: np.broadcast_to(
             np.asarray(values.get(name, default), dtype=np.float64 if name in floats else np.int64), (rows,)
@@ -131,7 +131,14 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "filters", [{"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 5, "top_p": 0.8, "min_p": 0.05}]
+    "filters",
+    [
+        {"top_k": 4},
+        {"top_p": 0.7},
+        {"min_p": 0.1},
+        {"top_k": 5, "top_p": 0.8, "min_p": 0.05},
+        {"typical_p": 0.6},
+    ],
 )
 def test_filtered_draws_follow_the_renormalised_softmax(filters: dict[str, float]) -> None:
     vocab, draws = 16, 10_000
@@ -149,7 +156,7 @@ def test_filtered_draws_follow_the_renormalised_softmax(filters: dict[str, float
 
 
 def brute_force_kept(
-    logits: list[float], top_k: float = 0, top_p: float = 1.0, min_p: float = 0.0
+    logits: list[float], top_k: float = 0, top_p: float = 1.0, min_p: float = 0.0, typical_p: float = 1.0
 ) -> set[int]:
     """The filters one after the other on plain lists."""
     kept = list(range(len(logits)))
@@ -171,6 +178,16 @@ def brute_force_kept(
             chosen.append(i)
             total += p[i]
         kept = chosen
+    if typical_p < 1.0:
+        p, total = probabilities(), 0.0
+        entropy = -sum(p[i] * math.log(p[i]) for i in kept)
+        chosen = []
+        for i in sorted(kept, key=lambda i: abs(-math.log(p[i]) - entropy)):
+            if total >= typical_p:
+                break
+            chosen.append(i)
+            total += p[i]
+        kept = chosen
     return set(kept)
 
 
@@ -182,7 +199,7 @@ def test_filters_equal_brute_force_on_a_mixed_batch() -> None:
     top_k = generator.choice([0, 1, 3, 17, 39, 40, 500], rows)
     top_p = generator.choice([1.0, 0.05, 0.5, 0.9, 0.999], rows)
     min_p = generator.choice([0.0, 0.02, 0.3, 1.0], rows)
-    found = keep_likely(logits, Filters(top_k, top_p, min_p))
+    found = keep_likely(logits, Filters(top_k, top_p, min_p, np.ones(rows)))
     for i in range(rows):
         kept = set(torch.nonzero(found[i] > float("-inf")).flatten().tolist())
         assert kept == brute_force_kept(logits[i].tolist(), top_k[i], top_p[i], min_p[i]), (
@@ -191,6 +208,31 @@ def test_filters_equal_brute_force_on_a_mixed_batch() -> None:
             min_p[i],
         )
         assert all(found[i, j] == logits[i, j] for j in kept)
+
+
+@pytest.mark.parametrize("before", [{}, {"top_k": 17}, {"top_p": 0.9}, {"min_p": 0.05, "top_k": 30}], ids=str)
+@pytest.mark.parametrize("mass", [0.01, 0.3, 0.9])
+def test_typical_tokens_are_those_of_transformers(mass: float, before: dict[str, float]) -> None:
+    """In float64, behind the other filters; rows that do not ask for it are left alone."""
+    rows, vocab = 40, 200
+    logits = random_logits(rows, vocab, seed=4, dtype=torch.float64)
+    logits[::5] = logits[::5].round()  # ties
+    top_k, top_p, min_p = (
+        np.full(rows, before.get(name, default), kind)
+        for name, default, kind in (
+            ("top_k", 0, np.int64),
+            ("top_p", 1.0, np.float64),
+            ("min_p", 0.0, np.float64),
+        )
+    )
+    left = keep_likely(logits, Filters(top_k, top_p, min_p, np.ones(rows)))
+    typical_p = np.where(np.arange(rows) % 4 == 3, 1.0, mass)
+    found = keep_likely(logits, Filters(top_k, top_p, min_p, typical_p))
+    expected = TypicalLogitsWarper(mass)(None, left)  # type: ignore[arg-type]
+    asked = torch.from_numpy(typical_p < 1.0)
+    assert torch.equal(found[asked], expected[asked])
+    assert torch.equal(found[~asked], left[~asked])
+    assert not torch.equal(found[asked], left[asked])
 
 
 def test_looking_at_few_tokens_changes_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +252,10 @@ def test_looking_at_few_tokens_changes_no_draw(monkeypatch: pytest.MonkeyPatch) 
         position=generator.integers(0, 4000, rows),
     )
     drawn = settings.temperature > 0
-    few = Filters(settings.top_k[drawn], settings.top_p[drawn], settings.min_p[drawn]).rows_that_keep_few(
-        vocab
+    filters = Filters(settings.top_k, settings.top_p, settings.min_p, settings.typical_p).of(
+        np.nonzero(drawn)[0]
     )
+    few = filters.rows_that_keep_few(vocab)
     assert len(few) > 100
     found = sample(logits, settings).token_ids
     monkeypatch.setattr(sampler, "FEW", vocab)  # never

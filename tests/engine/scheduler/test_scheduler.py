@@ -293,7 +293,7 @@ def test_prompt_logprobs_need_every_position_and_read_no_cache() -> None:
     bench = Bench()
     bench.add("a", list(range(9)))
     bench.run()
-    bench.add("b", list(range(9)), prompt_logprobs=True)
+    bench.add("b", list(range(9)), prompt_logprobs=0)
     plan = bench.plan()
     assert plan is not None
     assert plan.admitted[0].num_computed == 0

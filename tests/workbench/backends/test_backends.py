@@ -92,11 +92,23 @@ def test_scores_are_those_of_the_model(local: Backend, attached: Backend) -> Non
         assert here.perplexity == pytest.approx(math.exp(-here.total_logprob / len(here.logprobs)))
 
 
+def test_divergence_is_that_of_the_models(local: Backend, attached: Backend) -> None:
+    texts = ["the cat reads a small house", [1, 2, 3, 4]]
+    for backend in (local, attached):
+        for one in backend.token_kl(texts, other=backend.models()[0]):
+            assert set(one.kl) == {0.0}, "a model does not differ from itself"
+            assert len(one.kl) == len(one.token_ids) - 1 == len(one.logprobs)
+        with pytest.raises(UnknownModelError, match="nothing"):
+            backend.token_kl(texts, other="nothing")
+
+
 def test_bad_input_is_typed_and_nothing_else_runs(backend: Backend) -> None:
     with pytest.raises(InvalidRequestError, match="sampling params"):
         backend.generate(["a", "b"], [GREEDY])
     with pytest.raises(InvalidRequestError, match="max_concurrency"):
         backend.generate("a", GREEDY, max_concurrency=0)
+    with pytest.raises(InvalidRequestError, match="best_of is 3"):
+        backend.generate("a", GREEDY.with_(best_of=3))
     with pytest.raises(InvalidRequestError, match="messages"):
         backend.chat("hello")  # type: ignore[arg-type]
     with pytest.raises(PromptTooLongError) as caught:
@@ -243,7 +255,7 @@ def test_openai_refuses_by_name_what_it_cannot_do(app: Any) -> None:
     assert running is not None
     with OpenAIBackend(running.url) as backend:
         for call in (
-            lambda: backend.score("a"), lambda: backend.load("x"), lambda: backend.stats(), lambda: backend.records(),
+            lambda: backend.score("a"), lambda: backend.token_kl("a", other="b"), lambda: backend.load("x"), lambda: backend.stats(), lambda: backend.records(),
             lambda: backend.unload("x"), lambda: backend.load("tiny-llama", deterministic=True),
         ):  # fmt: skip
             with pytest.raises(BackendUnsupportedError):

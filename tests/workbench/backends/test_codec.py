@@ -15,6 +15,7 @@ from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats, MemoryLedger, RequestRecord
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from engine.token_kl import TokenKL
 from workbench.backends import codec
 
 ids = st.lists(st.integers(0, 2**31), max_size=5).map(tuple)
@@ -52,9 +53,9 @@ def test_completions(completion: Completion) -> None:
 @given(
     st.builds(
         SamplingParams, max_tokens=st.none() | st.integers(9, 99), temperature=st.floats(0, 100), top_k=st.integers(0, 9),
-        top_p=st.floats(0.1, 1), seed=st.none() | st.integers(-(2**63), 2**63 - 1), min_tokens=st.integers(0, 9),
+        top_p=st.floats(0.1, 1), typical_p=st.floats(0.1, 1), best_of=st.none() | st.just(16), seed=st.none() | st.integers(-(2**63), 2**63 - 1), min_tokens=st.integers(0, 9),
         stop=st.lists(st.text(min_size=1), max_size=3).map(tuple), stop_token_ids=ids, ignore_eos=st.booleans(),
-        logprobs=st.none() | st.integers(0, 20), prompt_logprobs=st.booleans(), n=st.integers(1, 16),
+        logprobs=st.none() | st.integers(0, 20), prompt_logprobs=st.none() | st.integers(0, 20), n=st.integers(1, 16),
         presence_penalty=st.floats(-2, 2), frequency_penalty=st.floats(-2, 2), repetition_penalty=st.floats(0.1, 9),
         logit_bias=st.none() | st.dictionaries(st.integers(0, 99), st.floats(-100, 100), max_size=3),
         bad_words=st.lists(st.just("no") | st.just((1, 2)), max_size=3).map(tuple),
@@ -68,6 +69,17 @@ def test_params(params: SamplingParams) -> None:
 def test_an_unknown_param_is_refused() -> None:
     with pytest.raises(InvalidParamsError, match="temprature"):
         codec.params_from_json({"temprature": 1})
+
+
+def test_divergences_with_an_impossible_token() -> None:
+    one = TokenKL((1, 2, 3), (0.1, math.inf), (-0.5, -0.25), (-0.125, -math.inf), (True, False))
+    assert codec.token_kl_from_json(through_json(codec.token_kl_to_json(one))) == one
+
+
+def test_whole_rows_do_not_travel() -> None:
+    with pytest.raises(InvalidParamsError, match="whole rows") as caught:
+        codec.params_from_json({"prompt_logprobs": -1})
+    assert (caught.value.param, caught.value.value, caught.value.limit) == ("prompt_logprobs", -1, 20)
 
 
 def test_scores_with_an_impossible_token() -> None:

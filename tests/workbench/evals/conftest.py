@@ -14,6 +14,7 @@ from engine.llm import Score
 from engine.plan import TokenLogprobs
 from engine.records import Completion
 from engine.request import FinishReason
+from engine.token_kl import TokenKL
 from workbench.evals.datasets import Dataset, load_dataset
 from workbench.settings import Settings
 
@@ -121,6 +122,20 @@ class TableBackend:
             )
             scores.append(Score(tuple(ids), logprobs, sum(logprobs), 1.0))
         return scores
+
+    def token_kl(self, texts: Any, *, other: str, model: str | None = None) -> list[TokenKL]:
+        """Versions lie 0.25 nats apart at each token that is a "2", and a text's first tokens, its request, 9 nats."""
+        assert {model, other} <= set(self._resident), "both are in memory at once"
+        self.calls.append((f"{model} || {other}", len(texts), 0))
+        found = []
+        for ids in texts:
+            start = len(ids) - len(bytes(i for i in ids if i > 1).decode().partition("{")[2]) - 1
+            kl = tuple(
+                0.0 if model == other else 9.0 if i < start else 0.25 * (token == ord("2"))
+                for i, token in enumerate(ids[1:], 1)
+            )
+            found.append(TokenKL(tuple(ids), kl, kl, kl, tuple(p == 0 for p in kl)))
+        return found
 
     def close(self) -> None: ...
 

@@ -57,6 +57,28 @@ def test_every_row_has_the_score_of_its_own_example(three: Any, make_sums: Make)
     assert 0 < metric.low < 0.2
 
 
+def test_divergence_is_that_of_the_answers_of_a(three: Any, make_sums: Make) -> None:
+    found = compared(three, "v1", "v2", make_sums(30), divergence=True)
+    apart = found.divergence
+    assert apart is not None
+    means = [row.output_a.count("2") * 0.25 / row.num_tokens_a for row in found.rows]
+    assert (apart.n, apart.num_tokens) == (30, sum(row.num_tokens_a for row in found.rows))
+    assert apart.mean_kl == pytest.approx(sum(means) / 30)
+    assert apart.low is not None
+    assert apart.high is not None
+    assert apart.low < apart.mean_kl < apart.high
+    assert apart.max_kl == 0.25, "the request's own tokens do not count"
+    same = sum(row.num_tokens_a - row.output_a.count("2") for row in found.rows)
+    assert apart.same_top == pytest.approx(same / apart.num_tokens)
+    assert [kl for _, kl in apart.worst] == sorted(means, reverse=True)[:5]
+    assert found.to_dict()["divergence"]["n"] == 30
+    assert len(three.models()) == 0, "what was loaded is given back"
+    again = compared(three, "v1", "v1", make_sums(30), divergence=True).divergence
+    assert again is not None
+    assert (again.mean_kl, again.max_kl, again.same_top) == (0.0, 0.0, 1.0)
+    assert compared(three, "v1", "v2", make_sums(6)).divergence is None
+
+
 def test_swapping_the_versions_flips_every_sign_exactly(three: Any, make_sums: Make) -> None:
     there = compared(three, "v1", "v2", make_sums(60), speed=SpeedOptions(pairs=3, max_pairs=3, requests=2))
     back = compared(three, "v2", "v1", make_sums(60), speed=SpeedOptions(pairs=3, max_pairs=3, requests=2))

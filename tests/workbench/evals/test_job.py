@@ -101,6 +101,20 @@ def test_the_recorded_table_gives_the_same_intervals_to_an_independent_computati
     assert set(context.partials[-1]["runs"]) == {"a", "b"}
 
 
+def test_divergence_is_recorded_when_the_spec_asks_for_it(
+    backend: Any, make_sums: Make, tmp_path: Path, settings: Settings
+) -> None:
+    make_sums(8)
+    asked = spec(tmp_path / "sums8.jsonl", speed=False, divergence=True)
+    outcome = job.run_setup(job.prepare(asked, settings), backend, Context(settings))  # type: ignore[arg-type]
+    result = json.loads(json.dumps(outcome.to_dict()))
+    assert result["divergence"]["n"] == 8
+    assert record.load_result(settings, result["run_id"])["divergence"] == result["divergence"]
+    with pytest.raises(errors.CompareSpecError, match="divergence must be true or false, got 1") as caught:
+        job.prepare({**asked, "divergence": 1}, settings)
+    assert (caught.value.param, caught.value.value) == ("divergence", 1)
+
+
 def independent_interval(x: np.ndarray, name: str, resamples: int, seed: int) -> tuple[float, float]:
     """Written from the papers, sharing no code: Tango's score equation by root finding; BCa with Hesterberg's levels."""
     n, z = len(x), stats.norm.ppf(0.975)

@@ -28,6 +28,7 @@ class Choice:
     seed: int
     speed: bool
     gate: str | None
+    divergence: bool = False
 
     def spec(self) -> dict[str, Any]:
         """The job's spec."""
@@ -38,6 +39,8 @@ class Choice:
             given["scorers"] = list(self.scorers)
         if self.limit is not None:
             given["limit"] = self.limit
+        if self.divergence:
+            given["divergence"] = True
         return given
 
     @property
@@ -85,6 +88,9 @@ def show(
             bind="query-params",
             help="Each version alone, in alternating blocks.",
         )
+        divergence = st.toggle(
+            "Compare token distributions", key="divergence", bind="query-params", help=tip("kl")
+        )
         gate = st.text_input(
             "Gate rules",
             key="gate",
@@ -96,8 +102,8 @@ def show(
             "Seed", 0, 2**31, 0, key="compare_seed", bind="query-params", help="Of the bootstrap."
         )
     return Choice(
-        a, b, dataset or datasets[0], tuple(chosen), limit, seed, speed, (gate or "").strip() or None
-    )
+        a, b, dataset or datasets[0], tuple(chosen), limit, seed, speed, (gate or "").strip() or None, divergence
+    )  # fmt: skip
 
 
 def _version(label: str, key: str, known: Mapping[str, VersionInfo], default: str, help: str) -> str:

@@ -41,6 +41,7 @@ def show(services: PageServices, job: Job) -> None:
     figures = metric_table.as_html(rows) + _repeatable(result.get("repeatable"))
     st.html(markup.section("Figures", "the same examples for both; B − A") + figures)
     slices = comparison.rows_of(result.get("slices"))
+    _divergence(result.get("divergence"))
     _plot(rows, slices)
     if slices:
         note = f"by {slices[0].metric}, each with its interval; what is proven holds for all of a tag's slices together"
@@ -96,6 +97,26 @@ def _promote(services: PageServices, job: Job, result: Mapping[str, Any], name: 
     ) is not None:  # fmt: skip
         version_card.roll_back(services, name)
         st.rerun()
+
+
+def _divergence(found: object) -> None:
+    """How far B's token distributions lie from A's, where that was measured."""
+    if not isinstance(found, Mapping):
+        return
+    limits = (
+        "–"
+        if found["low"] is None
+        else f"{formats.significant(found['low'])} … {formats.significant(found['high'])}"
+    )
+    note = f"KL(A ‖ B) along A's answers, exact over the whole vocabulary; n = {found['n']:,}, {found['num_tokens']:,} tokens"
+    cells = [
+        formats.significant(found["mean_kl"]), limits, formats.significant(found["max_kl"]), f"{found['same_top']:.1%}",
+        ", ".join(f"{name} ({formats.significant(kl)})" for name, kl in found["worst"]),
+    ]  # fmt: skip
+    head = ["nats a token", "interval", "largest", "same top token", "examples that differ most"]
+    st.html(
+        markup.section("Token distributions", note) + markup.table(head, [[Cell(cell) for cell in cells]])
+    )
 
 
 def _repeatable(found: object) -> str:

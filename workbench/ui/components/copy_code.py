@@ -27,7 +27,7 @@ _OPENAI = (
     "stop",
 )
 _OURS = (  # not in OpenAI's API: `extra_body` in its client
-    "top_k", "min_p", "min_tokens", "ignore_eos", "repetition_penalty", "bad_words", "allowed_token_ids",
+    "top_k", "min_p", "typical_p", "min_tokens", "ignore_eos", "repetition_penalty", "bad_words", "allowed_token_ids",
 )  # fmt: skip
 
 

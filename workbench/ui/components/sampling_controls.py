@@ -93,6 +93,9 @@ def _advanced() -> tuple[dict[str, Any], str | None]:
         biases = right.text_input(
             "Logit bias", key="logit_bias", bind="query-params", help=tip("logit_bias"), placeholder="id: bias, …"
         )  # fmt: skip
+        typical = left.number_input(
+            "Typical p", 0.01, 1.0, 1.0, 0.05, key="typical_p", bind="query-params", help=tip("typical_p")
+        )  # fmt: skip
         words = st.text_area(
             "Bad words", key="bad_words", bind="query-params", height=68, help=tip("bad_words"), placeholder="none"
         )  # fmt: skip
@@ -100,6 +103,7 @@ def _advanced() -> tuple[dict[str, Any], str | None]:
         "presence_penalty": round(presence, 4),
         "frequency_penalty": round(frequency, 4),
         "repetition_penalty": round(repetition, 4),
+        "typical_p": round(typical, 4),
         "bad_words": tuple(line for line in (words or "").splitlines() if line.strip()),
     }
     try:

@@ -13,6 +13,7 @@ from engine.kernels.logprobs import token_logprobs
 from engine.kernels.random_sampling import (
     FILTERED,
     PLAIN,
+    TYPICAL,
     SamplingStep,
     sampling_step,
     settings_of,
@@ -25,12 +26,15 @@ from engine.runner.sampler import token_logprobs as runner_logprobs
 INF = math.inf
 
 
-def run(step: SamplingStep, *, is_filtered: bool = True, reference: bool = False) -> Tensor:
+def run(
+    step: SamplingStep, *, is_filtered: bool = True, is_typical: bool = False, reference: bool = False
+) -> Tensor:
     out = torch.full_like(step.rows, -1)
     function = sample_tokens_ref if reference else sample_tokens
     function(
-        step.logits, step.rows, step.positions, step.settings, out, is_filtered=is_filtered, mask=step.mask
-    )
+        step.logits, step.rows, step.positions, step.settings, out, is_filtered=is_filtered, is_typical=is_typical,
+        mask=step.mask,
+    )  # fmt: skip
     return out
 
 
@@ -55,6 +59,19 @@ def test_filtered_rows(vocab: int, num_rows: int, masked: bool) -> None:
     found = run(step)
     assert wrong_rows(step, found) == []
     assert int((found != run(step, reference=True)).sum()) <= num_rows // 20
+
+
+@pytest.mark.parametrize(
+    ("vocab", "num_rows", "masked"), [(61, 18, True), (TILE + 1, 4, False), (4096, 2, True)]
+)
+def test_typical_rows(vocab: int, num_rows: int, masked: bool) -> None:
+    """Alone and beside rows that do not ask; a row's bits are its own."""
+    kinds = TYPICAL + FILTERED[-3:] + PLAIN[:2] if num_rows > 8 else TYPICAL[-2:-6:-1]
+    step = sampling_step(kinds, vocab, num_rows=num_rows, seed=vocab, masked=masked)
+    found = run(step, is_typical=True)
+    assert wrong_rows(step, found) == []
+    assert int((found != run(step, is_typical=True, reference=True)).sum()) <= num_rows // 18
+    assert torch.equal(run(step.part(slice(0, 1)), is_typical=True), found[:1])
 
 
 @pytest.mark.parametrize(
