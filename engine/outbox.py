@@ -221,5 +221,6 @@ class Outbox:
                 finish_reason=reason,
                 token_ns=token_ns,
                 error=error,
+                lora=None if track.request.lora is None else track.request.lora.name,
             )
         )

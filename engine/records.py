@@ -197,6 +197,7 @@ class RequestRecord:
     finish_reason: FinishReason
     token_ns: tuple[int, ...] = ()  # when each output token was committed
     error: str | None = None
+    lora: str | None = None  # the name of the adapter that computed it
 
 
 @dataclass(frozen=True, slots=True)

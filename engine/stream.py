@@ -183,6 +183,11 @@ class StreamHub:
         """The live requests."""
         return list(self._streams)
 
+    def num_of(self, lora: str) -> int:
+        """How many live requests carry the adapter of that name."""
+        requests = [stream.request for stream in list(self._streams.values())]
+        return sum(request.lora is not None and request.lora.name == lora for request in requests)
+
     def add(self, stream: RequestStream) -> None:
         self._streams[stream.request_id] = stream
 

@@ -121,8 +121,10 @@ class LocalBackend(ClosesItself):
         return self._worker(model).stats()
 
     def records(self, model: str | None = None, since_ns: int | None = None) -> Records:
-        log = self._worker(model).records
-        return Records(log.requests(since_ns), [step_summary(step) for step in log.steps(since_ns)])
+        worker = self._worker(model)
+        log = worker.records
+        requests = [each for each in log.requests(since_ns) if each.lora == worker.lora]
+        return Records(requests, [step_summary(step) for step in log.steps(since_ns)])
 
     def close(self) -> None:
         """End the engines, give their memory and the device back. A second call does nothing."""
@@ -189,7 +191,8 @@ def _host(config: EngineConfig, settings: Settings) -> EngineHost:
     return EngineHost(
         config,
         factory=fake_worker if settings.fake else None,
-        resolver=lambda ref: resolve(ref, settings),
+        resolver=lambda ref: resolve(ref, settings, merged=False),
+        enable_lora=config.enable_lora or settings.enable_lora,
     )
 
 
