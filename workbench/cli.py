@@ -19,7 +19,7 @@ from workbench import settings as settings_module
 from workbench.errors import ApiError, NotReadyError, WorkbenchError
 from workbench.settings import Settings
 
-COMMAND_MODULES = ("versions", "bench", "compare", "gate", "notebook", "schedule", "lab")
+COMMAND_MODULES = ("versions", "models", "bench", "compare", "gate", "notebook", "schedule", "lab")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -652,7 +652,7 @@ def _not_ready(state: HostState, model_id: str = "") -> NotReadyError:
     if state.phase is HostPhase.SLEEPING:
         return ModelAsleepError(
             f"{model_id} sleeps ({state.message})", value=state.phase.value, limit=HostPhase.READY.value, param="model",
-            remedy="Wake it first: `quire models wake`, the Versions page, or POST /quire/wake.",
+            remedy="Wake it first: `quire models wake`, the Versions page, or POST /quire/wake_up.",
         )  # fmt: skip
     if state.phase is HostPhase.LOADING:
         text, remedy = (
