@@ -71,9 +71,15 @@ def versions(tiny_model: Path, adapter_folders: dict[int, Path], tmp_path: Path)
 
 @contextmanager
 def run_host(
-    model: str | Path, versions: Versions, *, enable_lora: bool | None = None, **settings: Any
+    model: str | Path,
+    versions: Versions,
+    *,
+    enable_lora: bool | None = None,
+    budget: Any = None,
+    **settings: Any,
 ) -> Iterator[EngineHost]:
-    with EngineHost(config(model, **settings), resolver=versions, enable_lora=enable_lora) as host:
+    made = EngineHost(config(model, **settings), resolver=versions, enable_lora=enable_lora, budget=budget)
+    with made as host:
         assert host.wait(120).ready, host.state().message
         yield host
 
