@@ -211,11 +211,11 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     config, model, eos_token_ids = loaded.config, loaded.model, loaded.eos_token_ids
     device, dtype = torch.device(config.device), torch_dtype(config)
     kv_spec = kv_spec_of(config, model)
-    decoder = loaded.decoder
+    decoder, load_another = loaded.decoder, loaded.load_decoder
     lora_slots = _make_lora_slots(decoder, config)
 
-    def load_decoder() -> StepDecoder:
-        again = loaded.load_decoder(_tell_nobody)
+    def load_decoder() -> StepDecoder:  # holds nothing of `loaded`, whose decoder must be able to go
+        again = load_another(_tell_nobody)
         _use_lora_slots(again, lora_slots, config)
         return again
 

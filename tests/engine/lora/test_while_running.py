@@ -92,3 +92,22 @@ def test_the_shipped_adapters_answer_in_one_engine() -> None:
         llm.remove_lora("v1")
         with pytest.raises(InvalidRequestError, match="no adapter 'v1'"):
             ask("v1")
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "float32"}], ids=["by-operation", "compiled"])
+def test_adapters_answer_after_a_sleep_that_drops_the_weights_as_before(
+    build: Callable[..., Engine], adapter: Callable[..., Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    worker = EngineWorker(build(**settings))
+    worker.add_lora("a", adapter(tmp_path / "a", seed=0))
+    worker.start()
+    try:
+        before = [tokens(worker.submit(PROMPT, LONG, lora=name)) for name in ("a", None)]
+        assert before[0] != before[1]
+        worker.sleep(2)
+        worker.add_lora("b", adapter(tmp_path / "b", seed=1))
+        worker.wake_up()
+        assert [tokens(worker.submit(PROMPT, LONG, lora=name)) for name in ("a", None)] == before
+        assert tokens(worker.submit(PROMPT, LONG, lora="b")) not in before
+    finally:
+        worker.close()

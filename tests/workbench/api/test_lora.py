@@ -145,8 +145,15 @@ def test_a_request_is_its_adapters_in_log_and_metrics(
     row = RequestLog.read(home, limit=1).iloc[0]
     assert (row["model"], row["version_digest"], row["num_output_tokens"]) == ("logged", digest, 24)
     headers = {"authorization": f"Bearer {server.token}"}
+    scores = [
+        server.http.post("/quire/score", json={"model": name, "texts": [PROMPT]}, headers=headers).json()[
+            "scores"
+        ]
+        for name in ("logged", server.model)
+    ]
+    assert scores[0] != scores[1]
     records = server.http.get("/quire/records?model=logged", headers=headers).json()["requests"]
-    assert [each["num_output_tokens"] for each in records] == [24]
+    assert [each["num_output_tokens"] for each in records] == [24, 1]
 
 
 def test_a_path_never_leaves_the_roots_and_nothing_is_told_of_what_lies_there(
