@@ -17,22 +17,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import EngineError, ModelLoadError, UnsupportedAdapterError
-from workbench import memory_budget
-from workbench.adapter_worker import AdapterWorker
 from workbench.draining import give_memory_back, wait_until_idle
-from workbench.errors import ModelAsleepError, NotReadyError, UnknownModelError, WorkbenchError
+from workbench.errors import UnknownModelError, WorkbenchError
+from workbench.loading import Loader, OnWorker, not_ready, typed_error
 from workbench.memory_budget import Budget
 from workbench.model_card import ModelCard, PromptChip, read_model_card
 from workbench.model_source import ModelSource, Resolver, alias_of, plain, resolve_source
 from workbench.resident import Followed, HostPhase, HostState, Resident
-from workbench.resident_table import DETERMINISTIC_SUFFIX, ResidentTable, Slot, Wish
+from workbench.resident_table import ResidentTable, Slot, Wish
 from workbench.settings import FAKE_MODEL
 from workbench.sleeping import Sleeper
 from workbench.worker_factory import (
@@ -41,7 +36,6 @@ from workbench.worker_factory import (
     Progress,
     WorkerFactory,
     fake_worker,
-    is_on_cpu,
     load_worker,
 )
 
@@ -68,7 +62,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-OnWorker = Callable[[ModelCard, "EngineWorker"], None]
 
 
 class ResidentInUseError(WorkbenchError):
@@ -84,8 +77,9 @@ class EngineHost:
     builds workers (default: the real engine), `budget` decides their memory (default: ``memory_budget.fit_beside`` for the
     real engine). `enable_lora`: whether adapters are served over engines of their bases; None: wherever that costs nothing
     until one comes, which is every engine on a CPU, and on a GPU one that is loaded for an adapter; False: they are merged.
-    `on_ready` sees each worker before it takes requests, in the loading thread; `on_closed` sees it after it was closed. `on_fatal` is called, from the engine's thread, when an engine dies under load: the process should then exit
-    for its supervisor.
+    `on_ready` sees each worker before it takes requests, in the loading thread; `on_closed` sees it after it was closed.
+    `on_fatal` is called, from the engine's thread, when an engine dies under load: the process should then exit for its
+    supervisor.
     """
 
     def __init__(
@@ -101,14 +95,8 @@ class EngineHost:
         on_fatal: OnFatal | None = None,
     ) -> None:
         self._config = config
-        self._factory = factory or load_worker
         self._resolver = resolver
-        self._is_real = factory is None or factory is load_worker
-        self._budget = budget or (memory_budget.fit_beside if self._is_real else None)
-        self._enable_lora = enable_lora
-        self._on_ready = on_ready
         self._on_closed = on_closed
-        self._on_fatal = on_fatal
         self._lock = threading.Lock()
         self._loading = threading.Lock()  # one load at a time; never taken while _lock is held
         self._done = threading.Event()  # the first load ended, well or not
@@ -116,10 +104,13 @@ class EngineHost:
         self._table = ResidentTable()
         self._without_default = HostState(HostPhase.IDLE, "Not started")
         self._thread: threading.Thread | None = None
-        self._adapter_numbers = count(1)
+        self._loader = Loader(
+            config, self._table, lock=self._lock, stopping=self._stopping, settle=self._settle, factory=factory,
+            budget=budget, enable_lora=enable_lora, on_ready=on_ready, on_fatal=on_fatal,
+        )  # fmt: skip
         self._sleeper = Sleeper(
             self._table, lock=self._lock, loading=self._loading, stopping=self._stopping,
-            is_budgeted=self._budget is not None,
+            is_budgeted=self._loader.is_budgeted,
         )  # fmt: skip
 
     # ── the default model ───────────────────────────────────────────────────────────────────────────────────────────
@@ -178,7 +169,7 @@ class EngineHost:
         slot = self._slot(model_id)
         worker, state = slot.worker, slot.now
         if worker is None or not state.ready:
-            raise _not_ready(state, slot.id)
+            raise not_ready(state, slot.id)
         slot.used_at = time.monotonic()
         return worker
 
@@ -252,7 +243,7 @@ class EngineHost:
         with self._lock:
             slot = self._slot(model_id)
             slot.holds = max(0, slot.holds - 1)
-            self._retire(self._table.settle())
+            self._settle()
 
     def release_idle(self, after_s: float) -> None:
         """Drop the holds of models that nobody has used for so long: whoever held them was killed."""
@@ -263,7 +254,7 @@ class EngineHost:
                 if slot.holds and slot.used_at < oldest and not busy:
                     log.info("nobody has used %s for %.0f s: its holds are dropped", slot.id, after_s)
                     slot.holds = 0
-            self._retire(self._table.settle())
+            self._settle()
 
     def load_adapter(self, name: str, folder: str, *, load_inplace: bool = False) -> Resident:
         """Serve a PEFT folder over a resident engine of its base, under a name that requests give. Blocks.
@@ -281,13 +272,15 @@ class EngineHost:
 
         with self._loading:
             if self._stopping.is_set():
-                raise _not_ready(self.state())
+                raise not_ready(self.state())
             adapter = read_adapter(Path(folder))
             default = self._slot(None)
             bases = [
                 slot for slot in self._table.slots if slot.digest == adapter.base_digest and not slot.base
             ]
             base = (bases or [default.base or default])[0]
+            if not base.state.loaded:
+                raise not_ready(base.state, base.id)
             check_base(adapter, base.digest)
             former = next((slot for slot in self._table.slots if slot.id == name), None)
             may_replace = load_inplace and former is not None and former.base and not former.source.name
@@ -318,7 +311,7 @@ class EngineHost:
         """
         slot = self._engine_slot(model_id)
         if not slot.state.loaded:
-            raise _not_ready(slot.state, slot.id)
+            raise not_ready(slot.state, slot.id)
         self._sleeper.sleep(slot, level)
         return self._table.describe(slot)
 
@@ -332,7 +325,7 @@ class EngineHost:
         slot = self._engine_slot(model_id)
         with self._loading:
             if not slot.state.loaded:
-                raise _not_ready(slot.state, slot.id)
+                raise not_ready(slot.state, slot.id)
             self._sleeper.wake(slot)
         return self._table.describe(slot)
 
@@ -390,7 +383,7 @@ class EngineHost:
         if found is not None:
             return found
         if model_id is None or table.default is None or table.default.card is None:  # nobody can know yet
-            raise _not_ready(self.state())
+            raise not_ready(self.state())
         known = [slot.id for slot in table.in_order()]
         raise UnknownModelError(
             f"model {model_id!r} does not exist", value=model_id, limit=known, param="model",
@@ -411,10 +404,10 @@ class EngineHost:
             try:
                 source = resolve_source(self._config.model, self._resolver)
                 slot.source, slot.id = source, source.id
-                self._build(slot)
+                self._loader.build(slot)
             except Exception as error:
                 log.info("the model could not be loaded", exc_info=error)
-                self._fail(slot, error, "The model could not be loaded")
+                self._loader.fail(slot, error, "The model could not be loaded")
             finally:
                 self._done.set()
 
@@ -423,7 +416,7 @@ class EngineHost:
         table = self._table
         with self._loading:
             if self._stopping.is_set():
-                raise _not_ready(self.state())
+                raise not_ready(self.state())
             source = resolve_source(ref, self._resolver)
             digest = source.digest or read_model_card(source.path).digest
             known = table.same(source, digest, deterministic)
@@ -435,7 +428,7 @@ class EngineHost:
                     self._retire(table.grant(known, wish))
                     return table.describe(known)
             former = table.replaced_by(source, deterministic)
-            new_id = table.free_id(source, digest, self._suffix(deterministic), former)
+            new_id = table.free_id(source, digest, self._loader.suffix(deterministic), former)
             slot = Slot(source, new_id, deterministic, HostState(HostPhase.LOADING, "Starting"))
             return self._bring(slot, wish, former)
 
@@ -445,141 +438,21 @@ class EngineHost:
             slot.holds += 1  # until its reason is noted
             self._table.add(slot)
         try:
-            self._build(slot)
+            self._loader.build(slot)
         except BaseException as error:
             with self._lock:
                 self._table.remove(slot)
             if not isinstance(error, Exception):
                 raise
-            typed = _typed(error, f"{slot.source.ref} could not be loaded")
+            typed = typed_error(error, f"{slot.source.ref} could not be loaded")
             raise typed from error.__cause__ if typed is error else error
         with self._lock:
             slot.holds -= 1
             self._retire(self._table.grant(slot, wish, former))
             return self._table.describe(slot)
 
-    def _suffix(self, deterministic: bool) -> str:
-        return DETERMINISTIC_SUFFIX if deterministic and not self._config.deterministic else ""
-
-    def _build(self, slot: Slot) -> None:
-        """Load the model of a slot and publish its worker; an adapter over its base if it can be."""
-        if slot.source.adapter is None:
-            self._build_engine(slot, slot.source.path)
-            return
-        try:
-            self._build_adapter(slot, slot.source.adapter)
-        except Exception as error:
-            reason = _why_not_over_base(error)
-            if reason is None or slot.source.merge is None:
-                raise
-            log.info("%s is merged into its base: %s", slot.id, reason)
-            slot.merged_because = reason
-            self._build_engine(slot, str(slot.source.merge()))
-
-    def _build_engine(self, slot: Slot, path: str, *, for_adapter: bool = False) -> None:
-        """An engine of its own for the weights at `path`."""
-        report = self._reporter(slot)
-        report("Reading the model's files", 0.02)
-        card = read_model_card(path)
-        own = self._config.version_digest if path == self._config.model else ""
-        slot.digest = own or slot.source.digest or card.digest
-        slot.card = _named(card, slot)
-        config = replace(
-            self._config, model=path, deterministic=slot.deterministic, version_digest=slot.digest,
-            enable_lora=self._takes_adapters(for_adapter),
-        )  # fmt: skip
-        try:
-            worker = self._make_worker(slot, config)
-        except EngineError as error:
-            if error.param != "enable_lora" or for_adapter or self._enable_lora or self._config.enable_lora:
-                raise
-            worker = self._make_worker(slot, replace(config, enable_lora=False))  # nobody asked for it
-        slot.card = replace(slot.card, context=worker.config.max_model_len or card.context)
-        slot.ledger = worker.stats().memory
-        self._open(slot, worker)
-
-    def _make_worker(self, slot: Slot, config: EngineConfig) -> EngineWorker:
-        report = self._reporter(slot)
-        if self._budget is not None:
-            report("Importing torch", 0.05)
-            config = self._budget(config, self._table.ledgers())
-        return self._factory(config, progress=report, on_fatal=lambda error: self._engine_died(slot, error))
-
-    def _takes_adapters(self, for_adapter: bool) -> bool:
-        if self._enable_lora is not None:
-            return self._enable_lora
-        return self._config.enable_lora or for_adapter or (self._is_real and is_on_cpu(self._config))
-
-    def _build_adapter(self, slot: Slot, folder: str) -> None:
-        """An adapter on an engine of its base, which is loaded first where none can take it.
-
-        Raises:
-            UnsupportedAdapterError: it cannot be served so.
-        """
-        if self._enable_lora is False:
-            raise UnsupportedAdapterError(
-                "engines take no adapters here", value=False, limit=True, param="enable_lora",
-                remedy="Set QUIRE_ENABLE_LORA=true.",
-            )  # fmt: skip
-        source = slot.source
-        slot.digest = source.digest
-        self._reporter(slot)("Loading its base", 0.02)
-        with self._lock:
-            base = self._table.base_of(source, slot.deterministic)
-            if base is None:
-                model = ModelSource(
-                    source.path, Path(source.path).name, source.path, digest=source.base_digest
-                )
-                new_id = self._table.free_id(
-                    model, source.base_digest, self._suffix(slot.deterministic), None
-                )
-                base = Slot(model, new_id, slot.deterministic, HostState(HostPhase.LOADING, f"For {slot.id}"))
-                self._table.add(base)
-            base.holds += 1  # until the adapter is there
-        try:
-            if base.worker is None:
-                self._build_base(base)
-            worker, card = base.worker, base.card
-            assert worker is not None
-            assert card is not None
-            lora = worker.add_lora(f"{slot.id}~{next(self._adapter_numbers)}", folder)
-            slot.base, slot.adapter_bytes = base, lora.num_bytes
-            slot.card = replace(_named(card, slot), path=folder)
-            self._open(slot, AdapterWorker(worker, lora, slot.digest))
-        finally:
-            with self._lock:
-                base.holds -= 1
-                self._retire(self._table.settle())
-
-    def _build_base(self, base: Slot) -> None:
-        try:
-            self._build_engine(base, base.source.path, for_adapter=True)
-        except BaseException:
-            with self._lock:
-                self._table.remove(base)
-            raise
-
-    def _open(self, slot: Slot, worker: EngineWorker) -> None:
-        """Show a worker to `on_ready`, start and publish it."""
-        assert slot.card is not None
-        try:
-            if self._on_ready is not None:
-                self._on_ready(slot.card, worker)
-            worker.start()
-        except BaseException:
-            worker.close()
-            raise
-        self._publish(slot, worker)
-
-    def _publish(self, slot: Slot, worker: EngineWorker) -> None:
-        with self._lock:
-            closed = self._stopping.is_set()
-            if not closed:
-                slot.worker = worker
-                slot.state = HostState(HostPhase.READY, "Ready", 1.0)
-        if closed:
-            worker.close()
-            raise _not_ready(self._without_default)
+    def _settle(self) -> None:
+        self._retire(self._table.settle())
 
     def _retire(self, going: list[Slot]) -> None:
         """Let the models drain that the table gave up. Under the lock."""
@@ -610,64 +483,6 @@ class EngineHost:
             if slot.base is None:
                 give_memory_back()
 
-    def _reporter(self, slot: Slot) -> Progress:
-        def report(message: str, fraction: float) -> None:
-            with self._lock:
-                if slot.state.phase is HostPhase.LOADING:
-                    slot.state = HostState(HostPhase.LOADING, message, min(max(fraction, 0.0), 1.0))
-
-        return report
-
-    def _fail(self, slot: Slot, error: BaseException, what: str) -> None:
-        with self._lock:
-            if slot.state.phase is not HostPhase.CLOSED:
-                typed = _typed(error, what)
-                slot.state = HostState(HostPhase.FAILED, str(typed), slot.state.fraction, typed)
-
-    def _engine_died(self, slot: Slot, error: BaseException) -> None:
-        self._fail(slot, error, "The engine stopped")
-        if self._on_fatal is not None:
-            self._on_fatal(error)
-
-
-def _named(card: ModelCard, slot: Slot) -> ModelCard:
-    """The folder's card under the name that requests use."""
-    source = slot.source
-    title = card.title if source.adapter is None else source.id
-    if source.name:
-        title = f"{source.name} v{source.version}"
-    if slot.id.endswith(DETERMINISTIC_SUFFIX):
-        title += " (deterministic)"
-    return replace(card, id=slot.id, title=title, digest=slot.digest)
-
-
-def _why_not_over_base(error: Exception) -> str | None:
-    """Why an adapter must be merged, where that would help; a file that is broken is broken merged as well."""
-    refused = isinstance(error, UnsupportedAdapterError)
-    no_slots = isinstance(error, EngineError) and error.param == "enable_lora"
-    return str(getattr(error, "message", error)) if refused or no_slots else None
-
-
-def _not_ready(state: HostState, model_id: str = "") -> NotReadyError:
-    if state.phase is HostPhase.SLEEPING:
-        return ModelAsleepError(
-            f"{model_id} sleeps ({state.message})", value=state.phase.value, limit=HostPhase.READY.value, param="model",
-            remedy="Wake it first: `quire models wake`, the Versions page, or POST /quire/wake_up.",
-        )  # fmt: skip
-    if state.phase is HostPhase.LOADING:
-        text, remedy = (
-            f"the model is loading: {state.message} ({state.fraction:.0%})",
-            "Try again in some seconds.",
-        )
-    elif state.phase is HostPhase.FAILED:
-        text, remedy = (
-            f"there is no model: {state.message}",
-            "See the error, then restart with another model.",
-        )
-    else:
-        text, remedy = f"the engine is {state.phase.value}", "Start it, or wait for the restart."
-    return NotReadyError(text, value=state.phase.value, remedy=remedy, param="model")
-
 
 def fake_host() -> EngineHost:
     """A started and ready host over `fake_worker`, for tests and work on pages."""
@@ -677,14 +492,3 @@ def fake_host() -> EngineHost:
     host.start()
     host.wait(10)
     return host
-
-
-def _typed(error: BaseException, what: str) -> EngineError | WorkbenchError:
-    if isinstance(error, EngineError | WorkbenchError):
-        return error
-    wrapped = ModelLoadError(
-        f"{what}: {type(error).__name__}: {error}", value=type(error).__name__,
-        remedy="The log has the whole traceback; run `quire doctor` to check this machine.",
-    )  # fmt: skip
-    wrapped.__cause__ = error
-    return wrapped

@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     # nothing until one is loaded; on a GPU one that was loaded for an adapter does. False: adapters are merged.
     enable_lora: bool | None = None
     max_loras: int = Field(default=8, ge=1)  # different adapters in one batch
-    max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = 16
+    max_lora_rank: int = Field(default=16, ge=8, le=256)  # 8, 16, 32, 64, 128 or 256
     allow_runtime_lora_updating: bool = False  # whether /v1/load_lora_adapter and its opposite work
     lora_roots: str = (
         ""  # folders that such adapters must lie in, separated by commas; empty: HOME_DIR/models

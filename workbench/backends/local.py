@@ -63,7 +63,7 @@ class LocalBackend(ClosesItself):
         self._host: EngineHost | None = None
         self._closing = threading.Lock()
         try:
-            self._host = _host(config, settings)
+            self._host = _host(config, settings, engine_settings.get("enable_lora", settings.enable_lora))
             self._host.start()
             state = self._host.wait()
             if not state.ready:
@@ -185,14 +185,14 @@ def _config(settings: Settings, model: str | None, engine_settings: dict[str, An
     return replace(config, model=model) if model is not None else config
 
 
-def _host(config: EngineConfig, settings: Settings) -> EngineHost:
+def _host(config: EngineConfig, settings: Settings, enable_lora: bool | None) -> EngineHost:
     from workbench.versions import resolve
 
     return EngineHost(
         config,
         factory=fake_worker if settings.fake else None,
         resolver=lambda ref: resolve(ref, settings, merged=False),
-        enable_lora=config.enable_lora or settings.enable_lora,
+        enable_lora=enable_lora,
     )
 
 

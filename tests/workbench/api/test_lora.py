@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,19 +101,24 @@ def test_an_adapter_is_loaded_listed_named_and_unloaded(
 
 
 def test_an_adapter_loaded_again_with_other_weights_never_sees_stale_kv(
-    server: Any, load: Any, adapter: Any, home: Path
+    server: Any, load: Any, adapter: Any, home: Path, tmp_path: Path
 ) -> None:
-    folder = adapter(home / "models" / "again", 1)
+    one, other, folder = (
+        adapter(tmp_path / "one", 1),
+        adapter(tmp_path / "other", 2),
+        home / "models" / "again",
+    )
+    shutil.copytree(one, folder)
     load("again", folder)
     first, _ = answer(server, "again")
     assert answer(server, "again") == (first, 48), "the same weights find their own blocks"
-    adapter(folder, 2)
+    shutil.copytree(other, folder, dirs_exist_ok=True)
     assert load("again", folder, load_inplace=True).status_code == 200
     second, num_cached = answer(server, "again")
     assert num_cached == 0
     assert second != first
     assert second == answer(server, "again", cache_salt="nobody has used this one")[0]
-    adapter(folder, 1)
+    shutil.copytree(one, folder, dirs_exist_ok=True)
     assert load("again", folder, load_inplace=True).status_code == 200
     assert answer(server, "again") == (first, 48), "and the first ones find theirs again"
 
