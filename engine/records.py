@@ -208,6 +208,7 @@ class EngineEvent:
     at_ns: int
     message: str = ""
     request_ids: tuple[str, ...] = ()
+    loras: tuple[str | None, ...] = ()  # of `request_ids`, where these ended without a record of their own
 
 
 @dataclass(frozen=True, slots=True)

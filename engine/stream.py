@@ -183,10 +183,10 @@ class StreamHub:
         """The live requests."""
         return list(self._streams)
 
-    def num_of(self, lora: str) -> int:
-        """How many live requests carry the adapter of that name."""
+    def loras(self) -> dict[str, str | None]:
+        """The live requests and the name of each one's adapter."""
         requests = [stream.request for stream in list(self._streams.values())]
-        return sum(request.lora is not None and request.lora.name == lora for request in requests)
+        return {each.request_id: None if each.lora is None else each.lora.name for each in requests}
 
     def add(self, stream: RequestStream) -> None:
         self._streams[stream.request_id] = stream

@@ -227,7 +227,7 @@ class EngineWorker:
 
     def num_live_of(self, lora: str) -> int:
         """Those of them that carry the adapter of that name."""
-        return self._hub.num_of(lora)
+        return list(self._hub.loras().values()).count(lora)
 
     def abort(self, request_id: str) -> None:
         """End a request soon; unknown and finished ids are ignored."""
@@ -349,7 +349,7 @@ class EngineWorker:
     def add_sink(self, sink: Sink, *, lora: str | None = None) -> None:
         """Send every record from now on to `sink`, on the engine thread. One that raises is removed.
 
-        `lora`: the records of the requests that carry the adapter of this name, and no others.
+        `lora`: events, and the records of the requests that carry the adapter of this name, and no others.
         """
         with self._lock:
             if lora is None:
@@ -473,11 +473,11 @@ class EngineWorker:
     def _die(self, error: BaseException) -> None:
         """Disorderly end: whatever happened, no reader waits on."""
         reason = f"the engine stopped: {type(error).__name__}: {error}"
-        running = tuple(self._hub.ids())
+        running = self._hub.loras()
         self._death = reason
         self._hub.end_all(FinishReason.ERROR, reason)
         self._refuse_the_waiting(reason)
-        self._event("dead", reason, running)
+        self._event("dead", reason, tuple(running), tuple(running.values()))
         if self._on_fatal is not None:
             self._on_fatal(error)
 
@@ -490,6 +490,8 @@ class EngineWorker:
         sinks = self._sinks
         if isinstance(record, RequestRecord) and record.lora is not None:
             sinks += self._lora_sinks.get(record.lora, ())
+        elif isinstance(record, EngineEvent):
+            sinks += tuple(sink for each in self._lora_sinks.values() for sink in each)
         for sink in sinks:
             try:
                 if isinstance(record, StepRecord):
@@ -502,5 +504,11 @@ class EngineWorker:
                 self.remove_sink(sink)
                 self._event("sink_removed", f"{type(sink).__name__} raised {type(error).__name__}: {error}")
 
-    def _event(self, kind: str, message: str = "", request_ids: tuple[str, ...] = ()) -> None:
-        self._tell(EngineEvent(kind, time.monotonic_ns(), message, request_ids))
+    def _event(
+        self,
+        kind: str,
+        message: str = "",
+        request_ids: tuple[str, ...] = (),
+        loras: tuple[str | None, ...] = (),
+    ) -> None:
+        self._tell(EngineEvent(kind, time.monotonic_ns(), message, request_ids, loras))

@@ -105,7 +105,7 @@ class AdapterWorker(EngineWorker):
         return self._on.health()
 
     def add_sink(self, sink: Sink, *, lora: str | None = None) -> None:
-        """Records of the adapter's requests. Steps are the engine's: ask its own worker."""
+        """Events, and records of the adapter's requests. Steps are the engine's: ask its own worker."""
         self._own_sinks = (*self._own_sinks, sink)
         self._on.add_sink(sink, lora=lora or self.lora)
 

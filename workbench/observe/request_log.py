@@ -177,7 +177,9 @@ class RequestSink:
 
     def on_event(self, event: EngineEvent) -> None:
         if event.kind == "dead":  # these requests end without a record of their own
-            for request_id in event.request_ids:
+            loras = event.loras or (None,) * len(event.request_ids)
+            own = (name for name, lora in zip(event.request_ids, loras, strict=True) if lora == self._lora)
+            for request_id in own:
                 self._log.put(failed_row(request_id, self._model, self._digest, event.at_ns, event.message))
 
     def on_step(self, record: StepRecord) -> None:
