@@ -186,6 +186,14 @@ def _make_lora_slots(decoder: StepDecoder, config: EngineConfig) -> LoraSlots | 
         decoder.config, max_loras=config.max_loras, max_rank=config.max_lora_rank, dtype=torch_dtype(config),
         device=torch.device(config.device),
     )  # fmt: skip
+    _use_lora_slots(decoder, slots, config)
+    return slots
+
+
+def _use_lora_slots(decoder: StepDecoder, slots: LoraSlots | None, config: EngineConfig) -> None:
+    """Have a prepared decoder add what the adapters in the slots make."""
+    if slots is None:
+        return
     if isinstance(decoder, FusedCpuDecoder):
         decoder.use_lora(slots)
     else:
@@ -195,7 +203,6 @@ def _make_lora_slots(decoder: StepDecoder, config: EngineConfig) -> LoraSlots | 
             use_kernel=config.attention_backend == "triton",
             deterministic=config.deterministic,
         )
-    return slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +223,13 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     config, model, eos_token_ids = loaded.config, loaded.model, loaded.eos_token_ids
     device, dtype = torch.device(config.device), torch_dtype(config)
     kv_spec = kv_spec_of(config, model)
-    decoder, load_decoder = loaded.decoder, partial(loaded.load_decoder, _tell_nobody)
+    decoder, load_another = loaded.decoder, loaded.load_decoder
     lora_slots = _make_lora_slots(decoder, config)
+
+    def load_decoder() -> StepDecoder:  # holds nothing of `loaded`, whose decoder must be able to go
+        again = load_another(_tell_nobody)
+        _use_lora_slots(again, lora_slots, config)
+        return again
 
     def make_runner(config: EngineConfig) -> ModelRunner:
         return ModelRunner(

@@ -262,5 +262,6 @@ class Outbox:
                 token_ns=token_ns,
                 error=error,
                 grammar_compile_ms=track.request.grammar_compile_ms,
+                lora=None if track.request.lora is None else track.request.lora.name,
             )
         )

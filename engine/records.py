@@ -204,6 +204,7 @@ class RequestRecord:
     num_draft_tokens: int = 0  # guessed for it
     num_accepted_tokens: int = 0  # rightly
     grammar_compile_ms: float = 0.0  # before arrival; 0 where there is no grammar, or a cached one
+    lora: str | None = None  # the name of the adapter that computed it
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +215,7 @@ class EngineEvent:
     at_ns: int
     message: str = ""
     request_ids: tuple[str, ...] = ()
+    loras: tuple[str | None, ...] = ()  # of `request_ids`, where these ended without a record of their own
 
 
 @dataclass(frozen=True, slots=True)

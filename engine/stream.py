@@ -183,6 +183,11 @@ class StreamHub:
         """The live requests."""
         return list(self._streams)
 
+    def loras(self) -> dict[str, str | None]:
+        """The live requests and the name of each one's adapter."""
+        requests = [stream.request for stream in list(self._streams.values())]
+        return {each.request_id: None if each.lora is None else each.lora.name for each in requests}
+
     def add(self, stream: RequestStream) -> None:
         self._streams[stream.request_id] = stream
 

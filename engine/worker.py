@@ -62,6 +62,8 @@ class EngineWorker:
     without a step that succeeds before health says STALLED.
     """
 
+    lora: str | None = None  # the adapter of requests that name none; a worker of a whole model has none
+
     def __init__(
         self,
         engine: Engine,
@@ -80,6 +82,7 @@ class EngineWorker:
         self._hub = StreamHub()
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._sinks: tuple[Sink, ...] = (self.records,)  # replaced, never changed
+        self._lora_sinks: dict[str, tuple[Sink, ...]] = {}  # of one adapter's requests; likewise
         self._lock = threading.Lock()  # submissions in order; start and close
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -252,6 +255,10 @@ class EngineWorker:
         """Requests that have not ended, those included that the engine has not seen yet: its statistics lag by a step."""
         return len(self._hub.ids())
 
+    def num_live_of(self, lora: str) -> int:
+        """Those of them that carry the adapter of that name."""
+        return list(self._hub.loras().values()).count(lora)
+
     def abort(self, request_id: str) -> None:
         """End a request soon; unknown and finished ids are ignored."""
         if request_id in self._hub:
@@ -369,15 +376,25 @@ class EngineWorker:
                 return Health(HealthState.STALLED, last, f"no step succeeded for {waited_ns / 1e9:.0f} s")
         return Health(HealthState.HEALTHY, last, "asleep" if self._stats.is_sleeping else "")
 
-    def add_sink(self, sink: Sink) -> None:
-        """Send every record from now on to `sink`, on the engine thread. One that raises is removed."""
+    def add_sink(self, sink: Sink, *, lora: str | None = None) -> None:
+        """Send every record from now on to `sink`, on the engine thread. One that raises is removed.
+
+        `lora`: events, and the records of the requests that carry the adapter of this name, and no others.
+        """
         with self._lock:
-            self._sinks = (*self._sinks, sink)
+            if lora is None:
+                self._sinks = (*self._sinks, sink)
+            else:
+                self._lora_sinks = {**self._lora_sinks, lora: (*self._lora_sinks.get(lora, ()), sink)}
 
     def remove_sink(self, sink: Sink) -> None:
         """Stop sending records to `sink`."""
         with self._lock:
             self._sinks = tuple(known for known in self._sinks if known is not sink)
+            each = {
+                lora: tuple(s for s in sinks if s is not sink) for lora, sinks in self._lora_sinks.items()
+            }
+            self._lora_sinks = {lora: sinks for lora, sinks in each.items() if sinks}
 
     # ── the engine thread ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -486,11 +503,11 @@ class EngineWorker:
     def _die(self, error: BaseException) -> None:
         """Disorderly end: whatever happened, no reader waits on."""
         reason = f"the engine stopped: {type(error).__name__}: {error}"
-        running = tuple(self._hub.ids())
+        running = self._hub.loras()
         self._death = reason
         self._hub.end_all(FinishReason.ERROR, reason)
         self._refuse_the_waiting(reason)
-        self._event("dead", reason, running)
+        self._event("dead", reason, tuple(running), tuple(running.values()))
         if self._on_fatal is not None:
             self._on_fatal(error)
 
@@ -500,7 +517,12 @@ class EngineWorker:
         self._refuse_the_waiting(reason)
 
     def _tell(self, record: StepRecord | RequestRecord | EngineEvent) -> None:
-        for sink in self._sinks:
+        sinks = self._sinks
+        if isinstance(record, RequestRecord) and record.lora is not None:
+            sinks += self._lora_sinks.get(record.lora, ())
+        elif isinstance(record, EngineEvent):
+            sinks += tuple(sink for each in self._lora_sinks.values() for sink in each)
+        for sink in sinks:
             try:
                 if isinstance(record, StepRecord):
                     sink.on_step(record)
@@ -512,5 +534,11 @@ class EngineWorker:
                 self.remove_sink(sink)
                 self._event("sink_removed", f"{type(sink).__name__} raised {type(error).__name__}: {error}")
 
-    def _event(self, kind: str, message: str = "", request_ids: tuple[str, ...] = ()) -> None:
-        self._tell(EngineEvent(kind, time.monotonic_ns(), message, request_ids))
+    def _event(
+        self,
+        kind: str,
+        message: str = "",
+        request_ids: tuple[str, ...] = (),
+        loras: tuple[str | None, ...] = (),
+    ) -> None:
+        self._tell(EngineEvent(kind, time.monotonic_ns(), message, request_ids, loras))

@@ -87,19 +87,21 @@ def wire(
     def ready(card: ModelCard, worker: EngineWorker) -> None:
         metrics.watch(card, worker)
         services.attach(card, worker)
-        # What start-up made lives as long as the process: a full collection that walks it holds the GIL for 50 ms.
-        gc.collect()
-        gc.freeze()
+        if worker.lora is None:
+            # What start-up made lives as long as the process: a full collection that walks it holds the GIL for 50 ms.
+            gc.collect()
+            gc.freeze()
 
     def resolver(ref: str) -> ResolvedVersion:
         from workbench.versions import resolve
 
-        return resolve(ref, settings)
+        return resolve(ref, settings, merged=False)
 
     host = EngineHost(
         settings.engine_config(),
         factory=factory or (fake_worker if settings.fake else None),
         resolver=resolver,
+        enable_lora=settings.enable_lora,
         on_ready=ready,
         on_closed=metrics.unwatch,
         on_fatal=on_fatal,

@@ -19,7 +19,17 @@ from workbench import settings as settings_module
 from workbench.errors import ApiError, NotReadyError, WorkbenchError
 from workbench.settings import Settings
 
-COMMAND_MODULES = ("versions", "bench", "compare", "gate", "notebook", "schedule", "lab", "quantize")
+COMMAND_MODULES = (
+    "versions",
+    "models",
+    "bench",
+    "compare",
+    "gate",
+    "notebook",
+    "schedule",
+    "lab",
+    "quantize",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

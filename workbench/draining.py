@@ -10,6 +10,7 @@ import gc
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from engine.records import HealthState
@@ -21,10 +22,15 @@ GRACE_S = 1.0  # who asked for the worker just before the swap may still submit
 _POLL_S = 0.05
 
 
-def wait_until_idle(worker: EngineWorker, stop: threading.Event) -> None:
-    """Return when no request of `worker` is left and the grace time is over, when it is dead, or when `stop` is set."""
+def wait_until_idle(
+    worker: EngineWorker, stop: threading.Event, still: Callable[[], bool] = lambda: True
+) -> None:
+    """Return when no request of `worker` is left and the grace time is over, when it is dead, or when `stop` is set.
+
+    `still`: whether to wait on; asked at every look.
+    """
     earliest = time.monotonic() + GRACE_S
-    while not stop.wait(_POLL_S):
+    while still() and not stop.wait(_POLL_S):
         if worker.health().state is HealthState.DEAD:
             return
         if worker.num_live == 0 and time.monotonic() >= earliest:

@@ -8,6 +8,7 @@
     ├── AlreadyRunningError      another supervisor owns this HOME_DIR
     ├── UnknownModelError        no model of that id is loaded here
     ├── NotReadyError            the model is still loading, or its load failed
+    │   └── ModelAsleepError     the model sleeps until somebody wakes it
     ├── ApiError                 an API request that cannot be answered
     │   ├── UnsupportedFieldError    a field, or a value of one, that this API does not serve
     │   └── BodyTooLargeError        the request body is over the limit
@@ -67,6 +68,12 @@ class NotReadyError(WorkbenchError):
     """There is no model to answer with, yet or any more."""
 
     code = "model_not_ready"
+
+
+class ModelAsleepError(NotReadyError):
+    """The model gave its device memory back; requests do not wake it, because others may have that memory now."""
+
+    code = "model_asleep"
 
 
 class ApiError(WorkbenchError):

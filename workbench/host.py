@@ -5,6 +5,9 @@ so the UI answers at once; until then `worker` raises NotReadyError with the pro
 `load`. A model stays while there is a reason: it is the default, it was asked for, a job holds it, or a followed alias names
 it. Without one it drains: new requests do not reach it, running ones end on it, then it closes and gives its memory back.
 
+An adapter is served over a resident engine of its base where that engine takes adapters, else merged into weights of its own;
+either way it is a resident with a worker, and requests name it alike. A model may sleep: see ``workbench.sleeping``.
+
 Boundary: lifecycle and lookup. It does not schedule, tokenize or render, and reads no registry itself (a resolver and
 ``workbench.alias_watcher`` do). Importing this imports no torch: the loading thread does.
 """
@@ -14,24 +17,30 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workbench import memory_budget
 from workbench.draining import give_memory_back, wait_until_idle
-from workbench.errors import NotReadyError, UnknownModelError, WorkbenchError
+from workbench.errors import UnknownModelError, WorkbenchError
+from workbench.loading import Loader, OnWorker, not_ready, typed_error
 from workbench.memory_budget import Budget
 from workbench.model_card import ModelCard, PromptChip, read_model_card
 from workbench.model_source import ModelSource, Resolver, alias_of, plain, resolve_source
 from workbench.resident import Followed, HostPhase, HostState, Resident
-from workbench.resident_table import DETERMINISTIC_SUFFIX, ResidentTable, Slot, Wish
+from workbench.resident_table import ResidentTable, Slot, Wish
 from workbench.settings import FAKE_MODEL
-from workbench.worker_factory import FAKE_ANSWER, OnFatal, Progress, WorkerFactory, fake_worker, load_worker
+from workbench.sleeping import Sleeper
+from workbench.worker_factory import (
+    FAKE_ANSWER,
+    OnFatal,
+    Progress,
+    WorkerFactory,
+    fake_worker,
+    load_worker,
+)
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
-    from engine.errors import EngineError
     from engine.worker import EngineWorker
 
 __all__ = [
@@ -53,7 +62,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-OnWorker = Callable[[ModelCard, "EngineWorker"], None]
 
 
 class ResidentInUseError(WorkbenchError):
@@ -67,9 +75,11 @@ class EngineHost:
 
     `config.model` is the default model: a folder, a hub id, or a registered version where there is a `resolver`. `factory`
     builds workers (default: the real engine), `budget` decides their memory (default: ``memory_budget.fit_beside`` for the
-    real engine). `on_ready` sees each worker before it takes requests, in the loading thread; `on_closed` sees it after it
-    was closed. `on_fatal` is called, from the engine's thread, when an engine dies under load: the process should then exit
-    for its supervisor.
+    real engine). `enable_lora`: whether adapters are served over engines of their bases; None: wherever that costs nothing
+    until one comes, which is every engine on a CPU, and on a GPU one that is loaded for an adapter; False: they are merged.
+    `on_ready` sees each worker before it takes requests, in the loading thread; `on_closed` sees it after it was closed.
+    `on_fatal` is called, from the engine's thread, when an engine dies under load: the process should then exit for its
+    supervisor.
     """
 
     def __init__(
@@ -79,18 +89,14 @@ class EngineHost:
         factory: WorkerFactory | None = None,
         resolver: Resolver | None = None,
         budget: Budget | None = None,
+        enable_lora: bool | None = None,
         on_ready: OnWorker | None = None,
         on_closed: OnWorker | None = None,
         on_fatal: OnFatal | None = None,
     ) -> None:
         self._config = config
-        self._factory = factory or load_worker
         self._resolver = resolver
-        real = factory is None or factory is load_worker
-        self._budget = budget or (memory_budget.fit_beside if real else None)
-        self._on_ready = on_ready
         self._on_closed = on_closed
-        self._on_fatal = on_fatal
         self._lock = threading.Lock()
         self._loading = threading.Lock()  # one load at a time; never taken while _lock is held
         self._done = threading.Event()  # the first load ended, well or not
@@ -98,6 +104,14 @@ class EngineHost:
         self._table = ResidentTable()
         self._without_default = HostState(HostPhase.IDLE, "Not started")
         self._thread: threading.Thread | None = None
+        self._loader = Loader(
+            config, self._table, lock=self._lock, stopping=self._stopping, settle=self._settle, factory=factory,
+            budget=budget, enable_lora=enable_lora, on_ready=on_ready, on_fatal=on_fatal,
+        )  # fmt: skip
+        self._sleeper = Sleeper(
+            self._table, lock=self._lock, loading=self._loading, stopping=self._stopping,
+            is_budgeted=self._loader.is_budgeted,
+        )  # fmt: skip
 
     # ── the default model ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -124,12 +138,12 @@ class EngineHost:
     def state(self) -> HostState:
         """How the default model is: a snapshot that never waits for the engine."""
         default = self._table.default
-        return default.state if default is not None else self._without_default
+        return default.now if default is not None else self._without_default
 
     def models(self) -> list[ModelCard]:
-        """Cards of the models that this host serves, the default one first, even while it loads."""
+        """Cards of the models that this host serves, asleep or not, the default one first, even while it loads."""
         default = self._table.default
-        shown = [slot for slot in self._table.in_order() if slot.state.ready or slot is default]
+        shown = [slot for slot in self._table.in_order() if slot.now.loaded or slot is default]
         return [slot.card for slot in shown if slot.card is not None]
 
     # ── lookup ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -145,14 +159,17 @@ class EngineHost:
     def worker(self, model_id: str | None = None) -> EngineWorker:
         """The worker of a resident model, by id, NAME@alias, NAME/version or ``models:/…``; the default's for None.
 
+        Of an adapter it is an AdapterWorker, whose requests carry it.
+
         Raises:
             UnknownModelError: no model of that name is served here.
+            ModelAsleepError: it sleeps.
             NotReadyError: still loading, or failed, with progress or cause.
         """
         slot = self._slot(model_id)
-        worker, state = slot.worker, slot.state
+        worker, state = slot.worker, slot.now
         if worker is None or not state.ready:
-            raise _not_ready(state)
+            raise not_ready(state, slot.id)
         slot.used_at = time.monotonic()
         return worker
 
@@ -178,7 +195,7 @@ class EngineHost:
         """Make a model resident; when it is there already, only note the new reason. Blocks: not for an event loop.
 
         `ref`: a folder, a hub id, ``NAME/3``, ``NAME@alias``, ``models:/…``. A plain ``NAME@alias`` is followed from now
-        on. `as_default`: it answers requests without a model from now on, and the former default drains. `hold`: it stays
+        on. One that sleeps wakes up. `as_default`: it answers requests without a model from now on, and the former default drains. `hold`: it stays
         until `release` (for jobs), else until `unload`.
 
         Raises:
@@ -204,7 +221,7 @@ class EngineHost:
 
         Raises:
             UnknownModelError: it is not resident.
-            ResidentInUseError: it is the default model.
+            ResidentInUseError: it is the default model, or its engine serves adapters.
         """
         with self._lock:
             slot = self._slot(model_id)
@@ -213,6 +230,12 @@ class EngineHost:
                     f"{slot.id} is the default model", value=slot.id, param="id",
                     remedy="Load another one as the default first.",
                 )  # fmt: skip
+            adapters = [each.id for each in self._table.carries(slot)]
+            if adapters:
+                raise ResidentInUseError(
+                    f"{slot.id} serves {', '.join(adapters)}", value=slot.id, limit=adapters, param="id",
+                    remedy="Unload them first.",
+                )  # fmt: skip
             self._retire(self._table.drop_reasons(slot))
 
     def release(self, model_id: str) -> None:
@@ -220,7 +243,7 @@ class EngineHost:
         with self._lock:
             slot = self._slot(model_id)
             slot.holds = max(0, slot.holds - 1)
-            self._retire(self._table.settle())
+            self._settle()
 
     def release_idle(self, after_s: float) -> None:
         """Drop the holds of models that nobody has used for so long: whoever held them was killed."""
@@ -231,7 +254,80 @@ class EngineHost:
                 if slot.holds and slot.used_at < oldest and not busy:
                     log.info("nobody has used %s for %.0f s: its holds are dropped", slot.id, after_s)
                     slot.holds = 0
-            self._retire(self._table.settle())
+            self._settle()
+
+    def load_adapter(self, name: str, folder: str, *, load_inplace: bool = False) -> Resident:
+        """Serve a PEFT folder over a resident engine of its base, under a name that requests give. Blocks.
+
+        Its base is the resident with the digest that the adapter names, else the default model, whose shapes decide. It
+        stays until `unload`. `load_inplace`: another adapter of that name is replaced; what runs on it ends on it.
+
+        Raises:
+            ResidentInUseError: the name is in use.
+            AdapterError, WrongBaseError, ModelLoadError: it cannot be served; nothing has changed.
+            NotReadyError: the base is not there yet, or the host is closed.
+        """
+        from workbench.versions.adapter import read_adapter
+        from workbench.versions.merge import check_base, merged_digest
+
+        with self._loading:
+            if self._stopping.is_set():
+                raise not_ready(self.state())
+            adapter = read_adapter(Path(folder))
+            default = self._slot(None)
+            bases = [
+                slot for slot in self._table.slots if slot.digest == adapter.base_digest and not slot.base
+            ]
+            base = (bases or [default.base or default])[0]
+            if not base.state.loaded:
+                raise not_ready(base.state, base.id)
+            check_base(adapter, base.digest)
+            former = next((slot for slot in self._table.slots if slot.id == name), None)
+            may_replace = load_inplace and former is not None and former.base and not former.source.name
+            if (former is not None and not may_replace) or self._table.lookup(name) is not former:
+                raise ResidentInUseError(
+                    f"the adapter {name!r} has already been loaded" if former and former.base else f"{name!r} names a model",
+                    value=name, param="lora_name", remedy="Choose another name, or replace an adapter with load_inplace.",
+                )  # fmt: skip
+            digest = merged_digest(base.digest, adapter.digest)
+            source = ModelSource(
+                folder, name, base.source.path, digest=digest, adapter=folder, base_digest=base.digest
+            )
+            slot = Slot(source, name, base.deterministic, HostState(HostPhase.LOADING, "Starting"))
+            return self._bring(slot, Wish(pinned=True), former)
+
+    # ── sleep ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def sleep(self, model_id: str, level: int = 1) -> Resident:
+        """Have a model give its device memory back until `wake`; its running requests end first. Blocks.
+
+        Level 1 keeps its weights in host memory, level 2 loads them again. Adapters sleep with their base. The models' ids
+        and aliases stay; requests to them get ModelAsleepError.
+
+        Raises:
+            UnknownModelError, NotReadyError: it is not here, or not ready.
+            ResidentInUseError: it is an adapter: its base is what can sleep.
+            ConfigError: no such level, or none of this model's.
+        """
+        slot = self._engine_slot(model_id)
+        if not slot.state.loaded:
+            raise not_ready(slot.state, slot.id)
+        self._sleeper.sleep(slot, level)
+        return self._table.describe(slot)
+
+    def wake(self, model_id: str) -> Resident:
+        """Have a model take requests again; one that is awake stays so. Blocks.
+
+        Raises:
+            UnknownModelError, NotReadyError, ResidentInUseError: as `sleep`.
+            OutOfMemoryError, ModelLoadError: it sleeps on.
+        """
+        slot = self._engine_slot(model_id)
+        with self._loading:
+            if not slot.state.loaded:
+                raise not_ready(slot.state, slot.id)
+            self._sleeper.wake(slot)
+        return self._table.describe(slot)
 
     # ── followed aliases: the alias watcher's side ──────────────────────────────────────────────────────────────────
 
@@ -248,11 +344,12 @@ class EngineHost:
     def serve(self, ref: str, version: int) -> Resident:
         """Load `version` of a followed alias and send the alias's new requests to it; the former one drains.
 
-        Raises: as `load`; the former version then goes on serving.
+        A model that sleeps sleeps on. Raises: as `load`; the former version then goes on serving.
         """
         found = alias_of(ref)
         assert found is not None, f"{ref} is no alias"
-        return self._load(f"{found[0]}/{version}", Wish(alias=ref, follow=True), deterministic=False)
+        wish = Wish(alias=ref, follow=True)
+        return self._load(f"{found[0]}/{version}", wish, deterministic=False, wakes=False)
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -267,7 +364,7 @@ class EngineHost:
             for slot in ending:
                 slot.state = self._without_default
         self._done.set()
-        for slot in ending:
+        for slot in sorted(ending, key=lambda slot: slot.base is not None):  # requests end with their engines
             if slot.worker is not None:
                 self._end(slot)
 
@@ -286,91 +383,76 @@ class EngineHost:
         if found is not None:
             return found
         if model_id is None or table.default is None or table.default.card is None:  # nobody can know yet
-            raise _not_ready(self.state())
+            raise not_ready(self.state())
         known = [slot.id for slot in table.in_order()]
         raise UnknownModelError(
             f"model {model_id!r} does not exist", value=model_id, limit=known, param="model",
             remedy=f"Models here: {', '.join(known)}.",
         )  # fmt: skip
 
+    def _engine_slot(self, model_id: str) -> Slot:
+        slot = self._slot(model_id)
+        if slot.base is not None:
+            raise ResidentInUseError(
+                f"{slot.id} is an adapter of {slot.base.id} and has no engine of its own", value=slot.id, param="id",
+                limit=slot.base.id, remedy=f"Name {slot.base.id}: its adapters sleep and wake with it.",
+            )  # fmt: skip
+        return slot
+
     def _load_default(self, slot: Slot) -> None:
         with self._loading:
             try:
                 source = resolve_source(self._config.model, self._resolver)
                 slot.source, slot.id = source, source.id
-                self._build(slot)
+                self._loader.build(slot)
             except Exception as error:
                 log.info("the model could not be loaded", exc_info=error)
-                self._fail(slot, error, "The model could not be loaded")
+                self._loader.fail(slot, error, "The model could not be loaded")
             finally:
                 self._done.set()
 
-    def _load(self, ref: str, wish: Wish, deterministic: bool) -> Resident:
-        suffix = DETERMINISTIC_SUFFIX if deterministic and not self._config.deterministic else ""
+    def _load(self, ref: str, wish: Wish, deterministic: bool, *, wakes: bool = True) -> Resident:
         deterministic = deterministic or self._config.deterministic
         table = self._table
         with self._loading:
             if self._stopping.is_set():
-                raise _not_ready(self.state())
+                raise not_ready(self.state())
             source = resolve_source(ref, self._resolver)
             digest = source.digest or read_model_card(source.path).digest
-            with self._lock:
-                known = table.same(source, digest, deterministic)
-                if known is not None:
+            known = table.same(source, digest, deterministic)
+            found = known or (table.base_of(source, deterministic) if source.adapter else None)
+            if wakes and found is not None:
+                self._sleeper.wake(found.base or found)
+            if known is not None:
+                with self._lock:
                     self._retire(table.grant(known, wish))
                     return table.describe(known)
-                former = table.replaced_by(source, deterministic)
-                new_id = table.free_id(source, digest, suffix, former)
-                slot = Slot(source, new_id, deterministic, HostState(HostPhase.LOADING, "Starting"))
-                table.add(slot)
-            try:
-                self._build(slot)
-            except BaseException as error:
-                with self._lock:
-                    table.remove(slot)
-                if not isinstance(error, Exception):
-                    raise
-                typed = _typed(error, f"{ref} could not be loaded")
-                raise typed from error.__cause__ if typed is error else error
-            with self._lock:
-                self._retire(table.grant(slot, wish, former))
-                return table.describe(slot)
+            former = table.replaced_by(source, deterministic)
+            new_id = table.free_id(source, digest, self._loader.suffix(deterministic), former)
+            slot = Slot(source, new_id, deterministic, HostState(HostPhase.LOADING, "Starting"))
+            return self._bring(slot, wish, former)
 
-    def _build(self, slot: Slot) -> None:
-        """Load the model of a slot and publish its worker."""
-        report = self._reporter(slot)
-        report("Reading the model's files", 0.02)
-        card = read_model_card(slot.source.path)
-        own = self._config.version_digest if slot.source.path == self._config.model else ""
-        slot.digest = own or slot.source.digest or card.digest
-        slot.card = card = _named(card, slot)
-        config = replace(
-            self._config, model=slot.source.path, deterministic=slot.deterministic, version_digest=slot.digest
-        )
-        if self._budget is not None:
-            report("Importing torch", 0.05)
-            config = self._budget(config, self._table.ledgers())
-        worker = self._factory(config, progress=report, on_fatal=lambda error: self._engine_died(slot, error))
-        try:
-            slot.card = card = replace(card, context=worker.config.max_model_len or card.context)
-            slot.ledger = worker.stats().memory
-            if self._on_ready is not None:
-                self._on_ready(card, worker)
-            worker.start()
-        except BaseException:
-            worker.close()
-            raise
-        self._publish(slot, worker)
-
-    def _publish(self, slot: Slot, worker: EngineWorker) -> None:
+    def _bring(self, slot: Slot, wish: Wish, former: Slot | None) -> Resident:
+        """Make a new slot resident in the place of `former`. `_loading` is held."""
         with self._lock:
-            closed = self._stopping.is_set()
-            if not closed:
-                slot.worker = worker
-                slot.state = HostState(HostPhase.READY, "Ready", 1.0)
-        if closed:
-            worker.close()
-            raise _not_ready(self._without_default)
+            slot.holds += 1  # until its reason is noted
+            self._table.add(slot)
+        try:
+            self._loader.build(slot)
+        except BaseException as error:
+            with self._lock:
+                self._table.remove(slot)
+            if not isinstance(error, Exception):
+                raise
+            typed = typed_error(error, f"{slot.source.ref} could not be loaded")
+            raise typed from error.__cause__ if typed is error else error
+        with self._lock:
+            slot.holds -= 1
+            self._retire(self._table.grant(slot, wish, former))
+            return self._table.describe(slot)
+
+    def _settle(self) -> None:
+        self._retire(self._table.settle())
 
     def _retire(self, going: list[Slot]) -> None:
         """Let the models drain that the table gave up. Under the lock."""
@@ -398,51 +480,8 @@ class EngineHost:
                 if slot is not self._table.default:
                     self._table.remove(slot)
             del worker
-            give_memory_back()
-
-    def _reporter(self, slot: Slot) -> Progress:
-        def report(message: str, fraction: float) -> None:
-            with self._lock:
-                if slot.state.phase is HostPhase.LOADING:
-                    slot.state = HostState(HostPhase.LOADING, message, min(max(fraction, 0.0), 1.0))
-
-        return report
-
-    def _fail(self, slot: Slot, error: BaseException, what: str) -> None:
-        with self._lock:
-            if slot.state.phase is not HostPhase.CLOSED:
-                typed = _typed(error, what)
-                slot.state = HostState(HostPhase.FAILED, str(typed), slot.state.fraction, typed)
-
-    def _engine_died(self, slot: Slot, error: BaseException) -> None:
-        self._fail(slot, error, "The engine stopped")
-        if self._on_fatal is not None:
-            self._on_fatal(error)
-
-
-def _named(card: ModelCard, slot: Slot) -> ModelCard:
-    """The folder's card under the name that requests use."""
-    source = slot.source
-    title = f"{source.name} v{source.version}" if source.name else card.title
-    if slot.id.endswith(DETERMINISTIC_SUFFIX):
-        title += " (deterministic)"
-    return replace(card, id=slot.id, title=title, digest=slot.digest)
-
-
-def _not_ready(state: HostState) -> NotReadyError:
-    if state.phase is HostPhase.LOADING:
-        text, remedy = (
-            f"the model is loading: {state.message} ({state.fraction:.0%})",
-            "Try again in some seconds.",
-        )
-    elif state.phase is HostPhase.FAILED:
-        text, remedy = (
-            f"there is no model: {state.message}",
-            "See the error, then restart with another model.",
-        )
-    else:
-        text, remedy = f"the engine is {state.phase.value}", "Start it, or wait for the restart."
-    return NotReadyError(text, value=state.phase.value, remedy=remedy, param="model")
+            if slot.base is None:
+                give_memory_back()
 
 
 def fake_host() -> EngineHost:
@@ -453,16 +492,3 @@ def fake_host() -> EngineHost:
     host.start()
     host.wait(10)
     return host
-
-
-def _typed(error: BaseException, what: str) -> EngineError | WorkbenchError:
-    from engine.errors import EngineError, ModelLoadError
-
-    if isinstance(error, EngineError | WorkbenchError):
-        return error
-    wrapped = ModelLoadError(
-        f"{what}: {type(error).__name__}: {error}", value=type(error).__name__,
-        remedy="The log has the whole traceback; run `quire doctor` to check this machine.",
-    )  # fmt: skip
-    wrapped.__cause__ = error
-    return wrapped

@@ -63,6 +63,7 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     from engine.build import resolve_config
     from engine.memory import device_memory, held_weight_bytes, kv_spec_of, torch_dtype, workspace_bytes
     from engine.model_folder import find_model
+    from engine.models.lora import slots_bytes
     from engine.models.transformers_config import read_model_config
 
     model = read_model_config(find_model(config.model), trust_remote_code=config.trust_remote_code)
@@ -72,10 +73,12 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     if not others and (device.type == "cpu" or config.num_blocks or config.kv_memory_bytes):
         return config
     spec = kv_spec_of(resolved, model)
+    sizes = {"max_loras": config.max_loras, "max_rank": config.max_lora_rank}
+    adapters = slots_bytes(model, dtype, **sizes) if config.enable_lora else 0
     context = min(config.max_model_len or model.max_context, model.max_context)
     blocks = -(-context // config.block_size)
     needs = _Needs(
-        held_weight_bytes(model, dtype, device),
+        held_weight_bytes(model, dtype, device) + adapters,
         workspace_bytes(replace(resolved, max_model_len=context), model, dtype, device),
         spec.bytes_per_block,
         blocks,
@@ -101,6 +104,37 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     return replace(config, num_blocks=num_blocks, kv_memory_bytes=None, max_model_len=length)
 
 
+def check_wake(
+    model_id: str, asleep: MemoryLedger, awake: MemoryLedger, others: Mapping[str, MemoryLedger]
+) -> None:
+    """Refuse to wake a model for whose memory there is no room beside `others`. A GPU's engine finds out by itself.
+
+    Raises:
+        OutOfMemoryError: naming what is needed, what is left, who has the rest, and what to do.
+    """
+    if awake.device != "cpu":
+        return
+    import torch
+
+    from engine.errors import OutOfMemoryError
+    from engine.memory import device_memory
+
+    memory = device_memory(torch.device("cpu"))
+    promised = asleep.engine_bytes + sum(ledger.engine_bytes for ledger in others.values())
+    left = max(0, min(memory.free_bytes, int(CPU_SHARE * memory.total_bytes) - promised))
+    needed = awake.engine_bytes - asleep.engine_bytes
+    if needed > left:
+        raise OutOfMemoryError(
+            f"{model_id} cannot wake up: it needs {needed} bytes ({in_units(needed)}), {left} ({in_units(left)}) are "
+            f"left. Resident: {_holders(others)}",
+            value=needed, limit=left, param="id", remedy="Unload another model or put it to sleep first.",
+        )  # fmt: skip
+
+
+def _holders(others: Mapping[str, MemoryLedger]) -> str:
+    return ", ".join(f"{name} {in_units(ledger.engine_bytes)}" for name, ledger in others.items())
+
+
 def _first_on_gpu(needs: _Needs, free: int) -> int:
     """Blocks of the first engine: most of what is left beside a successor's weights; all, where there is no room for one."""
     beside_successor = GPU_SHARE * (free - 2 * needs.fixed) * (1 - GPU_FURTHER_KV_SHARE)
@@ -123,15 +157,14 @@ def _no_room(
 ) -> Exception:
     from engine.errors import OutOfMemoryError
 
-    holders = ", ".join(f"{name} {in_units(ledger.engine_bytes)}" for name, ledger in others.items())
     return OutOfMemoryError(
         f"{config.model} does not fit beside what is resident: it needs {wanted} bytes ({in_units(wanted)}: weights "
         f"{in_units(needs.weights)}, workspace {in_units(needs.workspace)}, host tier {in_units(needs.host_tier)}, KV cache at least {in_units(wanted - needs.fixed)}), "
-        f"{max(0, left)} ({in_units(max(0, left))}) are left. Resident: {holders}",
+        f"{max(0, left)} ({in_units(max(0, left))}) are left. Resident: {_holders(others)}",
         value=wanted,
         limit=max(0, left),
         param="model",
-        remedy=f"Unload {next(iter(others))}, or restart with fewer KV blocks (QUIRE_NUM_BLOCKS), a smaller "
+        remedy=f"Unload {next(iter(others))} or put it to sleep, or restart with fewer KV blocks (QUIRE_NUM_BLOCKS), a smaller "
         "QUIRE_MAX_NUM_SEQS or a narrower QUIRE_DTYPE.",
     )
 

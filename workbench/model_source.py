@@ -1,7 +1,8 @@
 """From what a person writes to what can be loaded: a folder, a hub id, or a version of the registry.
 
-``NAME/3``, ``NAME@alias`` and ``models:/…`` belong to the registry and go through a resolver (``workbench.versions.resolve``);
-a folder that exists is a folder; everything else is taken for a hub id, which the engine's loader will find or not.
+``NAME/3``, ``NAME@alias`` and ``models:/…`` belong to the registry and go through a resolver (``workbench.versions.resolve``),
+and so do folders of adapters; a folder that exists is a folder; everything else is taken for a hub id, which the engine's
+loader will find or not. ``NAME:3``, as MLflow's pages write a version, means ``NAME/3``.
 
 Boundary: names and paths. It loads nothing, and reads nothing of a folder.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from workbench.versions.ref import ResolvedVersion
 
 Resolver = Callable[[str], "ResolvedVersion"]
-_VERSION = re.compile(r"(?P<name>[^/@]+)/(?P<version>[1-9]\d*)")
+_VERSION = re.compile(r"(?P<name>[^/@:]+)[/:](?P<version>[1-9]\d*)")
 _ALIAS = re.compile(r"(?P<name>[^/@]+)@(?P<alias>[^/@\s]+)")
 _SCHEME = "models:/"
 
@@ -31,11 +32,14 @@ class ModelSource:
 
     ref: str
     id: str
-    path: str  # a folder or a hub id
+    path: str  # a folder or a hub id; of an adapter: its base's
     name: str | None = None  # in the registry
     version: int | None = None
     alias: str | None = None  # as it was asked for: NAME@alias
     digest: str = ""  # as the registry has it; "": what the folder says
+    adapter: str | None = None  # a folder; None: a whole model
+    base_digest: str = ""  # of what is at `path`, where there is an adapter
+    merge: Callable[[], Path] | None = field(default=None, compare=False)  # makes a whole model of both
 
 
 def plain(ref: str) -> str:
@@ -56,7 +60,7 @@ def version_of(ref: str) -> tuple[str, int] | None:
 
 
 def resolve_source(ref: str, resolver: Resolver | None) -> ModelSource:
-    """What `ref` means now. A registered version is looked up, and its weights are prepared, by `resolver`.
+    """What `ref` means now. A registered version is looked up by `resolver`, which may give an adapter over its base.
 
     Raises:
         UnknownModelError: empty, or a registered version where there is no registry.
@@ -70,8 +74,7 @@ def resolve_source(ref: str, resolver: Resolver | None) -> ModelSource:
     folder = Path(ref).expanduser()
     perhaps_adapter = folder.is_dir() and not (folder / "config.json").is_file()
     if perhaps_adapter and resolver is not None:
-        found = resolver(ref)
-        return ModelSource(ref, folder.resolve().name, str(found.folder), digest=found.ref.digest or "")
+        return _source(ref, folder.resolve().name, resolver(ref))
     if not registered or folder.is_dir():
         return ModelSource(ref, _folder_id(ref), ref)
     if resolver is None:
@@ -79,16 +82,25 @@ def resolve_source(ref: str, resolver: Resolver | None) -> ModelSource:
             f"{ref!r} names a registered version, and there is no registry here", value=ref, param="model",
             remedy="Name a folder or a hub id.",
         )  # fmt: skip
-    found = resolver(ref)
+    address = version_of(ref)
+    found = resolver(f"{address[0]}/{address[1]}" if address else ref)
+    return _source(ref, f"{found.ref.name}/{found.ref.version}", found, name=found.ref.name)
+
+
+def _source(ref: str, model_id: str, found: ResolvedVersion, name: str | None = None) -> ModelSource:
+    """`name`: in the registry."""
     alias = alias_of(ref)
     return ModelSource(
         ref,
-        f"{found.ref.name}/{found.ref.version}",
+        model_id,
         str(found.folder),
-        name=found.ref.name,
-        version=found.ref.version,
-        alias="@".join(alias) if alias else None,
+        name=name,
+        version=found.ref.version if name else None,
+        alias="@".join(alias) if alias and name else None,
         digest=found.ref.digest or "",
+        adapter=None if found.adapter is None else str(found.adapter),
+        base_digest=found.ref.base_digest if found.adapter else "",
+        merge=found.merge,
     )
 
 

@@ -17,6 +17,7 @@ class HostPhase(str, Enum):
     IDLE = "idle"  # start() was not called
     LOADING = "loading"
     READY = "ready"
+    SLEEPING = "sleeping"  # gave its device memory back, or will when its running requests have ended; takes no new ones
     DRAINING = "draining"  # takes no new requests; closes when its running ones have ended
     FAILED = "failed"  # the load failed, or the engine died later; `error` says why
     CLOSED = "closed"
@@ -35,6 +36,11 @@ class HostState:
     def ready(self) -> bool:
         return self.phase is HostPhase.READY
 
+    @property
+    def loaded(self) -> bool:
+        """Ready, or asleep."""
+        return self.phase in (HostPhase.READY, HostPhase.SLEEPING)
+
 
 @dataclass(frozen=True, slots=True)
 class Resident:
@@ -51,7 +57,11 @@ class Resident:
     version: int | None = None
     aliases: tuple[str, ...] = ()  # ``NAME@alias`` that lead here now
     followed: bool = False  # stays because a followed alias names it
-    memory_bytes: int | None = None  # weights, KV cache and workspace
+    memory_bytes: int | None = (
+        None  # weights, KV cache and workspace; of an adapter its weights in host memory
+    )
+    parent: str | None = None  # id of the resident whose engine serves it: it is an adapter there
+    merged_because: str = ""  # why an adapter was merged into weights of its own instead
 
 
 @dataclass(frozen=True, slots=True)

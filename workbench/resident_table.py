@@ -1,7 +1,8 @@
 """ResidentTable: which models are resident, under which names, and why each of them stays.
 
-A model stays while it is the default, was asked for (`pinned`), is held by a job, or is named by a followed alias; what has
-no reason left is taken out and handed to the caller, who lets it drain. Pure bookkeeping: no thread, no engine call.
+A model stays while it is the default, was asked for (`pinned`), is held by a job, is named by a followed alias, or its engine
+serves an adapter that stays; what has no reason left is taken out and handed to the caller, who lets it drain. Pure
+bookkeeping: no thread, no engine call.
 
 Boundary: the owner (``workbench.host``) calls every changing method under its lock; readers take none, because tuples and
 dicts here are replaced and never changed.
@@ -39,6 +40,15 @@ class Slot:
     pinned: bool = False  # asked for by a person
     holds: int = 0  # jobs and scripts that use it for a while
     used_at: float = field(default_factory=time.monotonic)  # when a request or a job last asked for it
+    base: Slot | None = None  # whose engine serves it: this one is an adapter there
+    merged_because: str = ""  # why an adapter was merged instead
+    adapter_bytes: int | None = None  # of host memory
+    awake_ledger: MemoryLedger | None = None  # what it takes again when it wakes up; None: it is awake
+
+    @property
+    def now(self) -> HostState:
+        """Its state as requests meet it: an adapter is no better off than its base."""
+        return self.base.state if self.base is not None and self.state.ready else self.state
 
 
 @dataclass(slots=True)
@@ -88,12 +98,28 @@ class ResidentTable:
         version = version_of(wanted)
         if not found and version is not None:
             found = [slot for slot in self.slots if (slot.source.name, slot.source.version) == version]
-        return min(found, key=lambda slot: not slot.state.ready, default=None)
+        return min(found, key=lambda slot: not slot.now.loaded, default=None)
 
     def same(self, source: ModelSource, digest: str, deterministic: bool) -> Slot | None:
-        """The ready model that already is what is asked for."""
-        ready = (s for s in self.slots if s.state.ready and s.digest == digest)
-        return next((s for s in ready if _matches(s, source, deterministic)), None)
+        """The loaded model that already is what is asked for."""
+        loaded = (s for s in self.slots if s.now.loaded and s.digest == digest)
+        return next((s for s in loaded if _matches(s, source, deterministic)), None)
+
+    def base_of(self, source: ModelSource, deterministic: bool) -> Slot | None:
+        """The loaded model whose engine can take an adapter of that base."""
+        for slot in self.slots:
+            is_base = (
+                slot.base is None
+                and slot.digest == source.base_digest
+                and slot.deterministic == deterministic
+            )
+            if is_base and slot.state.loaded and slot.worker is not None and slot.worker.config.enable_lora:
+                return slot
+        return None
+
+    def carries(self, slot: Slot) -> list[Slot]:
+        """The adapters that its engine serves."""
+        return [other for other in self.slots if other.base is slot]
 
     def replaced_by(self, source: ModelSource, deterministic: bool) -> Slot | None:
         """The model that a new load of `source` replaces: its files or the registry have changed, or it failed."""
@@ -101,7 +127,8 @@ class ResidentTable:
 
     def free_id(self, source: ModelSource, digest: str, suffix: str, replaced: Slot | None) -> str:
         """The source's id, told apart from another model of the same name."""
-        taken = {slot.id for slot in self.slots if slot is not replaced}
+        stays = replaced is not None and self.carries(replaced)  # until its adapters have gone
+        taken = {slot.id for slot in self.slots if stays or slot is not replaced}
         own = source.id + suffix
         return own if own not in taken else f"{source.id}-{digest[:8]}{suffix}"
 
@@ -121,7 +148,7 @@ class ResidentTable:
             id=slot.id,
             ref=slot.source.ref,
             card=slot.card,
-            state=slot.state,
+            state=slot.now,
             deterministic=slot.deterministic,
             is_default=slot is self.default,
             digest=slot.digest,
@@ -129,7 +156,9 @@ class ResidentTable:
             version=slot.source.version,
             aliases=tuple(ref for ref, target in self.aliases.items() if target is slot),
             followed=any(each.slot is slot for each in self.follows.values()),
-            memory_bytes=ledger.engine_bytes if ledger else None,
+            memory_bytes=ledger.engine_bytes if ledger else slot.adapter_bytes,
+            parent=slot.base.id if slot.base else None,
+            merged_because=slot.merged_because,
         )
 
     # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -195,9 +224,11 @@ class ResidentTable:
             wanted = slot is self.default or slot.pinned or slot.holds > 0
             return wanted or loading or any(slot is other for other in followed)
 
-        going = [slot for slot in self.slots if not stays(slot)]
+        kept = [slot for slot in self.slots if stays(slot)]
+        carriers = [slot.base for slot in kept if slot.base is not None]  # an adapter has no adapters
+        going = [slot for slot in self.slots if slot not in kept and slot not in carriers]
         if going:
-            self.slots = tuple(slot for slot in self.slots if stays(slot))
+            self.slots = tuple(slot for slot in self.slots if slot not in going)
             self.draining = (*self.draining, *going)
             self.aliases = {ref: slot for ref, slot in self.aliases.items() if slot not in going}
         return going
@@ -218,6 +249,7 @@ def _matches(slot: Slot, source: ModelSource, deterministic: bool) -> bool:
     """Whether a slot is of that source, whatever its files were then."""
     if slot.deterministic != deterministic:
         return False
+    own = slot.source
     if source.name is not None:
-        return (slot.source.name, slot.source.version) == (source.name, source.version)
-    return slot.source.name is None and slot.source.path == source.path
+        return (own.name, own.version) == (source.name, source.version)
+    return own.name is None and (own.path, own.adapter) == (source.path, source.adapter)

@@ -63,7 +63,7 @@ class Services:
     def attach(self, card: ModelCard, worker: EngineWorker) -> None:
         """Log the requests of a worker that is about to start."""
         if self.request_log is not None:
-            worker.add_sink(self.request_log.sink(card.id, card.digest))
+            worker.add_sink(self.request_log.sink(card.id, card.digest, worker.lora))
 
     def start(self, host: EngineHost) -> None:
         """Run jobs, follow aliases, and measure the machine when it is idle, from now on."""

@@ -56,6 +56,15 @@ class Settings(BaseSettings):
     speculative_config: dict[str, Any] | None = (
         None  # JSON: {"method": "ngram", "num_speculative_tokens": 4, …}
     )
+    # Whether adapters are served over an engine of their base. None: every engine on a CPU takes adapters, which costs
+    # nothing until one is loaded; on a GPU one that was loaded for an adapter does. False: adapters are merged.
+    enable_lora: bool | None = None
+    max_loras: int = Field(default=8, ge=1)  # different adapters in one batch
+    max_lora_rank: int = Field(default=16, ge=8, le=256)  # 8, 16, 32, 64, 128 or 256
+    allow_runtime_lora_updating: bool = False  # whether /v1/load_lora_adapter and its opposite work
+    lora_roots: str = (
+        ""  # folders that such adapters must lie in, separated by commas; empty: HOME_DIR/models
+    )
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)  # of one API request
     log_level: LogLevel = "warning"
     fake: bool = False  # no model: the engine runs on FakeRunner (tests and page work)
@@ -89,6 +98,12 @@ class Settings(BaseSettings):
         return tuple(part.strip().removeprefix("models:/") for part in self.follow.split(",") if part.strip())
 
     @property
+    def lora_root_folders(self) -> tuple[Path, ...]:
+        """The folders that adapters loaded at run time must lie in."""
+        given = [Path(part.strip()).expanduser() for part in self.lora_roots.split(",") if part.strip()]
+        return tuple(given) or (self.home_dir / "models",)
+
+    @property
     def model_path(self) -> str:
         """The folder or hub id to load."""
         return FAKE_MODEL if self.fake else self.model or str(bundled_model())
@@ -112,6 +127,9 @@ class Settings(BaseSettings):
             speculative_config=SpeculativeConfig.from_dict(self.speculative_config)
             if self.speculative_config is not None
             else None,
+            enable_lora=self.enable_lora is True,
+            max_loras=self.max_loras,
+            max_lora_rank=self.max_lora_rank,
         )
 
     def to_env(self) -> dict[str, str]:

@@ -23,6 +23,15 @@ class WorkerFactory(Protocol):
     def __call__(self, config: EngineConfig, *, progress: Progress, on_fatal: OnFatal) -> EngineWorker: ...
 
 
+def is_on_cpu(config: EngineConfig) -> bool:
+    """Whether the engine of a config runs on the CPU. May import torch."""
+    if config.device != "auto":
+        return config.device == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
+
+
 def load_worker(config: EngineConfig, *, progress: Progress, on_fatal: OnFatal) -> EngineWorker:
     """Build the real engine on this device. Slow; imports torch. Raises ModelLoadError, ConfigError, OutOfMemoryError."""
     progress("Importing torch", 0.05)

@@ -20,6 +20,7 @@ from engine.kernels.lora import SlotWeights, TokenSlots, lora_add_ref
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.registry import family_of, parts_of
+from engine.runner.host_zeros import host_zeros
 
 ALIGNMENT = 16  # values: what Triton compiles for starts at multiples of 16 bytes
 
@@ -136,7 +137,9 @@ class LoraSlots:
         self.tokens: TokenSlots | None = None
         self.use_kernel = False
         self.row_tile = 0
-        self._values = torch.zeros(max_loras, self.layout.num_values, dtype=dtype, device=device)
+        shape = (max_loras, self.layout.num_values)
+        on_cpu = device.type == "cpu"  # where slots take no memory until an adapter comes in
+        self._values = host_zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
         self._scales = torch.zeros(max_loras, self.layout.num_scales, dtype=scale_dtype(dtype), device=device)
         self.layers = self._layers()
 

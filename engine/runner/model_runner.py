@@ -204,13 +204,11 @@ class ModelRunner:
         """
         assert self._decoder is not None, "the runner is closed or asleep"
         assert not self._inflight, "asleep with steps in flight"
-        if level == 2 and (self._load_decoder is None or self.adapters is not None):
-            reason = (
-                "these weights cannot be loaded again" if self.adapters is None else "its slots hold adapters"
-            )
+        if level == 2 and self._load_decoder is None:
             raise ConfigError(
-                f"the engine cannot sleep at level 2: {reason}", value=level, limit=1, param="level"
-            )
+                "the engine cannot sleep at level 2: these weights cannot be loaded again",
+                value=level, limit=1, param="level",
+            )  # fmt: skip
         try:
             if level == 1 and self._parks_weights:
                 assert isinstance(self._decoder, nn.Module)

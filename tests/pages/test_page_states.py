@@ -164,3 +164,22 @@ def test_engine_page_pauses_scrubs_and_steps(ready_host, open_page):
     assert "prefill" in html_of(at) or "decode" in html_of(at)
     assert f">{last.step_id}<" not in html_of(at)
     assert [element.type for element in at.main].count("plotly_chart") == 1
+
+
+def test_an_engine_that_sleeps_is_woken_where_its_page_would_be(provided, open_page):
+    host = provided(FakeHost().host)
+    host.start()
+    assert host.wait(10).ready
+    at = open_page("engine")
+    at.button("sleep_engine").click().run()
+    while resources.actions().running():
+        time.sleep(0.02)
+    at.run()
+    assert not at.exception
+    assert "sleeps" in html_of(at)
+    assert "asleep" in html_of(at)
+    for page in ("overview", "playground"):
+        assert "sleeps" in html_of(open_page(page)), page
+    at.button("sleep_waiting").click().run()
+    assert host.state().ready
+    assert "healthy, idle" in html_of(at.run())

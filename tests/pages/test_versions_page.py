@@ -131,3 +131,35 @@ def test_missing_weights_are_told_with_their_digest(page, tmp_path):
     assert ref.digest in shown
     assert "missing_weights" in shown
     assert len(world.host.resident()) == 1
+
+
+def test_a_version_sleeps_and_wakes_and_says_so(page):
+    world, at = page()
+    settle(at.button(f"load_{NAME}/2").click().run())
+    settle(at.button(f"sleep_{NAME}/2").click().run())
+    assert world.host.find(f"{NAME}/2").state.phase.value == "sleeping"
+    assert "asleep" in html_of(at)
+    assert at.button(f"sleep_{NAME}/2").label == "Wake"
+    settle(at.button(f"sleep_{NAME}/2").click().run())
+    assert world.host.worker(f"{NAME}/2")
+    assert at.button(f"sleep_{NAME}/2").label == "Sleep"
+
+
+def test_a_version_says_whether_it_is_an_adapter_or_merged():
+    from types import SimpleNamespace
+
+    from workbench.resident import HostPhase, HostState, Resident
+    from workbench.ui.components import version_card
+    from workbench.ui.registry_view import VersionRow
+
+    def shown(**how):
+        state = HostState(HostPhase.READY)
+        resident = Resident("t/1", "t/1", None, state, False, False, "d", "t", 1, **how)
+        info = SimpleNamespace(
+            ref=SimpleNamespace(name="t", version=1, digest="d"), aliases=(), size_bytes=0, created_at="", metrics={},
+            description="", lineage={},
+        )  # fmt: skip
+        return version_card.as_html(VersionRow(info, "t/1", False, resident))
+
+    assert "loaded, an adapter of chat-base" in shown(parent="chat-base")
+    assert "merged: rank 20" in shown(merged_because="rank 20 is beyond max_lora_rank 16")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,30 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def other_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two models of the tiny one's shape with other random weights."""
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(tiny_model / "model.safetensors")
+    made = []
+    for version in (2, 3):
+        folder = tmp_path_factory.mktemp("versions") / f"v{version}"
+        shutil.copytree(tiny_model, folder)
+        generator = np.random.default_rng(version)
+        changed = {
+            name: w + generator.standard_normal(w.shape).astype(w.dtype) * 0.05 for name, w in weights.items()
+        }
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        made.append(folder)
+    return made
+
+
+@pytest.fixture(scope="session")
+def other_model(other_models: list[Path]) -> Path:
+    return other_models[0]
+
+
 @pytest.fixture
 def store(home: Path) -> Iterator[Store]:
     """The store of the HOME_DIR that the test's own `home` names."""
@@ -48,6 +73,42 @@ def store(home: Path) -> Iterator[Store]:
 @pytest.fixture
 def jobs(store: Store, home: Path) -> Jobs:
     return Jobs(store, home)
+
+
+@pytest.fixture(scope="session")
+def adapter() -> Callable[..., Path]:
+    """``adapter(folder, seed, rank=…, part=…, base_digest=…, **config)``: a LoRA folder of the tiny model in PEFT's files.
+
+    A and B are large enough that no prompt is answered as the base or another seed answers it. `part`: only modules whose
+    name holds it.
+    """
+    return _write_adapter
+
+
+def _write_adapter(
+    folder: Path, seed: int, *, rank: int = 4, part: str = "", base_digest: str = "", **config: object
+) -> Path:
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(1000 + seed)
+    weights, tensors = _weights(), {}
+    targets = [name for name in weights if part in name and name.endswith("_proj.weight")]
+    for name in targets:
+        size_out, size_in = weights[name].shape
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{stem}.lora_A.weight"] = generator.standard_normal((rank, size_in)).astype(np.float32) * 0.1
+        tensors[f"{stem}.lora_B.weight"] = (
+            generator.standard_normal((size_out, rank)).astype(np.float32) * 0.1
+        )
+    metadata = {"format": "pt", "base_digest": base_digest}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
+    values = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny", "r": rank, "lora_alpha": 2 * rank,
+        "target_modules": sorted({name.split(".")[-2] for name in targets}), "bias": "none", **config,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder
 
 
 def _config() -> dict[str, object]:

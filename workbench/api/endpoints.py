@@ -178,13 +178,14 @@ class Endpoints:
             "name": resident.name,
             "version": resident.version,
             "aliases": list(resident.aliases),
+            "parent": resident.parent,
             "deterministic": resident.deterministic,
         }
 
 
 def _is_listed(resident: Resident) -> bool:
-    """Whether clients may see it: it is ready, or the default, whose state `/readyz` tells."""
-    return resident.card is not None and (resident.state.ready or resident.is_default)
+    """Whether clients may see it: it is loaded, asleep or not, or the default, whose state `/readyz` tells."""
+    return resident.card is not None and (resident.state.loaded or resident.is_default)
 
 
 def _tokenizer_of(worker: EngineWorker) -> TokenizerLike:

@@ -58,6 +58,12 @@ class UnauthorizedError(ApiError):
     code = "unauthorized"
 
 
+class ForbiddenError(ApiError):
+    """What was asked for is not allowed here."""
+
+    code = "forbidden"
+
+
 class RequestFailedError(WorkbenchError):
     """The request was accepted and then failed in the engine."""
 
@@ -70,6 +76,8 @@ def status_of(error: Exception) -> int:
         return 415
     if isinstance(error, UnauthorizedError):
         return 401
+    if isinstance(error, ForbiddenError):
+        return 403
     known = next((status for kind, status in _STATUS if isinstance(error, kind)), None)
     if known is None and isinstance(
         error, WorkbenchError
@@ -141,4 +149,11 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     return json_response(body, error.status_code, dict(error.headers or {}))
 
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/feedback")
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/v1/feedback",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+)

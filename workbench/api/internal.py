@@ -1,4 +1,4 @@
-"""/quire/*: what this machine's own programs ask of the running app: load, unload, complete, score, read records.
+"""/quire/*: what this machine's own programs ask of the running app: load, unload, sleep, complete, score, read records.
 
 Notebooks, jobs and the CLI come here through ``workbench.backends.app.AppBackend``. Everyone must bring the token of
 ``HOME_DIR/run/app.json``. Shapes are ``workbench.backends.codec``'s; errors are as under /v1, with value, limit and remedy.
@@ -30,7 +30,7 @@ from workbench.api.disconnect import ClientGone, unless_gone
 from workbench.api.errors import UnauthorizedError, error_response, json_response, on_unexpected_error
 from workbench.api.intake import read_json
 from workbench.errors import ApiError, WorkbenchError
-from workbench.host import EngineHost, Resident
+from workbench.host import EngineHost, HostPhase, Resident
 
 if TYPE_CHECKING:
     from engine.records import Completion
@@ -49,6 +49,9 @@ def internal_app(host: EngineHost, token: str, services: Services | None = None)
         routes=[
             Route("/load", routes.load, methods=["POST"]),
             Route("/unload", routes.unload, methods=["POST"]),
+            Route("/sleep", routes.sleep, methods=["POST"]),
+            Route("/wake_up", routes.wake_up, methods=["POST"]),
+            Route("/is_sleeping", routes.is_sleeping, methods=["GET"]),
             Route("/residents", routes.residents, methods=["GET"]),
             Route("/stats", routes.stats, methods=["GET"]),
             Route("/records", routes.records, methods=["GET"]),
@@ -98,23 +101,43 @@ class InternalRoutes:
         self._services = services
 
     async def load(self, request: Request) -> Response:
-        """Make a version resident for the caller, who gives it back with `unload`."""
-        body = await _body(request, {"ref", "deterministic"})
-        ref, deterministic = _text(body, "ref"), _flag(body, "deterministic")
-        resident = await asyncio.to_thread(self._host.load, ref, deterministic=deterministic, hold=True)
-        if await request.is_disconnected():  # nobody is there to give it back
+        """Make a version resident for the caller, who gives it back with `unload`; with `hold` false until anybody does."""
+        body = await _body(request, {"ref", "deterministic", "hold"})
+        ref, deterministic, hold = _text(body, "ref"), _flag(body, "deterministic"), _flag(body, "hold", True)
+        resident = await asyncio.to_thread(self._host.load, ref, deterministic=deterministic, hold=hold)
+        if hold and await request.is_disconnected():  # nobody is there to give it back
             await asyncio.to_thread(self._host.release, resident.id)
         return json_response({"id": resident.id, "resident": resident_to_json(resident)})
 
     async def unload(self, request: Request) -> Response:
-        """Take the caller's load back; the version goes when nobody else needs it."""
-        model = _text(await _body(request, {"id"}), "id")
-        await asyncio.to_thread(self._host.release, model)
+        """Take the caller's load back; the version goes when nobody else needs it, with `hold` false whoever does."""
+        body = await _body(request, {"id", "hold"})
+        leave = self._host.release if _flag(body, "hold", True) else self._host.unload
+        await asyncio.to_thread(leave, _text(body, "id"))
         return json_response({})
 
+    async def sleep(self, request: Request) -> Response:
+        """Have a model give its device memory back; answers when its running requests have ended and it sleeps."""
+        body = await _body(request, {"id", "level"})
+        level = body.get("level", 1)
+        resident = await asyncio.to_thread(self._host.sleep, _text(body, "id"), level)
+        return json_response({"resident": resident_to_json(resident)})
+
+    async def wake_up(self, request: Request) -> Response:
+        """Have a model take requests again."""
+        model = _text(await _body(request, {"id"}), "id")
+        resident = await asyncio.to_thread(self._host.wake, model)
+        return json_response({"resident": resident_to_json(resident)})
+
+    async def is_sleeping(self, request: Request) -> Response:
+        """Whether a model sleeps, or is about to."""
+        phase = self._host.find(request.query_params.get("model")).state.phase
+        return json_response({"is_sleeping": phase is HostPhase.SLEEPING})
+
     async def residents(self, request: Request) -> Response:
-        ready = [each for each in self._host.resident() if each.state.ready or each.is_default]
-        loading = [each for each in self._host.resident() if not (each.state.ready or each.is_default)]
+        everyone = self._host.resident()
+        ready = [each for each in everyone if each.state.loaded or each.is_default]
+        loading = [each for each in everyone if not (each.state.loaded or each.is_default)]
         return json_response(
             {
                 "residents": [resident_to_json(each) for each in ready],
@@ -137,11 +160,13 @@ class InternalRoutes:
         if since is not None and not since.lstrip("-").isdigit():
             raise ApiError(f"since_ns={since!r} is no integer", value=since, param="since_ns")
         since_ns = None if since is None else int(since)
-        log = self._host.worker(request.query_params.get("model")).records
+        worker = self._host.worker(request.query_params.get("model"))
+        log = worker.records
 
         def write() -> bytes:
             steps = [codec.step_summary(step) for step in log.steps(since_ns)]
-            records = codec.Records(log.requests(since_ns), steps)
+            own = [each for each in log.requests(since_ns) if each.lora == worker.lora]
+            records = codec.Records(own, steps)
             return json.dumps(codec.records_to_json(records), separators=(",", ":")).encode()
 
         return _json_bytes(await asyncio.to_thread(write))
@@ -257,6 +282,8 @@ def resident_to_json(resident: Resident) -> dict[str, Any]:
         "aliases": list(resident.aliases),
         "followed": resident.followed,
         "memory_bytes": resident.memory_bytes,
+        "parent": resident.parent,
+        "merged_because": resident.merged_because,
     }
 
 
@@ -295,8 +322,8 @@ def _model(body: Mapping[str, Any]) -> str | None:
     return None if body.get("model") is None else _text(body, "model")
 
 
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name, False)
+def _flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    value = body.get(name, default)
     if not isinstance(value, bool):
         raise ApiError(f"{name} must be true or false, got {value!r}", value=value, param=name)
     return value

@@ -3,6 +3,9 @@
 Histograms are filled by a sink on the engine thread, a handful of additions a step and a vectorised one a finished request;
 gauges and counters are read from the engine's statistics when somebody scrapes. Metrics keep their own registry.
 
+What counts requests is told by model, an adapter being one. What counts steps, tokens and blocks is told by engine, under the
+name of the model that it was loaded for: an adapter's are its base's.
+
 Source of names: vLLM's metrics design page (docs.vllm.ai, "Metrics").
 """
 
@@ -125,9 +128,11 @@ class Histogram:
 
 
 class EngineSink:
-    """Accumulates one engine's records. Runs on the engine thread."""
+    """Accumulates the records of one model, of requests that carry its adapter or none. Runs on the engine thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, lora: str | None = None) -> None:
+        self.lora = lora
+        self.finished = dict.fromkeys(FinishReason, 0)
         self.ttft = Histogram(_SECONDS)
         self.itl = Histogram(_TOKEN_SECONDS)
         self.tpot = Histogram(_TOKEN_SECONDS)
@@ -145,6 +150,9 @@ class EngineSink:
         self.step_seconds.observe((record.ended_ns - record.started_ns) / 1e9)
 
     def on_request(self, record: RequestRecord) -> None:
+        if record.lora != self.lora:
+            return
+        self.finished[record.finish_reason] += 1
         self.e2e.observe((record.finished_ns - record.arrival_ns) / 1e9)
         self.prompt_tokens.observe(record.num_prompt_tokens)
         self.generation_tokens.observe(record.num_output_tokens)
@@ -182,10 +190,17 @@ class EngineSink:
                 self.grammar_compile,
                 "Compilation of a grammar that was not known yet",
             ),
-            ("iteration_tokens_total", self.step_tokens, "Tokens computed in a step"),
-            ("iteration_time_seconds", self.step_seconds, "Duration of a step"),
         ):
             yield histogram.family(name, text, model)
+        success = CounterMetricFamily(
+            PREFIX + "request_success", "Ended requests", labels=(*_LABEL, "finished_reason")
+        )
+        for reason, count in self.finished.items():
+            success.add_metric([model, reason.value], count)
+        yield success
+        if self.lora is None:
+            yield self.step_tokens.family("iteration_tokens_total", "Tokens computed in a step", model)
+            yield self.step_seconds.family("iteration_time_seconds", "Duration of a step", model)
 
 
 class EngineMetrics(Collector):
@@ -199,7 +214,7 @@ class EngineMetrics(Collector):
 
     def watch(self, card: ModelCard, worker: EngineWorker) -> None:
         """Count `worker` from now on (an EngineHost's `on_ready`). The same id again replaces the former engine."""
-        sink = EngineSink()
+        sink = EngineSink(worker.lora)
         worker.add_sink(sink)
         with self._lock:
             self._engines[card.id] = (worker, sink)
@@ -218,13 +233,15 @@ class EngineMetrics(Collector):
         """One family a metric, with a sample for each model: the format allows a name to be described once."""
         with self._lock:
             engines = list(self._engines.items())
-        models = [
-            [*_stats_families(model, worker), *sink.families(model)] for model, (worker, sink) in engines
-        ]
-        for first, *others in zip(*models, strict=True):
-            for other in others:
-                first.samples += other.samples
-            yield first
+        found: dict[str, Metric] = {}
+        for model, (worker, sink) in engines:
+            own = () if worker.lora is not None else _stats_families(model, worker)
+            for family in (*own, *sink.families(model)):
+                if family.name in found:
+                    found[family.name].samples += family.samples
+                else:
+                    found[family.name] = family
+        yield from found.values()
 
 
 def _stats_families(model: str, worker: EngineWorker) -> Iterator[Metric]:
@@ -265,9 +282,3 @@ def _stats_families(model: str, worker: EngineWorker) -> Iterator[Metric]:
         counter = CounterMetricFamily(PREFIX + name, text, labels=_LABEL)
         counter.add_metric([model], value)
         yield counter
-    success = CounterMetricFamily(
-        PREFIX + "request_success", "Ended requests", labels=(*_LABEL, "finished_reason")
-    )
-    for reason in FinishReason:
-        success.add_metric([model, reason.value], stats.finished.get(reason.value, 0))
-    yield success

@@ -18,6 +18,7 @@ from workbench.api.endpoints import Endpoints
 from workbench.api.errors import on_http_exception, on_typed_error, on_unexpected_error
 from workbench.api.feedback import FeedbackRoute
 from workbench.api.internal import internal_app
+from workbench.api.lora import LoraRoutes
 from workbench.api.metrics import EngineMetrics
 from workbench.api.mlflow_proxy import MlflowProxy
 from workbench.api.probes import Probes
@@ -60,11 +61,14 @@ def api_routes(
 def _openai_app(host: EngineHost, settings: Settings, services: Services | None) -> Starlette:
     endpoints = Endpoints(host, settings, services)
     feedback = FeedbackRoute(services)
+    lora = LoraRoutes(host, settings)
     return Starlette(
         routes=[
             Route("/chat/completions", endpoints.chat, methods=["POST"]),
             Route("/completions", endpoints.completion, methods=["POST"]),
             Route("/feedback", feedback.post, methods=["POST"]),
+            Route("/load_lora_adapter", lora.load, methods=["POST"]),
+            Route("/unload_lora_adapter", lora.unload, methods=["POST"]),
             Route("/models", endpoints.models, methods=["GET"]),
             Route("/models/{model_id:path}", endpoints.model, methods=["GET"]),
         ],

@@ -115,6 +115,19 @@ class CompletionRequest(_Generation):
     echo: bool | None = None
 
 
+class LoadLoraRequest(_Strict):
+    """Fields are vLLM's."""
+
+    lora_name: str
+    lora_path: str  # a PEFT folder under one of the server's roots
+    load_inplace: bool = False  # whether an adapter of that name is replaced
+
+
+class UnloadLoraRequest(_Strict):
+    lora_name: str
+    lora_int_id: int | None = None  # vLLM's own number; not looked at
+
+
 class FeedbackRequest(_Strict):
     """What a person thinks of an answer; the values of each kind are `workbench.observe.feedback`'s to check."""
 

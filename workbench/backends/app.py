@@ -23,6 +23,7 @@ from engine.records import Completion, EngineStats
 from engine.sampling_params import SamplingParams
 from engine.token_kl import TokenKL
 from workbench.backends import codec
+from workbench.backends.app_client import AppClient
 from workbench.backends.protocol import (
     DEFAULT_CONCURRENCY,
     Message,
@@ -34,16 +35,14 @@ from workbench.backends.protocol import (
     one_each,
 )
 from workbench.backends.window import in_window
-from workbench.backends.wire import HttpBackend, error_of, lost
 from workbench.errors import NotReadyError, ServerUnreachableError, UnknownModelError, WorkbenchError
 from workbench.run_state import RunningApp
 
 READY_TIMEOUT_S = 180.0
-_TIMEOUT = httpx.Timeout(1800.0, connect=5.0)
 _LOADING = ("idle", "loading")
 
 
-class AppBackend(HttpBackend):
+class AppBackend(AppClient):
     """Attached to a running app.
 
     Raises:
@@ -59,7 +58,7 @@ class AppBackend(HttpBackend):
         deterministic: bool = False,
         ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
-        super().__init__(f"app {app.url}", app.url, {"authorization": f"Bearer {app.token}"}, _TIMEOUT)
+        super().__init__(app)
         self._default: str | None = None
         self._held: list[str] = []  # what this backend has loaded there and not given back
         self._lock = threading.Lock()
@@ -181,23 +180,6 @@ class AppBackend(HttpBackend):
         answers = in_window(calls, check_concurrency(max_concurrency), self.hang_up)
         return [codec.completion_from_json(answer["completions"][0]) for answer in answers]
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self._answer(lambda: self._client.post(path, json=body))
-
-    def _get(self, path: str, **query: Any) -> dict[str, Any]:
-        given = {name: value for name, value in query.items() if value is not None}
-        return self._answer(lambda: self._client.get(path, params=given))
-
-    def _answer(self, send: Any) -> dict[str, Any]:
-        try:
-            response: httpx.Response = send()
-        except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed
-            raise lost(self.name, error) from error
-        if response.status_code != 200:
-            raise error_of(response, self.name)
-        body: dict[str, Any] = response.json()
-        return body
-
     def _wait_ready(self, timeout_s: float) -> None:
         """An app that has just been started loads its model first."""
         deadline = time.monotonic() + timeout_s
@@ -210,7 +192,7 @@ class AppBackend(HttpBackend):
                     f"no app answers at {self.url} ({type(error).__name__}: {error})", value=self.url,
                     remedy="Start one with `quire up`, or remove run/app.json of this HOME_DIR if there is none.",
                 ) from error  # fmt: skip
-            if response.status_code == 200:
+            if response.status_code == 200 or facts.get("phase") == "sleeping":  # others may answer
                 return
             if facts.get("phase") not in _LOADING or time.monotonic() > deadline:
                 raise NotReadyError(

@@ -64,7 +64,7 @@ class LocalBackend(ClosesItself):
         self._host: EngineHost | None = None
         self._closing = threading.Lock()
         try:
-            self._host = _host(config, settings)
+            self._host = _host(config, settings, engine_settings.get("enable_lora", settings.enable_lora))
             self._host.start()
             state = self._host.wait()
             if not state.ready:
@@ -127,8 +127,10 @@ class LocalBackend(ClosesItself):
         return self._worker(model).stats()
 
     def records(self, model: str | None = None, since_ns: int | None = None) -> Records:
-        log = self._worker(model).records
-        return Records(log.requests(since_ns), [step_summary(step) for step in log.steps(since_ns)])
+        worker = self._worker(model)
+        log = worker.records
+        requests = [each for each in log.requests(since_ns) if each.lora == worker.lora]
+        return Records(requests, [step_summary(step) for step in log.steps(since_ns)])
 
     def close(self) -> None:
         """End the engines, give their memory and the device back. A second call does nothing."""
@@ -189,13 +191,14 @@ def _config(settings: Settings, model: str | None, engine_settings: dict[str, An
     return replace(config, model=model) if model is not None else config
 
 
-def _host(config: EngineConfig, settings: Settings) -> EngineHost:
+def _host(config: EngineConfig, settings: Settings, enable_lora: bool | None) -> EngineHost:
     from workbench.versions import resolve
 
     return EngineHost(
         config,
         factory=fake_worker if settings.fake else None,
-        resolver=lambda ref: resolve(ref, settings),
+        resolver=lambda ref: resolve(ref, settings, merged=False),
+        enable_lora=enable_lora,
     )
 
 

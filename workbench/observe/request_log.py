@@ -94,9 +94,12 @@ class RequestLog:
         self._thread = threading.Thread(target=self._writer.run, name="quire-request-log", daemon=True)
         self._thread.start()
 
-    def sink(self, model: str, version_digest: str = "") -> RequestSink:
-        """A sink for `EngineWorker.add_sink` that names the model of what it is told."""
-        return RequestSink(self, model, version_digest)
+    def sink(self, model: str, version_digest: str = "", lora: str | None = None) -> RequestSink:
+        """A sink for `EngineWorker.add_sink` that names the model of what it is told.
+
+        `lora`: the adapter that the model is (`EngineWorker.lora`): requests with another one belong to another model.
+        """
+        return RequestSink(self, model, version_digest, lora)
 
     def add_text(self, request_id: str, prompt: str | None, output: str | None) -> None:
         """Keep a request's text, as far as the policy allows; before or after the engine told of its end. Never blocks."""
@@ -160,17 +163,23 @@ class RequestLog:
 class RequestSink:
     """One worker's way into the log; an ``engine.records.Sink``."""
 
-    def __init__(self, request_log: RequestLog, model: str, version_digest: str) -> None:
+    def __init__(
+        self, request_log: RequestLog, model: str, version_digest: str, lora: str | None = None
+    ) -> None:
         self._log = request_log
         self._model = model
         self._digest = version_digest
+        self._lora = lora
 
     def on_request(self, record: RequestRecord) -> None:
-        self._log.put(row_of(record, self._model, self._digest))
+        if record.lora == self._lora:
+            self._log.put(row_of(record, self._model, self._digest))
 
     def on_event(self, event: EngineEvent) -> None:
         if event.kind == "dead":  # these requests end without a record of their own
-            for request_id in event.request_ids:
+            loras = event.loras or (None,) * len(event.request_ids)
+            own = (name for name, lora in zip(event.request_ids, loras, strict=True) if lora == self._lora)
+            for request_id in own:
                 self._log.put(failed_row(request_id, self._model, self._digest, event.at_ns, event.message))
 
     def on_step(self, record: StepRecord) -> None:

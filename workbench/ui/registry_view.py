@@ -13,6 +13,7 @@ from workbench.ui import resources
 from workbench.ui.readings import Reading
 
 if TYPE_CHECKING:
+    from workbench.resident import Resident
     from workbench.ui.resources import PageServices
     from workbench.versions.registry import AliasMove, VersionInfo
 
@@ -28,6 +29,7 @@ class VersionRow:
     info: VersionInfo
     resident_id: str | None
     is_default: bool
+    resident: Resident | None = None
 
     @property
     def name(self) -> str:
@@ -73,7 +75,7 @@ def _row(info: VersionInfo, residents: list[Any]) -> VersionRow:
     named = [r for r in residents if r.id.partition("#")[0] == own]
     same = [r for r in residents if info.ref.digest and r.digest == info.ref.digest]
     found = (named or same or [None])[0]
-    return VersionRow(info, found.id if found else None, bool(found and found.is_default))
+    return VersionRow(info, found.id if found else None, bool(found and found.is_default), found)
 
 
 def alias_of(found: list[VersionInfo], alias: str = CHAMPION) -> VersionInfo | None:

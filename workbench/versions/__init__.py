@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 __all__ = ["resolve"]
 
 
-def resolve(ref: str, settings: Settings) -> ResolvedVersion:
+def resolve(ref: str, settings: Settings, *, merged: bool = True) -> ResolvedVersion:
     """The version that `ref` names now, and a folder that the engine can load: see `resolution.resolve`."""
     from workbench.versions.resolution import resolve as resolve_now
 
-    return resolve_now(ref, settings)
+    return resolve_now(ref, settings, merged=merged)

@@ -63,7 +63,7 @@ def read_adapter(folder: Path) -> Adapter:
     """What the adapter's files say.
 
     Raises:
-        AdapterError: a file is missing or unreadable, or it is a kind of adapter that is not merged here.
+        AdapterError: a file is missing or unreadable, or it is a kind of adapter that is not served here.
     """
     digest = adapter_digest(folder)
     config = _read_config(folder)
@@ -96,11 +96,17 @@ def read_lineage(folder: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-_UNSUPPORTED = {
-    "use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {},
-    "alpha_pattern": {},
+_UNSUPPORTED: dict[str, Any] = {
+    "use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None,
 }  # fmt: skip
-"""Features of PEFT adapters that merging here does not know, and the values that mean "not used"."""
+"""Features of PEFT adapters that nothing here computes, and the values that mean "not used"."""
+_UNMERGED: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+"""Those that engines compute and merging here does not."""
+
+
+def check_mergeable(folder: Path) -> None:
+    """Raises AdapterError when the adapter can be served over its base, but not merged into it here."""
+    _refuse(folder / CONFIG_NAME, _read_config(folder), _UNMERGED)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -114,13 +120,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path} describes no LoRA adapter", value=str(path), limit="peft_type LORA", param="adapter",
             remedy="Name a LoRA adapter.",
         )  # fmt: skip
-    for name, unused in _UNSUPPORTED.items():
+    _refuse(path, config, _UNSUPPORTED)
+    return config
+
+
+def _refuse(path: Path, config: dict[str, Any], features: dict[str, Any]) -> None:
+    for name, unused in features.items():
         if config.get(name, unused) not in (unused, None, [], {}):
             raise AdapterError(
                 f"{path}: {name}={config[name]!r} is not supported", value=config[name], limit=unused, param="adapter",
                 remedy="Merge it with the library that made it, and register the merged folder.",
             )  # fmt: skip
-    return config
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workbench.versions.adapter import WEIGHTS_NAME, Adapter, read_adapter
+from workbench.versions.adapter import WEIGHTS_NAME, Adapter, check_mergeable, read_adapter
 from workbench.versions.digest import NOT_IDENTITY, folder_digest
 from workbench.versions.errors import AdapterError, WriteError, WrongBaseError
 
@@ -64,6 +64,7 @@ def merge(base_folder: Path, adapter_folder: Path, target: Path) -> Path:
     if is_merged(target):
         return target
     adapter = read_adapter(adapter_folder)
+    check_mergeable(adapter_folder)
     base_digest = folder_digest(base_folder)
     check_base(adapter, base_digest)
     staging: Path | None = None

@@ -7,7 +7,8 @@ answers, `resolve` finds the weights.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _NAME = r"[A-Za-z0-9][\w.\- ]*"
@@ -35,10 +36,12 @@ class VersionRef:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedVersion:
-    """A version and a folder that the engine can load: the adapter, if any, is merged already."""
+    """A version and a folder that the engine can load: with the adapter merged in, or of the base that `adapter` belongs to."""
 
     ref: VersionRef
     folder: Path
+    adapter: Path | None = None  # its folder, where it is not merged
+    merge: Callable[[], Path] | None = field(default=None, compare=False)  # makes the folder that holds both
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """From what a person writes to a folder that the engine loads: registry addresses, adapter folders, model folders, hub ids.
 
-Weights are found by digest; an adapter is merged into a cached folder named by the digest of what it is made of. It asks the
-registry, but changes nothing there.
+Weights are found by digest. An adapter is merged into a cached folder named by the digest of what it is made of, or, for
+engines that take adapters, handed over beside its base. It asks the registry, but changes nothing there.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
     from workbench.versions.registry import VersionInfo
 
 
-def resolve(ref: str, settings: Settings) -> ResolvedVersion:
+def resolve(ref: str, settings: Settings, *, merged: bool = True) -> ResolvedVersion:
     """The version that `ref` names now, and a folder with its weights.
+
+    `merged`: an adapter is merged into its base; else base and adapter come as they are, with a way to merge them.
 
     Raises:
         UnknownVersionError: the registry has no such version, or it is no folder and no hub id.
@@ -35,13 +38,13 @@ def resolve(ref: str, settings: Settings) -> ResolvedVersion:
     """
     folder = Path(ref).expanduser()
     if folder.is_dir():
-        return _of_folder(folder, settings)
+        return _whole(_of_folder(folder, settings), merged)
     address = parse_address(ref)
     if address is not None:
         from workbench.versions.registry import Registry
 
         which = f"@{address.alias}" if address.alias else str(address.version)
-        return _of_registered(Registry(settings).get(address.name, which), settings)
+        return _whole(_of_registered(Registry(settings).get(address.name, which), settings, merged), merged)
     if ref.startswith("models:/"):
         raise UnknownVersionError(
             f"{ref!r} names no version", value=ref, limit="models:/NAME@alias or models:/NAME/3", param="model",
@@ -49,7 +52,11 @@ def resolve(ref: str, settings: Settings) -> ResolvedVersion:
         )  # fmt: skip
     from engine.model_folder import find_model
 
-    return _of_folder(find_model(ref), settings, name=ref)
+    return _whole(_of_folder(find_model(ref), settings, name=ref), merged)
+
+
+def _whole(found: ResolvedVersion, merged: bool) -> ResolvedVersion:
+    return ResolvedVersion(found.ref, found.merge()) if merged and found.merge is not None else found
 
 
 def merged(base: Path, adapter: Path, settings: Settings) -> ResolvedVersion:
@@ -60,7 +67,7 @@ def merged(base: Path, adapter: Path, settings: Settings) -> ResolvedVersion:
     """
     found = read_adapter(adapter)
     ref = VersionRef(adapter.resolve().name, None, None, "", digest_of(base, settings), found.digest)
-    return _merged(ref, base, adapter, settings)
+    return _whole(_over(ref, base, adapter, settings), True)
 
 
 def _of_folder(folder: Path, settings: Settings, name: str = "") -> ResolvedVersion:
@@ -73,22 +80,30 @@ def _of_folder(folder: Path, settings: Settings, name: str = "") -> ResolvedVers
                 remedy="Register it with its base: quire versions register NAME --base FOLDER --adapter FOLDER.",
             )  # fmt: skip
         base = find_weights(adapter.base_digest, settings, what=f"the base of {folder}")
-        return _merged(
+        return _over(
             VersionRef(name, None, None, "", adapter.base_digest, adapter.digest), base, folder, settings
         )
     digest = digest_of(folder, settings)
     return ResolvedVersion(VersionRef(name, None, None, digest, digest), folder)
 
 
-def _of_registered(info: VersionInfo, settings: Settings) -> ResolvedVersion:
+def _of_registered(info: VersionInfo, settings: Settings, merged: bool) -> ResolvedVersion:
     ref = info.ref
     cached = merged_cache(settings, ref.digest)
-    if ref.adapter_digest and is_merged(cached):
+    if merged and ref.adapter_digest and is_merged(cached):
         return ResolvedVersion(ref, cached)
     hint = info.lineage.get("base_path", "")
-    base = find_weights(
-        ref.base_digest, settings, what=f"{ref.id}'s base {info.lineage.get('base_name', '')}", hints=[hint]
-    )
+    try:
+        base = find_weights(
+            ref.base_digest,
+            settings,
+            what=f"{ref.id}'s base {info.lineage.get('base_name', '')}",
+            hints=[hint],
+        )
+    except MissingWeightsError:
+        if ref.adapter_digest and is_merged(cached):  # made while the base was there
+            return ResolvedVersion(ref, cached)
+        raise
     if not ref.adapter_digest:
         return ResolvedVersion(ref, base)
     try:
@@ -100,15 +115,14 @@ def _of_registered(info: VersionInfo, settings: Settings) -> ResolvedVersion:
         )
     except MissingWeightsError:
         adapter = _fetch_adapter(info, settings)
-    return _merged(ref, base, adapter, settings)
+    return _over(ref, base, adapter, settings)
 
 
-def _merged(ref: VersionRef, base: Path, adapter: Path, settings: Settings) -> ResolvedVersion:
+def _over(ref: VersionRef, base: Path, adapter: Path, settings: Settings) -> ResolvedVersion:
+    """Base and adapter as they are."""
     digest = ref.digest or merged_digest(ref.base_digest, ref.adapter_digest)
-    folder = merge(base, adapter, merged_cache(settings, digest))
-    return ResolvedVersion(
-        VersionRef(ref.name, ref.version, ref.alias, digest, ref.base_digest, ref.adapter_digest), folder
-    )
+    ref = VersionRef(ref.name, ref.version, ref.alias, digest, ref.base_digest, ref.adapter_digest)
+    return ResolvedVersion(ref, base, adapter, partial(merge, base, adapter, merged_cache(settings, digest)))
 
 
 def _fetch_adapter(info: VersionInfo, settings: Settings) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from engine import (
     UnsupportedAdapterError,
 )
 from engine.engine import Engine
+from engine.plan import StepPlan
+from engine.records import EngineEvent, RequestRecord, StepRecord
+from engine.request import FinishReason
 from engine.stream import RequestStream
 
 ROOT = Path(__file__).parents[3]
@@ -92,3 +96,69 @@ def test_the_shipped_adapters_answer_in_one_engine() -> None:
         llm.remove_lora("v1")
         with pytest.raises(InvalidRequestError, match="no adapter 'v1'"):
             ask("v1")
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "float32"}], ids=["by-operation", "compiled"])
+def test_adapters_answer_after_a_sleep_that_drops_the_weights_as_before(
+    build: Callable[..., Engine], adapter: Callable[..., Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    worker = EngineWorker(build(**settings))
+    worker.add_lora("a", adapter(tmp_path / "a", seed=0))
+    worker.start()
+    try:
+        before = [tokens(worker.submit(PROMPT, LONG, lora=name)) for name in ("a", None)]
+        assert before[0] != before[1]
+        worker.sleep(2)
+        worker.add_lora("b", adapter(tmp_path / "b", seed=1))
+        worker.wake_up()
+        assert [tokens(worker.submit(PROMPT, LONG, lora=name)) for name in ("a", None)] == before
+        assert tokens(worker.submit(PROMPT, LONG, lora="b")) not in before
+    finally:
+        worker.close()
+
+
+class Ended:
+    """Which requests a sink heard of: by a record, or by the engine's death."""
+
+    def __init__(self) -> None:
+        self.recorded: list[str] = []
+        self.lost: dict[str, str | None] = {}
+
+    def on_request(self, record: RequestRecord) -> None:
+        self.recorded.append(record.request_id)
+
+    def on_event(self, event: EngineEvent) -> None:
+        if event.kind == "dead":
+            self.lost = dict(zip(event.request_ids, event.loras, strict=True))
+
+    def on_step(self, record: StepRecord) -> None:
+        assert self.hears_steps
+
+    hears_steps = False
+
+
+def test_a_sink_of_an_adapter_hears_of_its_requests_and_death_names_each_ones_adapter(
+    build: Callable[..., Engine], adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    engine = build()
+    worker = EngineWorker(engine)
+    worker.add_lora("a", adapter(tmp_path / "a"))
+    own, every = Ended(), Ended()
+    every.hears_steps = True
+    worker.add_sink(own, lora="a")
+    worker.add_sink(every)
+    worker.start()
+    for name, lora in (("with", "a"), ("without", None)):
+        tokens(worker.submit(PROMPT, LONG, lora=lora, request_id=name))
+
+    def lost(plan: StepPlan) -> None:
+        raise EngineDeadError("device lost")
+
+    engine._runner.submit = lost  # type: ignore[method-assign]
+    streams = worker.submit_all([PROMPT, PROMPT], [LONG, LONG], loras=["a", None])
+    assert [stream.result(60).finish_reason for stream in streams] == [FinishReason.ERROR] * 2
+    deadline = time.monotonic() + 10
+    while not every.lost and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (own.recorded, every.recorded) == (["with"], ["with", "without"])
+    assert own.lost == every.lost == {streams[0].request_id: "a", streams[1].request_id: None}

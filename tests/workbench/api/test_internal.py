@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from engine.llm import LLM
 from engine.sampling_params import SamplingParams
 from workbench.backends import codec
 from workbench.host import fake_worker
+from workbench.versions.ref import ResolvedVersion, VersionRef
 
 ROUTES = [
     ("GET", "/quire/residents"), ("GET", "/quire/stats"), ("GET", "/quire/records"), ("POST", "/quire/load"),
@@ -25,26 +26,13 @@ ROUTES = [
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3)
 
 
-@dataclass(frozen=True)
-class _Ref:
-    name: str
-    version: int
-    digest: str = ""
-
-
-@dataclass(frozen=True)
-class _Resolved:
-    ref: _Ref
-    folder: Path
-
-
 @pytest.fixture(scope="module")
 def versioned(serve: Any, tiny_model: Path) -> Iterator[Any]:
     """A server over FakeRunner whose registry knows tickets/1 and tickets/2."""
 
     def resolver(ref: str) -> Any:
         version = 1 if "@" in ref else int(ref.rpartition("/")[2])
-        return _Resolved(_Ref("tickets", version, f"digest-{version}"), tiny_model)
+        return ResolvedVersion(VersionRef("tickets", version, None, f"digest-{version}", ""), tiny_model)
 
     with serve(partial(fake_worker, delay_s=0.002), resolver=resolver) as running:
         yield running

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import shutil
 import signal
 import socket
 import subprocess
@@ -189,28 +188,3 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quire]:
         yield running
     finally:
         running.close()
-
-
-@pytest.fixture(scope="session")
-def other_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two models of the tiny one's shape with other random weights."""
-    import numpy as np
-    from safetensors.numpy import load_file, save_file
-
-    weights = load_file(tiny_model / "model.safetensors")
-    made = []
-    for version in (2, 3):
-        folder = tmp_path_factory.mktemp("versions") / f"v{version}"
-        shutil.copytree(tiny_model, folder)
-        generator = np.random.default_rng(version)
-        changed = {
-            name: w + generator.standard_normal(w.shape).astype(w.dtype) * 0.05 for name, w in weights.items()
-        }
-        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-        made.append(folder)
-    return made
-
-
-@pytest.fixture(scope="session")
-def other_model(other_models: list[Path]) -> Path:
-    return other_models[0]

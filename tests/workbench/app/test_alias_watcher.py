@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,9 @@ from workbench.errors import UnknownModelError
 from workbench.host import EngineHost, fake_worker
 from workbench.ports import free_port
 from workbench.settings import FAKE_MODEL, Settings
+from workbench.versions.ref import ResolvedVersion, VersionRef
 
 CHAMPION = "tickets@champion"
-
-
-@dataclass(frozen=True)
-class _Ref:
-    name: str
-    version: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class _Resolved:
-    ref: _Ref
-    folder: Path
 
 
 class FakeRegistry:
@@ -56,7 +43,7 @@ class FakeRegistry:
         self.resolved.append(version)
         if version in self.broken:
             raise UnknownModelError(f"weights digest-{version} are not here", value=version)
-        return _Resolved(_Ref("tickets", version, f"digest-{version}"), self.folder)
+        return ResolvedVersion(VersionRef("tickets", version, None, f"digest-{version}", ""), self.folder)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from workbench.resident_table import ResidentTable, Slot, Wish
 
 READY = HostState(HostPhase.READY, "Ready", 1.0)
 VERSIONS = st.integers(1, 4)
+ADAPTERS = st.integers(1, 3)
 ALIASES = st.sampled_from(["m@champion", "m@candidate"])
 
 
@@ -78,10 +79,26 @@ class TableMachine(RuleBasedStateMachine):
             slot.holds = max(0, slot.holds - 1)
             self.leave(self.table.settle())
 
+    @rule(number=ADAPTERS, on=VERSIONS)
+    def add_adapter(self, number: int, on: int) -> None:
+        """As EngineHost.load_adapter, over a model that is there."""
+        base = self.table.lookup(f"m/{on}")
+        if base is not None and self.table.lookup(f"a{number}") is None:
+            source = ModelSource(f"/a{number}", f"a{number}", base.source.path, adapter=f"/a{number}")
+            slot = Slot(source, source.id, base.deterministic, READY, digest=f"{number}", base=base)
+            self.table.add(slot)
+            self.leave(self.table.grant(slot, Wish(pinned=True)))
+
+    @rule(number=ADAPTERS)
+    def unload_adapter(self, number: int) -> None:
+        slot = self.table.lookup(f"a{number}")
+        if slot is not None:
+            self.leave(self.table.drop_reasons(slot))
+
     @rule(version=VERSIONS)
     def unload(self, version: int) -> None:
         slot = self.table.lookup(f"m/{version}")
-        if slot is not None and slot is not self.table.default:
+        if slot is not None and slot is not self.table.default and not self.table.carries(slot):
             self.leave(self.table.drop_reasons(slot))
             assert not any(slot is other for other in self.table.slots)
 
@@ -99,7 +116,8 @@ class TableMachine(RuleBasedStateMachine):
         table = self.table
         followed = [each.slot for each in table.follows.values()]
         for slot in table.slots:
-            assert slot is table.default or slot.pinned or slot.holds or any(slot is f for f in followed)
+            wanted = slot is table.default or slot.pinned or slot.holds or any(slot is f for f in followed)
+            assert wanted or table.carries(slot)
         for slot in table.draining:
             assert not slot.pinned
             assert not slot.holds
@@ -110,6 +128,7 @@ class TableMachine(RuleBasedStateMachine):
         here = list(map(id, table.slots))
         assert table.default is None or id(table.default) in here
         assert all(id(slot) in here for slot in table.aliases.values())
+        assert all(id(slot.base) in here for slot in table.slots if slot.base), "an adapter's engine is there"
         assert all(each.slot is None or id(each.slot) in here for each in table.follows.values())
         assert all(table.aliases[ref] is each.slot for ref, each in table.follows.items())
         assert len({slot.id for slot in table.slots}) == len(table.slots), "ids are unique"

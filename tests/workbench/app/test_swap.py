@@ -7,7 +7,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,10 @@ from workbench.errors import NotReadyError, UnknownModelError
 from workbench.host import EngineHost, HostPhase, ResidentInUseError, fake_worker
 from workbench.memory_budget import _first_on_gpu, _further, _Needs, fit_beside
 from workbench.settings import FAKE_MODEL
+from workbench.versions.ref import ResolvedVersion, VersionRef
 
 PROMPTS = [[20 + i, 40 + i, 60 + i, 7] for i in range(16)]
 LONG = SamplingParams(max_tokens=480, temperature=0.0, ignore_eos=True)
-
-
-@dataclass(frozen=True)
-class _Ref:
-    name: str
-    version: int
-    digest: str = ""
-
-
-@dataclass(frozen=True)
-class _Resolved:
-    ref: _Ref
-    folder: Path
 
 
 class Versions:
@@ -55,7 +42,9 @@ class Versions:
         version = self.champion if what == "@champion" else int(what)
         if version not in self.folders:
             raise UnknownModelError(f"{name} has no version {version}", value=version)
-        return _Resolved(_Ref(name, version, f"digest-{version}"), self.folders[version])
+        return ResolvedVersion(
+            VersionRef(name, version, None, f"digest-{version}", ""), self.folders[version]
+        )
 
 
 @pytest.fixture(scope="module")

@@ -74,9 +74,11 @@ def test_every_request_of_a_real_engine_thread_is_logged(tmp_path):
 
 def test_requests_of_a_dying_engine_are_logged_as_errors(tmp_path):
     with RequestLog(tmp_path) as log:
-        log.sink("m", "").on_event(EngineEvent("dead", time.monotonic_ns(), "device lost", ("a", "b")))
+        lost = EngineEvent("dead", time.monotonic_ns(), "device lost", ("a", "b"), (None, "adapter"))
+        for sink in (log.sink("m", ""), log.sink("m/1", "", "adapter")):
+            sink.on_event(lost)
     rows = RequestLog.read(tmp_path)
-    assert set(rows["request_id"]) == {"a", "b"}
+    assert dict(zip(rows["request_id"], rows["model"])) == {"a": "m", "b": "m/1"}
     assert set(rows["error"]) == {"device lost"}
     assert set(rows["finish_reason"]) == {"error"}
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from workbench.ui import formats, markup, resources, theme
-from workbench.ui.components import block_map, limit_bar, live, memory_ledger, step_timeline, top_bar
+from workbench.ui.components import (
+    block_map,
+    limit_bar,
+    live,
+    memory_ledger,
+    sleep_button,
+    step_timeline,
+    top_bar,
+)
 from workbench.ui.components.live import Query, Shown
 from workbench.ui.markup import Tile, term
 
@@ -33,6 +41,8 @@ def show(bar: top_bar.Bar, window_s: int) -> int | None:
         st.html(live.slots(now, "engine-limit"))
     with button:
         limit_bar.measure_button(bar.view)
+        if bar.view.card is not None:
+            sleep_button.show(resources.host().find(bar.view.card.id), "engine")
     left, right = st.columns([1.55, 1], gap="medium")
     with left:
         picked = step_timeline.show_payload(now.data["timeline"], now.at_s or 0.0)

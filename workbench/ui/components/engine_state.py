@@ -15,6 +15,7 @@ from engine.records import EngineStats, Health, HealthState
 from workbench.errors import WorkbenchError
 from workbench.resident import HostPhase, HostState
 from workbench.ui import markup, resources
+from workbench.ui.components import action_state, sleep_button
 
 if TYPE_CHECKING:
     from engine.worker import EngineWorker
@@ -70,6 +71,8 @@ def _chip(view: EngineView) -> tuple[str, str]:
     if view.stats is None or view.health is None:
         if view.loading:
             return "warn", f"loading {view.state.fraction:.0%}"
+        if view.state.phase is HostPhase.SLEEPING:
+            return "warn", "asleep"
         return "bad", "engine stopped" if view.state.phase is HostPhase.CLOSED else "engine failed"
     if view.health.state is HealthState.DEAD:
         return "bad", "engine stopped"
@@ -89,6 +92,8 @@ def show(view: EngineView) -> EngineWorker | None:
         return view.worker
     if view.loading:
         _show_loading(view)
+    elif view.state.phase is HostPhase.SLEEPING:
+        _show_asleep(view)
     elif view.dead and view.health is not None:
         reason = view.health.message or "It takes no more requests."
         st.html(markup.panel("bad", "The engine has stopped", reason, _AFTER_DEATH))
@@ -107,6 +112,15 @@ def _show_loading(view: EngineView) -> None:
     name = view.card.title if view.card else "the model"
     st.html(markup.panel("info", f"Loading {name}", "This page goes on by itself when the model is ready."))
     st.progress(view.state.fraction, text=view.state.message or "Starting")
+
+
+def _show_asleep(view: EngineView) -> None:
+    name = view.card.title if view.card else "The model"
+    told = f"{view.state.message}. Its device memory is free for others; requests to it are refused until somebody wakes it."
+    st.html(markup.panel("info", f"{name} sleeps", told))
+    action_state.show(sleep_button.ACTIONS)
+    if view.card is not None:
+        sleep_button.show(resources.host().find(view.card.id), "waiting")
 
 
 def _show_failed(state: HostState) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from workbench.resident import HostPhase
 from workbench.ui import formats, markup, resources
-from workbench.ui.components import action_state, confirm
+from workbench.ui.components import action_state, confirm, sleep_button
 from workbench.ui.registry_view import CHAMPION, REGISTRY, VersionRow
 
 if TYPE_CHECKING:
@@ -26,17 +27,15 @@ def show(services: PageServices, row: VersionRow, champion: int | None) -> None:
             st.html(as_html(row))
         with buttons, st.container(horizontal=True, horizontal_alignment="right"):
             _load_button(row)
+            if row.resident is not None:
+                sleep_button.show(row.resident, row.ref, ACTIONS)
             if row.version != champion:
                 _promote_button(services, row, champion)
 
 
 def as_html(row: VersionRow) -> str:
     info = row.info
-    state = ""
-    if row.is_default:
-        state = markup.chip("busy", "loaded, the default")
-    elif row.resident_id:
-        state = markup.chip("ok", "loaded")
+    state = _state_html(row)
     facts = [
         formats.bytes_of(info.size_bytes) if info.size_bytes else "",
         f"registered {formats.since(str(info.created_at))}" if info.created_at else "",
@@ -51,6 +50,23 @@ def as_html(row: VersionRow) -> str:
         f"<div>{markup.version_name(row.name, row.version, info.ref.digest or '', info.aliases)} {state}</div>{about}"
         f'<div class="q-figures">{told}</div>{lineage_html(info.lineage)}'
     )
+
+
+def _state_html(row: VersionRow) -> str:
+    """Whether it is loaded, and whether an adapter is served over its base or merged."""
+    resident = row.resident
+    if resident is None:
+        return ""
+    told = "asleep" if resident.state.phase is HostPhase.SLEEPING else "loaded"
+    if row.is_default:
+        told += ", the default"
+    if resident.parent:
+        told += f", an adapter of {resident.parent}"
+    kind = "warn" if told.startswith("asleep") else "busy" if row.is_default else "ok"
+    merged = (
+        f" {markup.chip('idle', f'merged: {resident.merged_because}')}" if resident.merged_because else ""
+    )
+    return markup.chip(kind, told) + merged
 
 
 def lineage_html(lineage: Any) -> str:

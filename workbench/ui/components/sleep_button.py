@@ -1,0 +1,30 @@
+"""Sleep and wake of a resident's engine, as one button that starts an action."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from workbench.resident import HostPhase
+from workbench.ui import resources
+from workbench.ui.components import action_state
+
+if TYPE_CHECKING:
+    from workbench.resident import Resident
+
+ACTIONS = "sleep:"
+_SLEEP = "Give its device memory to others; running answers end first. Its adapters sleep with it, requests are refused meanwhile."
+_WAKE = "Take requests again, with its adapters."
+
+
+def show(resident: Resident, key: str, prefix: str = ACTIONS) -> None:
+    """Render it for a resident that is loaded; nothing for others. `prefix`: of the action that a click starts."""
+    if not resident.state.loaded:
+        return
+    host, engine = resources.host(), resident.parent or resident.id  # an adapter sleeps with its base
+    is_asleep = resident.state.phase is HostPhase.SLEEPING
+    label, act = ("Wake", host.wake) if is_asleep else ("Sleep", host.sleep)
+    if st.button(label, key=f"sleep_{key}", help=_WAKE if is_asleep else _SLEEP):
+        action_state.start(f"{prefix}{label}:{engine}", f"{label} {engine}", lambda: act(engine))
+        st.rerun()
