@@ -41,6 +41,7 @@ from engine.records import (
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from engine.stream import RequestStream, StreamHub
+from engine.structured_outputs import StructuredOutputsParams
 from engine.worker_messages import Abort, Add, AddLora, Ask, Close, Message, RemoveLora, Sleep, Wish
 
 if TYPE_CHECKING:
@@ -184,6 +185,10 @@ class EngineWorker:
             asked = zip(tokenized, params, loras or [None] * len(tokenized), strict=True)
             each = [(ids, one, lora) for ids, given, lora in asked for one in given.each()]
             return self._queue([self._open_stream(ids, one, lora=lora) for ids, one, lora in each])
+
+    def compile_grammar(self, structured: StructuredOutputsParams) -> None:
+        """Stands in for the engine's own until grammars are there: nothing is compiled, and nothing constrained."""
+        del structured
 
     def _open_stream(
         self,
