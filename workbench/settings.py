@@ -52,6 +52,8 @@ class Settings(BaseSettings):
     swap_space_bytes: int = Field(default=0, ge=0)  # host memory for cached KV blocks; 0: none
     deterministic: bool = False
     enable_prefix_cache: bool = True
+    tool_call_parser: str | None = None  # None: as the model's chat template shows
+    reasoning_parser: str | None = None
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)  # of one API request
     log_level: LogLevel = "warning"
     fake: bool = False  # no model: the engine runs on FakeRunner (tests and page work)
@@ -105,6 +107,8 @@ class Settings(BaseSettings):
             swap_space_bytes=self.swap_space_bytes,
             deterministic=self.deterministic,
             enable_prefix_cache=self.enable_prefix_cache,
+            tool_call_parser=self.tool_call_parser,
+            reasoning_parser=self.reasoning_parser,
         )
 
     def to_env(self) -> dict[str, str]:
