@@ -31,6 +31,7 @@ from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats, MemoryLedger, RequestRecord, StepRecord
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from engine.structured_outputs import StructuredOutputsParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,10 @@ def params_from_json(values: Mapping[str, Any]) -> SamplingParams:
             raise InvalidParamsError(
                 f"unknown sampling parameter {name!r}", value=name, limit=sorted(_PARAMS), param=str(name)
             )
-    return SamplingParams(**values)
+    given = dict(values)
+    if isinstance(structured := given.get("structured_outputs"), Mapping):
+        given["structured_outputs"] = StructuredOutputsParams.from_dict(dict(structured))
+    return SamplingParams(**given)
 
 
 # ── completions ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from workbench.services import Services
+from workbench.settings import Settings
+from workbench.terminal_chat import Answer, ChatOptions, ServerPartner
 
 TEMPLATE = "{# <think></think> <tool_call> #}"
 THOUGHTS, ANSWER = "Hm.\n1 + 1?", "2."
@@ -67,3 +72,31 @@ def test_without_reasoning_markers_in_the_template_nothing_is_split(script: Any)
     answer = script.ask()
     assert answer.choices[0].message.content == "a <b>"
     assert answer.usage.completion_tokens_details is None
+
+
+def test_the_terminal_shows_reasoning_first_and_keeps_the_answer_alone(script: Any) -> None:
+    script.says(TEXT, TEMPLATE)
+    partner, answer = ServerPartner(script.server.url), Answer()
+    shown = "".join(partner.ask([{"role": "user", "content": "?"}], ChatOptions(), answer))
+    partner.close()
+    assert (shown, answer.text) == (f"{THOUGHTS}\n\n{ANSWER}", ANSWER)
+    assert answer.ttft_ms is not None
+
+
+def test_the_request_log_keeps_reasoning_and_calls_as_the_model_wrote_them(
+    script: Any, serve: Any, tmp_path: Path
+) -> None:
+    text = f'{TEXT}<tool_call>{{"name": "f", "arguments": {{}}}}</tool_call>'
+    own = type(script)()
+    own.says(text, TEMPLATE)
+    services = Services(Settings(home_dir=tmp_path, request_text="full"))
+    services.open()
+    try:
+        with serve(own.worker, services=services) as server:
+            tools = [{"type": "function", "function": {"name": "f"}}]
+            assert server.post(tools=tools, stream=True).status_code == 200
+        assert services.request_log is not None
+        [row] = services.request_log.read(tmp_path).to_dict("records")
+    finally:
+        services.close()
+    assert row["output"] == text

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from engine.sampling_params import SamplingParams
 from engine.structured_outputs import StructuredOutputsParams
+from workbench.backends.openai import OpenAIBackend
 
 
 class City(BaseModel):
@@ -57,3 +59,23 @@ def test_vllms_fields_are_the_same(
     assert response.status_code == 200, response.text
     wanted = StructuredOutputsParams(**asked) if asked is not None else None
     assert script.last_params().structured_outputs == wanted
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        StructuredOutputsParams(json={"type": "object"}, any_whitespace=False),
+        StructuredOutputsParams(choice=("{}", "b")),
+        StructuredOutputsParams(json_object=True),
+    ],
+)
+def test_our_own_client_of_other_servers_says_it_in_vllms_names(
+    script: Any, asked: StructuredOutputsParams
+) -> None:
+    script.says("{}")
+    with OpenAIBackend(script.server.url) as backend:
+        [done] = backend.chat(
+            [{"role": "user", "content": "?"}], SamplingParams(max_tokens=9, structured_outputs=asked)
+        )
+    assert done.text == "{}"
+    assert script.last_params().structured_outputs == asked

@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from engine.config import EngineConfig
+from workbench.host import load_worker
+from workbench.settings import bundled_model
+
 WEATHER = {
     "type": "function",
     "function": {
@@ -191,3 +195,28 @@ def test_a_forced_call_cut_by_length_is_no_call(script: Any) -> None:
     choice = script.ask(tools=TOOLS, tool_choice="required", max_tokens=45).choices[0]
     assert (choice.finish_reason, choice.message.tool_calls) == ("length", None)
     assert choice.message.content == '[{"name": "weather", "parameters": {"city": "U'[:45]
+
+
+def test_the_bundled_model_calls_a_tool_and_uses_its_result(serve: Any) -> None:
+    chips = json.loads((bundled_model() / "prompt_chips.json").read_text("utf-8"))["chips"]
+    chip = next(each for each in chips if each["family"] == "tool_call")
+    config = EngineConfig(model=str(bundled_model()), device="cpu", num_blocks=128, num_threads=1)
+    with serve(load_worker, config) as server:
+        ask = {"model": server.model, "messages": chip["messages"], "tools": chip["tools"], "temperature": 0}
+        choice = server.openai.chat.completions.create(**ask).choices[0]
+        _, [told], finish = streamed(server.openai.chat.completions.create(**ask, stream=True))
+        [call] = choice.message.tool_calls
+        result = {"role": "tool", "tool_call_id": call.id, "content": "{}"}
+        again = {**ask, "messages": [*chip["messages"], choice.message, result]}
+        after = server.openai.chat.completions.create(**again).choices[0]
+    assert (call.function.name, json.loads(call.function.arguments)) == (
+        chip["check"]["tool_name"], chip["check"]["arguments"],
+    )  # fmt: skip
+    assert (told["name"], told["arguments"], finish) == (
+        call.function.name,
+        call.function.arguments,
+        "tool_calls",
+    )
+    assert choice.finish_reason == "tool_calls"
+    assert after.finish_reason == "stop"
+    assert after.message.content

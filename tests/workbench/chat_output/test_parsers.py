@@ -186,7 +186,7 @@ PARTS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(sorted(FORMATS)),
     st.lists(st.sampled_from(PARTS), max_size=8).map("".join),
