@@ -17,6 +17,7 @@ from workbench.api.schema import ChatRequest, CompletionRequest, ResponseFormat
 from workbench.errors import ApiError
 
 if TYPE_CHECKING:
+    from engine.sampling_params import SamplingParams
     from engine.worker import EngineWorker
 
 _GUIDED = {
@@ -34,14 +35,20 @@ class Constraint:
     structured: StructuredOutputsParams
     param: str
 
-    async def compile(self, worker: EngineWorker) -> None:
-        """Have its grammar made, beside the event loop. Raises InvalidParamsError, by the field's name."""
-        try:
-            await asyncio.to_thread(worker.compile_grammar, self.structured)
-        except InvalidParamsError as error:
-            raise InvalidParamsError(
-                error.message, value=error.value, limit=error.limit, remedy=error.remedy, param=self.param
-            ) from error
+
+async def constrained(
+    params: SamplingParams, constraint: Constraint | None, worker: EngineWorker
+) -> SamplingParams:
+    """The parameters with the constraint, whose grammar is made beside the event loop. Raises InvalidParamsError, by the field's name."""
+    if constraint is None:
+        return params
+    try:
+        await asyncio.to_thread(worker.compile_grammar, constraint.structured)
+    except InvalidParamsError as error:
+        raise InvalidParamsError(
+            error.message, value=error.value, limit=error.limit, remedy=error.remedy, param=constraint.param
+        ) from error
+    return params.with_(structured_outputs=constraint.structured)
 
 
 def constraint_of(body: ChatRequest | CompletionRequest) -> Constraint | None:

@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import EngineDeadError
-from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from engine.sampling_params import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 from workbench.api.answer_log import AnswerLog
-from workbench.api.constraints import Constraint, constraint_of
+from workbench.api.constraints import constrained, constraint_of
 from workbench.api.errors import json_response
 from workbench.api.generation import GenerationResponse, submit_choices
 from workbench.api.intake import read_json, take_request_id
@@ -87,7 +87,7 @@ class Endpoints:
         params, include_usage = _chat_params(body), _include_usage(body)
         messages = [_template_message(message) for message in body.messages]
         offered = offered_tools(body)
-        constraint = _one_constraint(constraint_of(body), offered)
+        constraint = offered.one_constraint(constraint_of(body))
         size = sum(len(message["content"]) for message in messages)
         prompt = await _maybe_off_loop(
             size,
@@ -98,9 +98,9 @@ class Endpoints:
         syntax = _syntax(worker, prompt, offered, is_constrained=constraint is not None)
         if syntax.shows_special_tokens:
             params = params.with_(skip_special_tokens=False)
-        if syntax.stop_after_call is not None:
+        if syntax.stop_after_call is not None and len(params.stop) < MAX_STOP_STRINGS:
             params = params.with_(stop=(*params.stop, syntax.stop_after_call))
-        params = await _constrained(params, constraint, worker)
+        params = await constrained(params, constraint, worker)
         wire = ChatWire(
             self._head("chatcmpl", request_id, body.model), tokenizer.token_text,
             wants_logprobs=bool(body.logprobs), include_usage=include_usage,
@@ -121,13 +121,13 @@ class Endpoints:
     ) -> Response:
         tokenizer = _tokenizer_of(worker)
         params = _common_params(body, body.max_tokens, _DEFAULT_COMPLETION_TOKENS, body.logprobs)
-        include_usage = _include_usage(body)
+        include_usage, constraint = _include_usage(body), constraint_of(body)
         given = _prompt_list(body.prompt)
         size = sum(len(p) for p in given if isinstance(p, str))
         prompts = await _maybe_off_loop(
             size, lambda: [tokenizer.encode(p) if isinstance(p, str) else p for p in given]
         )
-        params = await _constrained(params, constraint_of(body), worker)
+        params = await constrained(params, constraint, worker)
         wire = CompletionWire(
             self._head("cmpl", request_id, body.model), tokenizer.token_text,
             wants_logprobs=body.logprobs is not None, include_usage=include_usage,
@@ -200,20 +200,14 @@ def _tokenizer_of(worker: EngineWorker) -> TokenizerLike:
     return worker.tokenizer
 
 
-def _one_constraint(asked: Constraint | None, offered: OfferedTools) -> Constraint | None:
-    """The constraint of the whole output, which is the request's own or that of a forced call."""
-    if asked is not None and offered.tools:
-        raise ApiError(
-            f"{asked.param} and tools contradict each other: an output of that form calls none", value=len(offered.tools),
-            limit=0, param=asked.param, remedy="Send one of them, or tool_choice='none'.",
-        )  # fmt: skip
-    return asked or offered.constraint
-
-
 def _syntax(
     worker: EngineWorker, prompt: list[int], offered: OfferedTools, *, is_constrained: bool
 ) -> OutputSyntax:
-    """What to look for in the answers; a constrained output begins at once, without reasoning. A model that cannot call refuses tools."""
+    """What to look for in the answers. A constrained output begins at once, without reasoning.
+
+    Raises:
+        UnsupportedFieldError: tools that may be called, for a model without a way to call them.
+    """
     if is_constrained:
         return OutputSyntax(offered.forced, max_calls=None if offered.parallel else 1)
     syntax = output_syntax(
@@ -226,16 +220,6 @@ def _syntax(
             param="tools", remedy="Leave tools out, set tool_choice to 'required', or name the format in QUIRE_TOOL_CALL_PARSER.",
         )  # fmt: skip
     return syntax
-
-
-async def _constrained(
-    params: SamplingParams, constraint: Constraint | None, worker: EngineWorker
-) -> SamplingParams:
-    """The parameters with the constraint, its grammar made: nothing else waits for that."""
-    if constraint is None:
-        return params
-    await constraint.compile(worker)
-    return params.with_(structured_outputs=constraint.structured)
 
 
 def _chat_params(body: ChatRequest) -> SamplingParams:

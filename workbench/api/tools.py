@@ -30,6 +30,15 @@ class OfferedTools:
     forced: CallFormat | None = None  # how a forced call is written
     constraint: Constraint | None = None  # what forces it
 
+    def one_constraint(self, asked: Constraint | None) -> Constraint | None:
+        """That of the whole output: the request's own or that of a forced call. Raises ApiError where tools would never be called."""
+        if asked is not None and self.tools:
+            raise ApiError(
+                f"{asked.param} and tools contradict each other: an output of that form calls none", value=len(self.tools),
+                limit=0, param=asked.param, remedy="Send one of them, or tool_choice='none'.",
+            )  # fmt: skip
+        return asked or self.constraint
+
 
 def offered_tools(body: ChatRequest) -> OfferedTools:
     """The body's tools.

@@ -40,8 +40,10 @@ class OutputSyntax:
 
     @property
     def stop_after_call(self) -> str | None:
-        """The text behind the first call, where only one is allowed and calls end with a marker."""
-        return self.calls.end or None if self.calls is not None and self.max_calls == 1 else None
+        """The text behind the first call, where only one is allowed and calls end with a marker, which thoughts may hold."""
+        if self.calls is None or self.max_calls != 1 or self.reasoning is not None:
+            return None
+        return self.calls.end or None
 
     def parser(self) -> OutputParser:
         """A new output's parser."""
