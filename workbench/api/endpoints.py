@@ -24,7 +24,8 @@ from workbench.api.intake import read_json, take_request_id
 from workbench.api.schema import ChatRequest, CompletionRequest, Message, parse
 from workbench.api.tools import OfferedTools, offered_tools
 from workbench.api.wire import ChatWire, CompletionWire, Head
-from workbench.chat_output import OutputSyntax, output_syntax
+from workbench.chat_output import OutputSyntax, begin_constrained, output_syntax
+from workbench.chat_output.syntax import find_calls
 from workbench.errors import ApiError, UnknownModelError, UnsupportedFieldError
 from workbench.host import EngineHost, Resident
 from workbench.settings import Settings
@@ -86,7 +87,8 @@ class Endpoints:
         tokenizer = _tokenizer_of(worker)
         params, include_usage = _chat_params(body), _include_usage(body)
         messages = [_template_message(message) for message in body.messages]
-        offered = offered_tools(body)
+        config = worker.config
+        offered = offered_tools(body, lambda: find_calls(tokenizer, config.tool_call_parser))
         constraint = offered.one_constraint(constraint_of(body))
         size = sum(len(message["content"]) for message in messages)
         prompt = await _maybe_off_loop(
@@ -95,6 +97,8 @@ class Endpoints:
                 messages, tools=offered.tools or None, chat_template_kwargs=body.chat_template_kwargs
             ),
         )
+        if constraint is not None:
+            prompt = begin_constrained(tokenizer, prompt, offered.opening, config.reasoning_parser)
         syntax = _syntax(worker, prompt, offered, is_constrained=constraint is not None)
         if syntax.shows_special_tokens:
             params = params.with_(skip_special_tokens=False)

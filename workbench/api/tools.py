@@ -1,20 +1,22 @@
 """Which tools a chat request offers, whether it forces a call, and the grammar that does.
 
-A forced call is constrained as vLLM does it: `required` makes the output a JSON list of calls, a named function makes it that
-function's arguments; a model's own markers around a call are mostly single special tokens, which no grammar of text has.
+A forced call is constrained from its first token. Where a model writes calls as JSON objects (Hermes, Qwen, Llama 3, the bundled
+model), what opens a call is written into the prompt and the output is that object, so one call. For all others it is as in
+vLLM: `required` makes the output a JSON list of calls, a named function makes it that function's arguments.
 
 Boundary: from a checked body to what template, grammar and parser need.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.structured_outputs import StructuredOutputsParams
 from workbench.api.constraints import Constraint, check_strict, schemas_in
 from workbench.api.schema import ChatRequest, NamedToolChoice, Tool
-from workbench.chat_output.formats import CallFormat, json_arguments, json_list
+from workbench.chat_output.formats import CallFormat, json_arguments, json_list, json_object
 from workbench.errors import ApiError, UnsupportedFieldError
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -29,6 +31,7 @@ class OfferedTools:
     parallel: bool = True
     forced: CallFormat | None = None  # how a forced call is written
     constraint: Constraint | None = None  # what forces it
+    opening: str = ""  # what stands before it, written into the prompt
 
     def one_constraint(self, asked: Constraint | None) -> Constraint | None:
         """That of the whole output: the request's own or that of a forced call. Raises ApiError where tools would never be called."""
@@ -40,8 +43,8 @@ class OfferedTools:
         return asked or self.constraint
 
 
-def offered_tools(body: ChatRequest) -> OfferedTools:
-    """The body's tools.
+def offered_tools(body: ChatRequest, own_format: Callable[[], CallFormat | None]) -> OfferedTools:
+    """The body's tools. `own_format`: the model's.
 
     Raises:
         ApiError: a choice without tools, or of a tool that is not among them; a schema that is not strict where it says so.
@@ -61,14 +64,27 @@ def offered_tools(body: ChatRequest) -> OfferedTools:
     parallel = body.parallel_tool_calls is not False
     if choice in (None, "auto"):
         return OfferedTools(plain, parallel)
+    return _forced(plain, parallel, tools, choice, own_format())
+
+
+def _forced(
+    plain: list[dict[str, Any]], parallel: bool, tools: list[Tool], choice: Any, own: CallFormat | None
+) -> OfferedTools:
+    """Tools of which one must be called: any of them, or the one that `choice` names."""
+    where, opening = "tools", ""
     if isinstance(choice, NamedToolChoice):
         index, tool = _named(tools, choice.function.name)
-        schema, where = _parameters(tool), f"tools.{index}.function.parameters"
-        forced = json_arguments(tool.function.name)
+        where, tools = f"tools.{index}.function.parameters", [tool]
+    key = own.arguments_key if own is not None else None
+    if own is not None and key is not None:
+        schema, form, opening = _one_call(tools, key), json_object(), own.opening
+    elif isinstance(choice, NamedToolChoice):
+        schema, form = _parameters(tools[0]), json_arguments(tools[0].function.name)
     else:
-        schema, where, forced = _list_of_calls(tools, parallel), "tools", json_list()
-    structured = StructuredOutputsParams(json=schema, any_whitespace=False)  # type: ignore[arg-type]  # a mapping is kept as text
-    return OfferedTools(plain, parallel, forced, Constraint(structured, where))
+        schema, form = _list_of_calls(tools, parallel), json_list()
+    # A model has its habits of white space in calls of its own form; elsewhere it might go on with it for ever.
+    structured = StructuredOutputsParams(json=schema, any_whitespace=key is not None)  # type: ignore[arg-type]  # kept as text
+    return OfferedTools(plain, parallel, form, Constraint(structured, where), opening)
 
 
 def _check(tools: list[Tool], *, is_forced: bool) -> None:
@@ -106,38 +122,41 @@ def _parameters(tool: Tool) -> dict[str, Any]:
 
 
 def _list_of_calls(tools: list[Tool], parallel: bool) -> dict[str, Any]:
-    """The schema of ``[{"name": …, "parameters": …}, …]``. Definitions move to its root, where references look for them."""
-    schema: dict[str, Any] = {"type": "array", "minItems": 1}
-    if not parallel:
-        schema["maxItems"] = 1
+    """The schema of ``[{"name": …, "parameters": …}, …]``."""
+    call = _one_call(tools, "parameters")
+    hoisted = {key: call.pop(key) for key in _HOISTED if key in call}
+    return {"type": "array", "minItems": 1, **({} if parallel else {"maxItems": 1}), "items": call, **hoisted}
+
+
+def _one_call(tools: list[Tool], arguments_key: str) -> dict[str, Any]:
+    """The schema of ``{"name": …, "parameters": …}``. Definitions move to its root, where references look for them."""
+    definitions: dict[str, dict[str, Any]] = {}
     calls = []
     for index, tool in enumerate(tools):
         parameters, where = dict(_parameters(tool)), f"tools.{index}.function.parameters"
         _check_references(parameters, where)
         for key in _HOISTED:
             for name, value in (parameters.pop(key, None) or {}).items():
-                if schema.setdefault(key, {}).setdefault(name, value) != value:
+                if definitions.setdefault(key, {}).setdefault(name, value) != value:
                     raise ApiError(
-                        f"two tools define {key}.{name} in different ways", value=name,
-                        param=f"{where}.{key}.{name}",
+                        f"two tools define {key}.{name} in different ways", value=name, param=f"{where}.{key}.{name}",
                         remedy="Give the definitions different names.",
                     )  # fmt: skip
-        named = {"name": {"const": tool.function.name}, "parameters": parameters}
+        named = {"name": {"const": tool.function.name}, arguments_key: parameters}
         calls.append(
             {"type": "object", "properties": named, "required": list(named), "additionalProperties": False}
         )
-    schema["items"] = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return schema
+    return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), **definitions}
 
 
 def _check_references(parameters: dict[str, Any], where: str) -> None:
-    """Within a list of calls a schema is no root: only its definitions are found from there."""
+    """Within a call a schema is no root: only its definitions are found from there."""
     for path, part in schemas_in(parameters, where):
         target = part.get("$ref")
         if isinstance(target, str) and not target.startswith(tuple(f"#/{key}/" for key in _HOISTED)):
             raise UnsupportedFieldError(
-                f"the reference {target!r} is not supported in a tool that is one of several", value=target,
-                limit=[f"#/{key}/…" for key in _HOISTED], param=path, remedy="Refer to $defs, or name the function in tool_choice.",
+                f"the reference {target!r} is not supported in a call that is forced", value=target,
+                limit=[f"#/{key}/…" for key in _HOISTED], param=path, remedy="Refer to $defs.",
             )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from workbench.chat_output.pieces import (
     ToolCall,
     gather,
 )
-from workbench.chat_output.syntax import OutputSyntax, make_output_parser, output_syntax
+from workbench.chat_output.syntax import OutputSyntax, begin_constrained, make_output_parser, output_syntax
 
 __all__ = [
     "CallArguments",
@@ -33,6 +33,7 @@ __all__ = [
     "Piece",
     "Reasoning",
     "ToolCall",
+    "begin_constrained",
     "gather",
     "make_output_parser",
     "output_syntax",

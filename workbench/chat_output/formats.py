@@ -29,13 +29,17 @@ class CallFormat:
     marker: str = ""  # before a call; "": a call is known by how the output begins
     end: str = ""  # behind each call
     short_ids: bool = False  # its templates take ids of 9 letters and digits alone
+    arguments_key: str | None = (
+        None  # a call is a JSON object with this key behind `opening`; None: it is no object
+    )
+    opening: str = ""
 
 
-def _tagged(start: str, end: str) -> CallFormat:
+def _tagged(start: str, end: str, opening: str) -> CallFormat:
     def parser(log: PieceLog, _: Schemas) -> CallParser:
         return CallParser(log, marker=start, body=lambda prefix: TaggedCall(log, prefix, end, _any_name))
 
-    return CallFormat(parser, start, end)
+    return CallFormat(parser, start, end, arguments_key="arguments", opening=opening)
 
 
 def _qwen_xml(start: str, end: str) -> CallFormat:
@@ -64,7 +68,7 @@ def _llama(marker: str) -> CallFormat:
             bare="{", bare_body=lambda prefix: calls(prefix, _known(schemas), False),
         )  # fmt: skip
 
-    return CallFormat(parser, marker)
+    return CallFormat(parser, marker, arguments_key="parameters")
 
 
 def _pythonic(log: PieceLog, schemas: Schemas) -> CallParser:
@@ -81,8 +85,8 @@ def _known(schemas: Schemas) -> Accepts:
 
 
 CALL_FORMATS = {
-    "quire": _tagged("<|tool_call|>", "<|/tool_call|>"),
-    "hermes": _tagged("<tool_call>", "</tool_call>"),
+    "quire": _tagged("<|tool_call|>", "<|/tool_call|>", opening="<|tool_call|>"),
+    "hermes": _tagged("<tool_call>", "</tool_call>", opening="<tool_call>\n"),
     "qwen3_coder": _qwen_xml("<tool_call>", "</tool_call>"),
     "mistral": _mistral("[TOOL_CALLS]"),
     "llama3_json": _llama("<|python_tag|>"),
@@ -98,6 +102,18 @@ _SIGNS = (
     ("llama3_json", "<|python_tag|>"),
     ("llama3_json", '"parameters": dictionary'),
 )
+
+
+def json_object() -> CallFormat:
+    """All of the output is one call, ``{"name": …, "arguments": {…}}``: what a model writes behind its marker."""
+
+    def parser(log: PieceLog, _: Schemas) -> CallParser:
+        def calls(prefix: str) -> CallList:
+            return CallList(log, prefix, _any_name, opening="", separator="", closing="", is_certain=True)
+
+        return CallParser(log, bare="{", bare_body=calls)
+
+    return CallFormat(parser)
 
 
 def json_list() -> CallFormat:

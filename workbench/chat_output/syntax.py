@@ -70,17 +70,23 @@ def output_syntax(
     `tools`: OpenAI's tool objects that the model may call; without any, calls are not looked for. `tool_call_parser`,
     `reasoning_parser`: formats by name; None: what the model's chat template shows.
     """
-    name = (tool_call_parser or find_call_format(tokenizer)) if tools else None
+    calls = find_calls(tokenizer, tool_call_parser) if tools else None
     markers = find_reasoning(tokenizer, reasoning_parser)
     return OutputSyntax(
-        calls=CALL_FORMATS[name] if name else None,
+        calls=calls,
         schemas={f["name"]: f.get("parameters") or {} for f in (tool["function"] for tool in tools)},
         max_calls=None if parallel_tool_calls else 1,
         reasoning=markers,
         is_open=markers is not None and _ends_with(tokenizer, prompt_token_ids, markers.start),
         reasoning_ids=_ids(tokenizer, markers) if markers is not None else None,
-        shows_special_tokens=name is not None or (markers is not None and _is_hidden(tokenizer, markers)),
+        shows_special_tokens=calls is not None or (markers is not None and _is_hidden(tokenizer, markers)),
     )
+
+
+def find_calls(tokenizer: TokenizerLike, name: str | None = None) -> CallFormat | None:
+    """The format of the model's tool calls, by name or as its chat template and tokenizer have it; None: none is known."""
+    found = name or find_call_format(tokenizer)
+    return CALL_FORMATS[found] if found is not None else None
 
 
 def find_reasoning(tokenizer: TokenizerLike, name: str | None = None) -> ReasoningMarkers | None:
@@ -99,6 +105,20 @@ def make_output_parser(
 ) -> OutputParser:
     """A parser for one answer to a prompt; parameters as `output_syntax`."""
     return output_syntax(tokenizer, prompt_token_ids, tools, **more).parser()
+
+
+def begin_constrained(
+    tokenizer: TokenizerLike,
+    prompt_token_ids: Sequence[int],
+    opening: str,
+    reasoning_parser: str | None = None,
+) -> list[int]:
+    """The prompt of an output that a grammar constrains from its first token: reasoning that the prompt opened is closed, and
+    what opens a call is written."""
+    markers = find_reasoning(tokenizer, reasoning_parser)
+    if markers is not None and _ends_with(tokenizer, prompt_token_ids, markers.start):
+        opening = f"\n{markers.end}\n\n{opening}"
+    return [*prompt_token_ids, *tokenizer.encode(opening, add_special_tokens=False)]
 
 
 def _ends_with(tokenizer: TokenizerLike, prompt: Sequence[int], marker: str) -> bool:

@@ -61,10 +61,12 @@ def test_calls_behind_reasoning_are_found(script: Any) -> None:
 
 
 def test_a_constrained_answer_begins_at_once(script: Any) -> None:
-    """Its grammar allows no reasoning: where the template opens one, the text is the answer nevertheless."""
+    """Its grammar allows no reasoning: where the template opened one, it is closed in the prompt."""
     script.says("{}", TEMPLATE, opens_reasoning=True)
     message = script.ask(response_format={"type": "json_object"}).choices[0].message
     assert (message.content, hasattr(message, "reasoning")) == ("{}", False)
+    admission = next(plan.admitted[-1] for plan in reversed(script.runner.plans) if plan.admitted)
+    assert script.tokenizer.decode(admission.token_ids, False).endswith("<think>\n\n</think>\n\n")
 
 
 def test_without_reasoning_markers_in_the_template_nothing_is_split(script: Any) -> None:

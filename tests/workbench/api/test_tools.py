@@ -127,19 +127,53 @@ def test_without_tools_the_calls_tokens_are_hidden_like_all_special_ones(script:
     assert script.ask(tools=TOOLS, tool_choice="none").choices[0].message.content == "ab"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_required_call_is_constrained_to_a_list_of_the_tools_calls(script: Any, stream: bool) -> None:
-    script.says('[{"name": "weather", "parameters": {"city": "Ulm"}}]')
-    answer = script.ask(tools=TOOLS, tool_choice="required", stream=stream)
+def forced(script: Any, stream: bool, **body: Any) -> tuple[str, str, str, str]:
+    """Content, name and arguments of the one call, and the finish reason."""
+    answer = script.ask(stream=stream, **body)
     if stream:
         content, [call], finish = streamed(answer)
-        name, arguments = call["name"], call["arguments"]
-    else:
-        [choice] = answer.choices
-        [called] = choice.message.tool_calls
-        content, finish = choice.message.content or "", choice.finish_reason
-        name, arguments = called.function.name, called.function.arguments
-    assert (content, name, arguments, finish) == ("", "weather", '{"city": "Ulm"}', "tool_calls")
+        return content, call["name"], call["arguments"], finish
+    [choice] = answer.choices
+    [called] = choice.message.tool_calls
+    return choice.message.content or "", called.function.name, called.function.arguments, choice.finish_reason
+
+
+NAMED = {"type": "function", "function": {"name": "weather"}}
+PARAMETERS = WEATHER["function"]["parameters"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("name", "opening", "key"),
+    [
+        ("quire", "<|tool_call|>", "arguments"),
+        ("hermes", "<tool_call>\n", "arguments"),
+        ("llama3_json", "", "parameters"),
+    ],
+)
+def test_a_forced_call_is_in_the_models_own_form(
+    script: Any, name: str, opening: str, key: str, stream: bool
+) -> None:
+    script.says(f'{{"name":"weather","{key}":{{"city":"Ulm"}}}}', TEMPLATES[name][0])
+    plain = script.tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tools=TOOLS)
+    wanted = ("", "weather", '{"city":"Ulm"}', "tool_calls")
+    assert forced(script, stream, tools=TOOLS, tool_choice="required") == wanted
+    admission = next(plan.admitted[-1] for plan in reversed(script.runner.plans) if plan.admitted)
+    assert list(admission.token_ids) == [*plain, *script.tokenizer.encode(opening)]
+    any_of = json.loads(script.last_params().structured_outputs.json)["anyOf"]
+    assert [each["properties"]["name"]["const"] for each in any_of] == ["weather", "time"]
+    assert any_of[0]["properties"][key] == PARAMETERS
+    assert forced(script, stream, tools=TOOLS, tool_choice=NAMED) == wanted
+    asked = json.loads(script.last_params().structured_outputs.json)
+    assert asked["properties"] == {"name": {"const": "weather"}, key: PARAMETERS}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_required_call_is_a_list_where_the_models_calls_are_no_objects(script: Any, stream: bool) -> None:
+    script.says('[{"name":"weather","parameters":{"city":"Ulm"}}]', TEMPLATES["pythonic"][0])
+    assert forced(script, stream, tools=TOOLS, tool_choice="required") == (
+        "", "weather", '{"city":"Ulm"}', "tool_calls",
+    )  # fmt: skip
     asked = script.last_params().structured_outputs
     schema = json.loads(asked.json)
     assert (schema["type"], schema["minItems"], "maxItems" in schema, asked.any_whitespace) == (
@@ -149,18 +183,31 @@ def test_a_required_call_is_constrained_to_a_list_of_the_tools_calls(script: Any
         False,
     )
     assert [each["properties"]["name"]["const"] for each in schema["items"]["anyOf"]] == ["weather", "time"]
-    assert schema["items"]["anyOf"][0]["properties"]["parameters"] == WEATHER["function"]["parameters"]  # type: ignore[index]
-
-
-def test_one_required_call_at_most_where_calls_are_not_parallel(script: Any) -> None:
-    script.says('[{"name": "time", "parameters": {}}]')
+    assert schema["items"]["anyOf"][0]["properties"]["parameters"] == PARAMETERS
+    script.says('[{"name":"time","parameters":{}}]', TEMPLATES["pythonic"][0])
     script.ask(tools=[TIME], tool_choice="required", parallel_tool_calls=False)
     schema = json.loads(script.last_params().structured_outputs.json)
     assert (schema["maxItems"], schema["items"]["properties"]["name"]) == (1, {"const": "time"})
 
 
-def test_definitions_of_the_tools_schemas_are_found_in_the_list_of_calls(script: Any) -> None:
-    script.says('[{"name": "f", "parameters": {}}]')
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_named_function_is_its_arguments_where_the_models_calls_are_no_objects(
+    script: Any, stream: bool
+) -> None:
+    script.says('{"city":"Ulm"}', TEMPLATES["mistral"][0])
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
+    assert forced(script, stream, tools=[strict, TIME], tool_choice=NAMED) == (
+        "", "weather", '{"city":"Ulm"}', "tool_calls",
+    )  # fmt: skip
+    assert json.loads(script.last_params().structured_outputs.json) == PARAMETERS
+
+
+@pytest.mark.parametrize("name", ["pythonic", "quire"])
+def test_definitions_of_the_tools_schemas_are_found_from_the_root(script: Any, name: str) -> None:
+    script.says(
+        '[{"name":"f","parameters":{}}]' if name == "pythonic" else '{"name":"f","arguments":{}}',
+        TEMPLATES[name][0],
+    )
     parameters = {
         "type": "object",
         "properties": {"a": {"$ref": "#/$defs/A"}},
@@ -169,32 +216,15 @@ def test_definitions_of_the_tools_schemas_are_found_in_the_list_of_calls(script:
     function = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     script.ask(tools=[function, TIME], tool_choice="required")
     schema = json.loads(script.last_params().structured_outputs.json)
-    assert schema["$defs"] == {"A": {"type": "integer"}}
-    assert "$defs" not in schema["items"]["anyOf"][0]["properties"]["parameters"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_named_function_is_called_with_constrained_arguments(script: Any, stream: bool) -> None:
-    script.says('{"city": "Ulm"}')
-    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
-    choice = {"type": "function", "function": {"name": "weather"}}
-    answer = script.ask(tools=[strict, TIME], tool_choice=choice, stream=stream)
-    if stream:
-        content, [call], finish = streamed(answer)
-        found = (call["name"], call["arguments"])
-    else:
-        content, finish = answer.choices[0].message.content or "", answer.choices[0].finish_reason
-        function = answer.choices[0].message.tool_calls[0].function
-        found = (function.name, function.arguments)
-    assert (content, found, finish) == ("", ("weather", '{"city": "Ulm"}'), "tool_calls")
-    assert json.loads(script.last_params().structured_outputs.json) == WEATHER["function"]["parameters"]  # type: ignore[index]
+    assert schema.pop("$defs") == {"A": {"type": "integer"}}
+    assert "$defs" not in str(schema).replace("#/$defs/A", "")
 
 
 def test_a_forced_call_cut_by_length_is_no_call(script: Any) -> None:
-    script.says('[{"name": "weather", "parameters": {"city": "Ulm"}}]')
-    choice = script.ask(tools=TOOLS, tool_choice="required", max_tokens=45).choices[0]
+    script.says('{"name":"weather","arguments":{"city":"Ulm"}}')
+    choice = script.ask(tools=TOOLS, tool_choice="required", max_tokens=40).choices[0]
     assert (choice.finish_reason, choice.message.tool_calls) == ("length", None)
-    assert choice.message.content == '[{"name": "weather", "parameters": {"city": "U'[:45]
+    assert choice.message.content == '{"name":"weather","arguments":{"city":"U'
 
 
 def test_the_bundled_model_calls_a_tool_and_uses_its_result(serve: Any) -> None:
