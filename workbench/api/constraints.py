@@ -125,7 +125,8 @@ def check_strict(schema: dict[str, Any], where: str) -> None:
             raise _not_strict(
                 path, "must say additionalProperties: false", part.get("additionalProperties"), False
             )
-        names, required = sorted(properties or {}), part.get("required") or []
+        names = sorted(properties) if isinstance(properties, dict) else []
+        required = part["required"] if isinstance(part.get("required"), list) else []
         missing = [name for name in names if name not in required]
         if missing:
             raise _not_strict(

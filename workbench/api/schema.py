@@ -252,7 +252,9 @@ def _api_error(error: ValidationError) -> ApiError:
 
 
 def _is_union_tag(part: str | int) -> bool:
-    return isinstance(part, str) and (part in ("str", "int", "dict", "TextPart") or part.endswith("]"))
+    return isinstance(part, str) and (
+        part in ("str", "int", "dict", "TextPart", "NamedToolChoice") or part.endswith("]")
+    )
 
 
 def _lower_first(text: str) -> str:

@@ -136,7 +136,8 @@ def _one_call(tools: list[Tool], arguments_key: str) -> dict[str, Any]:
         parameters, where = dict(_parameters(tool)), f"tools.{index}.function.parameters"
         _check_references(parameters, where)
         for key in _HOISTED:
-            for name, value in (parameters.pop(key, None) or {}).items():
+            inner = parameters.pop(key) if isinstance(parameters.get(key), dict) else {}
+            for name, value in inner.items():
                 if definitions.setdefault(key, {}).setdefault(name, value) != value:
                     raise ApiError(
                         f"two tools define {key}.{name} in different ways", value=name, param=f"{where}.{key}.{name}",

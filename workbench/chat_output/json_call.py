@@ -15,10 +15,10 @@ from workbench.chat_output.pieces import PieceLog
 _ARGUMENTS_KEYS = ("arguments", "parameters")
 _KEYS = ("name", *_ARGUMENTS_KEYS, "type", "id", "function")
 _MARK = re.compile(r'["\\{}\[\]]')
-_STRING = r'"(?:[^"\\]|\\.)*"'
+_NAME = r'"(?:[^"\\]|\\.){0,256}"'  # bounded: an output that never closes it is not read again and again
 # The common order: the arguments can be told as they come.
-_HEAD = re.compile(rf'\s*\{{\s*"name"\s*:\s*({_STRING})\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)')
-_FIRST_KEY = re.compile(r'\s*(?:\{\s*(?:"([^"]*)("?))?)?')
+_HEAD = re.compile(rf'\s*\{{\s*"name"\s*:\s*({_NAME})\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)')
+_FIRST_KEY = re.compile(r'\s*(?:\{\s*(?:"([^"]{0,64})("?))?)?')
 
 
 class JsonScan:

@@ -134,7 +134,7 @@ def _trim(text: str) -> str:
 def _value(text: str, schema: Any) -> Any:
     """The text as a value of the parameter's type; as it is where that is a text, unknown, or not what was written."""
     given = schema.get("type") if isinstance(schema, Mapping) else None
-    types = {given} if isinstance(given, str) else set(given) if isinstance(given, list) else set()
+    types = {each for each in (given if isinstance(given, list) else [given]) if isinstance(each, str)}
     if isinstance(schema, Mapping) and not types and ({"anyOf", "oneOf", "enum"} & set(schema)):
         types = {"any"}
     if not types or types == {"string"}:

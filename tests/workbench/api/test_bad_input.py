@@ -90,6 +90,14 @@ CASES = [
         CHAT, {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
         400, "invalid_request", "tool_choice.function.name", ["'g'"],
     ),
+    (
+        CHAT, {"tools": TOOLS, "tool_choice": {"type": "function"}},
+        400, "invalid_request", "tool_choice.function", ["missing"],
+    ),
+    (
+        CHAT, json_schema({**CLOSED, "properties": {"a": {}}, "required": 7}),
+        400, "invalid_request", f"{FORMAT}.schema", ["without a"],
+    ),
     (CHAT, {"tools": TOOLS * 2}, 400, "invalid_request", "tools.1.function.name", ["two tools", "'f'"]),
     (CHAT, {"tools": [tool(strict=True)]}, 400, "unsupported_field", "tools.0.function.strict", ["strict", "required"]),
     (

@@ -235,6 +235,7 @@ def test_the_bundled_model_calls_a_tool_and_uses_its_result(serve: Any) -> None:
         ask = {"model": server.model, "messages": chip["messages"], "tools": chip["tools"], "temperature": 0}
         choice = server.openai.chat.completions.create(**ask).choices[0]
         _, [told], finish = streamed(server.openai.chat.completions.create(**ask, stream=True))
+        required = server.openai.chat.completions.create(**ask, tool_choice="required").choices[0].message
         [call] = choice.message.tool_calls
         result = {"role": "tool", "tool_call_id": call.id, "content": "{}"}
         again = {**ask, "messages": [*chip["messages"], choice.message, result]}
@@ -247,6 +248,7 @@ def test_the_bundled_model_calls_a_tool_and_uses_its_result(serve: Any) -> None:
         call.function.arguments,
         "tool_calls",
     )
+    assert required.tool_calls[0].function == call.function
     assert choice.finish_reason == "tool_calls"
     assert after.finish_reason == "stop"
     assert after.message.content

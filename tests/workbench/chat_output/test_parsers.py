@@ -11,17 +11,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from workbench.chat_output import CallArguments, CallStart, Content, OutputSyntax, Piece, Reasoning, gather
-from workbench.chat_output.formats import CALL_FORMATS, json_arguments, json_list
+from workbench.chat_output.formats import CALL_FORMATS, json_arguments, json_list, json_object
 from workbench.chat_output.reasoning import THINK
 
 SCHEMAS: dict[str, Any] = {
     "weather": {
         "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "units": {"enum": ["C", "F"]},
-                       "box": {"type": ["array", "null"]}, "now": {"type": "boolean"}},
+                       "odd": {"type": [{}, 3]}, "box": {"type": ["array", "null"]}, "now": {"type": "boolean"}},
     },
     "time": {},
 }  # fmt: skip
-FORMATS = {**CALL_FORMATS, "json_list": json_list(), "json_arguments": json_arguments("weather")}
+FORMATS = {
+    **CALL_FORMATS, "json_object": json_object(), "json_list": json_list(), "json_arguments": json_arguments("weather"),
+}  # fmt: skip
 
 
 def syntax(name: str, **more: Any) -> OutputSyntax:
@@ -68,8 +70,8 @@ CALLS = [
     ("qwen3_coder", f"I look.\n\n{XML}\n{XML}", "I look.", [("weather", ULM_3)] * 2),
     ("qwen3_coder", "<tool_call><function=time></function></tool_call>", "", [("time", {})]),
     ("qwen3_coder", "<tool_call><function=weather><parameter=now>True</parameter><parameter=box>[1, 2]</parameter>"
-                    "<parameter=days>many</parameter><parameter=city>5</parameter></function></tool_call>",
-     "", [("weather", {"now": True, "box": [1, 2], "days": "many", "city": "5"})]),
+                    "<parameter=days>many</parameter><parameter=odd>1</parameter><parameter=city>5</parameter></function></tool_call>",
+     "", [("weather", {"now": True, "box": [1, 2], "days": "many", "odd": "1", "city": "5"})]),
     ("llama3_json", '{"name": "weather", "parameters": {"city": "Ulm"}}', "", [("weather", ULM)]),
     ("llama3_json", '{"type": "function", "name": "weather", "parameters": {"city": "Ulm"}}', "", [("weather", ULM)]),
     ("llama3_json", '<|python_tag|>{"name": "weather", "parameters": {"city": "Ulm"}}; {"name": "time", "parameters": {}}',
@@ -84,6 +86,7 @@ CALLS = [
      [("weather", {"city": "a)]'", "box": [1, {"a": None, "b": True}]})]),
     ("json_list", '[{"name": "weather", "parameters": {"city": "Ulm"}}, {"name": "time", "parameters": {}}]', "",
      [("weather", ULM), ("time", {})]),
+    ("json_object", '{"name": "weather", "arguments": {"city": "Ulm"}}', "", [("weather", ULM)]),
     ("json_arguments", '{"city": "Ulm", "days": 3}', "", [("weather", ULM_3)]),
 ]  # fmt: skip
 
