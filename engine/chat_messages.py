@@ -13,6 +13,12 @@ from typing import Any
 from engine.errors import InvalidRequestError
 
 Message = Mapping[str, Any]
+# What a renderer sets itself; among them parameters of transformers' apply_chat_template that are no template's variables.
+_RESERVED = frozenset({
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+})  # fmt: skip
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -26,6 +32,18 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             "messages must be a non-empty list of {role, content} objects", value=messages, param="messages"
         )
     return [_plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def refuse_reserved(chat_template_kwargs: Mapping[str, Any]) -> None:
+    """Raises InvalidRequestError where a template variable has the name of what the renderer sets itself."""
+    taken = sorted(_RESERVED.intersection(chat_template_kwargs))
+    if taken:
+        raise InvalidRequestError(
+            f"chat_template_kwargs cannot set {', '.join(taken)}",
+            value=taken,
+            remedy="Name variables of the model's template only, such as enable_thinking.",
+            param=f"chat_template_kwargs.{taken[0]}",
+        )
 
 
 def _plain_message(message: Message, where: str) -> dict[str, Any]:

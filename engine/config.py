@@ -16,6 +16,8 @@ DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "triton", "cpu")
 QUANTIZATIONS = ("int8", "int4", "fp8")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")
+TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral", "pythonic", "quire", "qwen3_coder")
+REASONING_PARSERS = ("deepseek_r1", "mistral", "none", "qwen3")
 LORA_RANKS = (8, 16, 32, 64, 128, 256)
 SPECULATION_METHODS = ("ngram",)
 MAX_SPECULATIVE_TOKENS = 32
@@ -106,6 +108,10 @@ class EngineConfig:
     async_scheduling: bool = True  # on a GPU the next step is planned and launched while one runs
     num_threads: int | None = None  # CPU threads of the forward pass
     seed: int = 0  # draws the seeds of requests that bring none
+    tool_call_parser: str | None = None  # format of the model's tool calls; None: as its chat template shows
+    reasoning_parser: str | None = (
+        None  # format of its reasoning; None: likewise; "none": an answer like any other
+    )
     trust_remote_code: bool = False
     version_digest: str = ""  # content identity of the weights; part of every prefix-cache key
     record_seconds: int = 600  # how far back StepRecords stay in memory
@@ -121,8 +127,13 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        if self.quantization is not None:
-            _one_of("quantization", self.quantization, QUANTIZATIONS)
+        for name, allowed in (
+            ("quantization", QUANTIZATIONS),
+            ("tool_call_parser", TOOL_CALL_PARSERS),
+            ("reasoning_parser", REASONING_PARSERS),
+        ):
+            if getattr(self, name) is not None:
+                _one_of(name, getattr(self, name), allowed)
         _one_of("max_lora_rank", self.max_lora_rank, LORA_RANKS)
         for name in ("block_size", "max_num_seqs", "max_loras", "record_seconds"):
             _at_least(name, getattr(self, name), 1)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from engine.chat_messages import Message
+from engine.chat_messages import Message, refuse_reserved
 
 
 class FakeTokenizer:
@@ -16,6 +17,7 @@ class FakeTokenizer:
 
     SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
     EOS = 256
+    chat_template: str | None = None  # its text says nothing of calls or reasoning
 
     def __init__(self) -> None:
         self.eos_token_ids: frozenset[int] = frozenset({self.EOS})
@@ -47,8 +49,10 @@ class FakeTokenizer:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """``<|role|>content<|end|>`` for each message; tools travel as a system message."""
+        """``<|role|>content<|end|>`` for each message; tools travel as a system message. There are no variables."""
+        refuse_reserved(chat_template_kwargs or {})
         text = f"<|system|>{list(tools)!r}<|end|>" if tools else ""
         for message in messages:
             text += f"<|{message['role']}|>{message.get('content') or ''}<|end|>"

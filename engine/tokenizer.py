@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.chat_messages import Message, plain_messages
+from engine.chat_messages import Message, plain_messages, refuse_reserved
 from engine.detokenizer import Detokenizers, IncrementalDetokenizer
 from engine.errors import InvalidRequestError, ModelLoadError, UnsupportedModelError
 from engine.gguf_tokenizer import load_gguf_tokenizer
@@ -47,6 +47,9 @@ class TokenizerLike(Protocol):
     @property
     def has_chat_template(self) -> bool: ...
 
+    @property
+    def chat_template(self) -> str | None: ...
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
@@ -63,6 +66,7 @@ class TokenizerLike(Protocol):
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]: ...
 
     def detokenizer(self, skip_special_tokens: bool = True) -> IncrementalDetokenizer: ...
@@ -122,6 +126,12 @@ class Tokenizer:
         tokens = self._backend.get_added_tokens_decoder()
         return frozenset(i for i, token in tokens.items() if token.special)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text; of several templates all, one behind the other."""
+        template = self._wrapper.chat_template
+        return "\n".join(template.values()) if isinstance(template, dict) else template
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, whole and unpadded; `add_special_tokens` adds what the model expects around a text (BOS).
 
@@ -167,14 +177,16 @@ class Tokenizer:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation as the model was trained to read it.
 
         Content given as parts is joined when all parts are text; tool-call arguments given as JSON text are parsed, since
-        templates expect values.
+        templates expect values. `chat_template_kwargs`: the template's own variables (``enable_thinking`` and the like).
 
         Raises:
-            InvalidRequestError: no chat template, messages of a wrong shape, or an order that the template refuses.
+            InvalidRequestError: no chat template, messages of a wrong shape, an order that the template refuses, a variable
+                that is no template's to take.
         """
         if not self.has_chat_template:
             raise InvalidRequestError(
@@ -182,7 +194,9 @@ class Tokenizer:
                 remedy="Send a plain prompt instead, or add chat_template.jinja to the model's folder.",
                 param="messages",
             )
-        text = self._render(plain_messages(messages), tools, add_generation_prompt)
+        more = dict(chat_template_kwargs or {})
+        refuse_reserved(more)
+        text = self._render(plain_messages(messages), tools, add_generation_prompt, more)
         return self.encode(text, add_special_tokens=False)
 
     def _render(
@@ -190,6 +204,7 @@ class Tokenizer:
         messages: list[dict[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
         add_generation_prompt: bool,
+        more: dict[str, Any],
     ) -> str:
         from jinja2 import TemplateError
 
@@ -199,6 +214,7 @@ class Tokenizer:
                 tools=[dict(tool) for tool in tools] if tools else None,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
+                **more,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             # The template is the model's own program: whatever it raises is its verdict on these messages.

@@ -65,6 +65,8 @@ class Settings(BaseSettings):
     lora_roots: str = (
         ""  # folders that such adapters must lie in, separated by commas; empty: HOME_DIR/models
     )
+    tool_call_parser: str | None = None  # None: as the model's chat template shows
+    reasoning_parser: str | None = None
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)  # of one API request
     log_level: LogLevel = "warning"
     fake: bool = False  # no model: the engine runs on FakeRunner (tests and page work)
@@ -130,6 +132,8 @@ class Settings(BaseSettings):
             enable_lora=self.enable_lora is True,
             max_loras=self.max_loras,
             max_lora_rank=self.max_lora_rank,
+            tool_call_parser=self.tool_call_parser,
+            reasoning_parser=self.reasoning_parser,
         )
 
     def to_env(self) -> dict[str, str]:

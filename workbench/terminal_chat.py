@@ -48,11 +48,16 @@ class Answer:
     ttft_ms: float | None = None
     e2e_ms: float | None = None
     started: float = field(default_factory=time.monotonic)
+    has_reasoned: bool = False
 
-    def took(self, text: str) -> None:
-        if self.ttft_ms is None and text:
+    def took(self, text: str, reasoning: str = "") -> str:
+        """Keep a piece of the answer; what a reader is shown of it: reasoning first, apart, and no part of the text."""
+        if self.ttft_ms is None and (text or reasoning):
             self.ttft_ms = (time.monotonic() - self.started) * 1e3
+        gap = "\n\n" if text and not self.text and (self.has_reasoned or reasoning) else ""
+        self.has_reasoned = self.has_reasoned or bool(reasoning)
         self.text += text
+        return f"{reasoning}{gap}{text}"
 
     def as_dict(self) -> dict[str, Any]:
         names = (
@@ -152,6 +157,7 @@ class EnginePartner:
 
     def ask(self, messages: Messages, options: ChatOptions, answer: Answer) -> Iterator[str]:
         from engine.sampling_params import SamplingParams
+        from workbench.chat_output import gather, output_syntax
 
         worker = self._host.worker()
         if worker.tokenizer is None:
@@ -162,10 +168,18 @@ class EnginePartner:
             top_p=options.top_p,
             seed=options.seed,
         )
-        stream = worker.submit(worker.tokenizer.apply_chat_template(messages), params)
+        prompt = worker.tokenizer.apply_chat_template(messages)
+        syntax = output_syntax(worker.tokenizer, prompt, reasoning_parser=worker.config.reasoning_parser)
+        parser = syntax.parser()
+        stream = worker.submit(
+            prompt, params.with_(skip_special_tokens=False) if syntax.shows_special_tokens else params
+        )
         for delta in stream:
-            answer.took(delta.text or "")
-            yield delta.text or ""
+            pieces = parser.push(delta.text or "")
+            if delta.finish_reason is not None:
+                pieces += parser.finish()
+            found = gather(pieces)
+            yield answer.took(found.content, found.reasoning)
         done = stream.completion
         assert done is not None
         answer.finish_reason, answer.completion_tokens = done.finish_reason.value, done.num_output_tokens
@@ -262,10 +276,10 @@ def _read_events(lines: Iterator[str], answer: Answer) -> Iterator[str]:
             )
             answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         for choice in event.get("choices", ()):
-            text = choice["delta"].get("content") or ""
-            answer.took(text)
+            delta = choice["delta"]
+            reasoning = delta.get("reasoning") or delta.get("reasoning_content") or ""
             answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-            yield text
+            yield answer.took(delta.get("content") or "", reasoning)
 
 
 def _server_error(response: httpx.Response) -> WorkbenchError:

@@ -15,14 +15,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import EngineDeadError
-from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from engine.sampling_params import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 from workbench.api.answer_log import AnswerLog
+from workbench.api.constraints import constrained, constraint_of
 from workbench.api.errors import json_response
 from workbench.api.generation import GenerationResponse, submit_choices
 from workbench.api.intake import read_json, take_request_id
 from workbench.api.schema import ChatRequest, CompletionRequest, Message, parse
-from workbench.api.tool_calls import ToolCallMarkers, find_markers
+from workbench.api.tools import OfferedTools, offered_tools
 from workbench.api.wire import ChatWire, CompletionWire, Head
+from workbench.chat_output import OutputSyntax, begin_constrained, output_syntax
+from workbench.chat_output.syntax import find_calls
 from workbench.errors import ApiError, UnknownModelError, UnsupportedFieldError
 from workbench.host import EngineHost, Resident
 from workbench.settings import Settings
@@ -84,16 +87,24 @@ class Endpoints:
         tokenizer = _tokenizer_of(worker)
         params, include_usage = _chat_params(body), _include_usage(body)
         messages = [_template_message(message) for message in body.messages]
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-        if body.tool_choice == "none":
-            tools = []
-        markers = _markers_for(tokenizer, tools)
-        if markers is not None:  # the call's own tokens must be seen to be parsed
-            params = params.with_(skip_special_tokens=False)
+        config = worker.config
+        offered = offered_tools(body, lambda: find_calls(tokenizer, config.tool_call_parser))
+        constraint = offered.one_constraint(constraint_of(body))
         size = sum(len(message["content"]) for message in messages)
         prompt = await _maybe_off_loop(
-            size, lambda: tokenizer.apply_chat_template(messages, tools=tools or None)
+            size,
+            lambda: tokenizer.apply_chat_template(
+                messages, tools=offered.tools or None, chat_template_kwargs=body.chat_template_kwargs
+            ),
         )
+        if constraint is not None:
+            prompt = begin_constrained(tokenizer, prompt, offered.opening, config.reasoning_parser)
+        syntax = _syntax(worker, prompt, offered, is_constrained=constraint is not None)
+        if syntax.shows_special_tokens:
+            params = params.with_(skip_special_tokens=False)
+        if syntax.stop_after_call is not None and len(params.stop) < MAX_STOP_STRINGS:
+            params = params.with_(stop=(*params.stop, syntax.stop_after_call))
+        params = await constrained(params, constraint, worker)
         wire = ChatWire(
             self._head("chatcmpl", request_id, body.model), tokenizer.token_text,
             wants_logprobs=bool(body.logprobs), include_usage=include_usage, num_prompt_logprobs=body.prompt_logprobs,
@@ -101,7 +112,8 @@ class Endpoints:
         answer_log = self._answer_log(lambda: json.dumps(messages, ensure_ascii=False))
         choices = submit_choices(  # the last thing that can refuse: nothing runs that is not answered
             worker, [prompt], params, request_id=request_id,
-            cache_salt=body.cache_salt or "", arrival_ns=arrival_ns, markers=markers, answer_log=answer_log,
+            cache_salt=body.cache_salt or "", arrival_ns=arrival_ns, answer_log=answer_log,
+            syntax=syntax, include_reasoning=body.include_reasoning is not False,
         )  # fmt: skip
         return GenerationResponse(
             choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage,
@@ -113,7 +125,7 @@ class Endpoints:
     ) -> Response:
         tokenizer = _tokenizer_of(worker)
         params = _completion_params(body)
-        include_usage = _include_usage(body)
+        include_usage, constraint = _include_usage(body), constraint_of(body)
         given = _prompt_list(body.prompt)
         size = sum(len(p) for p in given if isinstance(p, str))
         prompts = await _maybe_off_loop(
@@ -124,6 +136,7 @@ class Endpoints:
             echoes = [
                 p if isinstance(p, str) else tokenizer.decode(p, params.skip_special_tokens) for p in given
             ]
+        params = await constrained(params, constraint, worker)
         wire = CompletionWire(
             self._head("cmpl", request_id, body.model), tokenizer.token_text, num_logprobs=body.logprobs,
             include_usage=include_usage, num_prompt_logprobs=body.prompt_logprobs,
@@ -197,15 +210,26 @@ def _tokenizer_of(worker: EngineWorker) -> TokenizerLike:
     return worker.tokenizer
 
 
-def _markers_for(tokenizer: TokenizerLike, tools: list[dict[str, Any]]) -> ToolCallMarkers | None:
-    """The model's tool-call markers where tools are given; a model without any refuses them."""
-    markers = find_markers(tokenizer) if tools else None
-    if tools and markers is None:
+def _syntax(
+    worker: EngineWorker, prompt: list[int], offered: OfferedTools, *, is_constrained: bool
+) -> OutputSyntax:
+    """What to look for in the answers. A constrained output begins at once, without reasoning.
+
+    Raises:
+        UnsupportedFieldError: tools that may be called, for a model without a way to call them.
+    """
+    if is_constrained:
+        return OutputSyntax(offered.forced, max_calls=None if offered.parallel else 1)
+    syntax = output_syntax(
+        _tokenizer_of(worker), prompt, offered.tools, parallel_tool_calls=offered.parallel,
+        tool_call_parser=worker.config.tool_call_parser, reasoning_parser=worker.config.reasoning_parser,
+    )  # fmt: skip
+    if offered.tools and syntax.calls is None:
         raise UnsupportedFieldError(
-            "this model's tokenizer has no tool-call tokens", value=len(tools), param="tools",
-            remedy="Leave tools out, or load a model that was trained to call tools.",
+            "this model's template and tokenizer have no tool calls of a known format", value=len(offered.tools),
+            param="tools", remedy="Leave tools out, set tool_choice to 'required', or name the format in QUIRE_TOOL_CALL_PARSER.",
         )  # fmt: skip
-    return markers
+    return syntax
 
 
 def _chat_params(body: ChatRequest) -> SamplingParams:
@@ -326,6 +350,8 @@ def _template_message(message: Message) -> dict[str, Any]:
     }
     if message.tool_calls:
         plain["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
+    if (reasoning := message.reasoning_content or message.reasoning) is not None:
+        plain["reasoning_content"] = reasoning
     if message.tool_call_id is not None:
         plain["tool_call_id"] = message.tool_call_id
     if message.name is not None:

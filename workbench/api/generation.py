@@ -23,13 +23,27 @@ from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from workbench.api.answer_log import AnswerLog
 from workbench.api.errors import RequestFailedError, error_body, error_response, json_response, status_of
-from workbench.api.tool_calls import ToolCallMarkers, ToolCallParser
-from workbench.api.wire import DONE, ChoicePart, Usage, Wire, error_chunk
+from workbench.api.wire import DONE, CallDelta, ChoicePart, Usage, Wire, error_chunk
+from workbench.chat_output import (
+    CallArguments,
+    CallBroken,
+    CallStart,
+    Content,
+    OutputParser,
+    OutputSyntax,
+    Piece,
+    Reasoning,
+    gather,
+)
+from workbench.chat_output.reasoning import ReasoningTokens
 from workbench.errors import WorkbenchError
 
 if TYPE_CHECKING:
     from engine.stream import RequestStream
     from engine.worker import EngineWorker
+
+
+PLAIN = OutputSyntax()
 
 
 @dataclass(slots=True)
@@ -38,49 +52,33 @@ class Choice:
 
     index: int
     stream: RequestStream
-    markers: ToolCallMarkers | None = None
+    syntax: OutputSyntax = PLAIN  # what its text is split into
+    include_reasoning: bool = True
     counts_prompt: bool = True  # of n answers to one prompt, the first counts it
     echo: str | None = None  # the prompt's text, which the answer begins with
-    parser: ToolCallParser | None = field(init=False)
+    parser: OutputParser | None = field(init=False)
+    reasoning_tokens: ReasoningTokens | None = field(init=False)
     num_tokens: int = 0
     num_cached: int = 0
     num_chars: int = 0
-    num_calls: int = 0
     started: bool = False
 
     def __post_init__(self) -> None:
-        self.parser = ToolCallParser(self.markers) if self.markers else None
+        self.parser = None if self.syntax.is_plain else self.syntax.parser()
+        self.reasoning_tokens = self.syntax.reasoning_tokens()
 
     def part(self, delta: StreamDelta) -> ChoicePart:
         """What `delta` adds to the answer."""
-        part = ChoicePart(
-            self.index,
-            text=delta.text or "",
-            token_ids=delta.token_ids,
-            logprobs=delta.logprobs,
-            text_offset=self.num_chars,
-            is_first=not self.started,
-            first_call=self.num_calls,
-            stop_reason=delta.stop_reason,
-        )
-        if not self.started and self.echo is not None:
-            part.text = self.echo + part.text
-            part.prompt_token_ids = self.stream.prompt_token_ids
-        part.prompt_logprobs = delta.prompt_logprobs
-        if delta.finish_reason is not None:
-            part.finish_reason = delta.finish_reason.value
+        part = self._unparsed(delta)
         if self.parser is not None:
-            self._split_calls(part)
-        self.num_cached = max(self.num_cached, delta.num_cached_tokens)
-        self.num_tokens += len(delta.token_ids)
-        self.num_chars += len(part.text)
-        self.num_calls += len(part.tool_calls)
-        self.started = True
+            for piece in self._pieces(self.parser, part):
+                _add(piece, part)
+            self._finish(self.parser, part)
         return part
 
     def whole(self, completion: Completion) -> ChoicePart:
         """The finished request as one part."""
-        return self.part(
+        part = self._unparsed(
             StreamDelta(
                 completion.request_id,
                 completion.token_ids,
@@ -92,14 +90,68 @@ class Choice:
                 prompt_logprobs=completion.prompt_logprobs,
             )
         )
+        if self.parser is not None:
+            found = gather(self._pieces(self.parser, part))
+            part.text, part.reasoning = found.content, found.reasoning
+            part.tool_calls = [
+                CallDelta(i, call.arguments, call.id, call.name) for i, call in enumerate(found.calls)
+            ]
+            self._finish(self.parser, part)
+        return part
 
-    def _split_calls(self, part: ChoicePart) -> None:
-        assert self.parser is not None
-        part.text, part.tool_calls = self.parser.push(part.text)
-        if part.finish_reason is not None:
-            part.text += self.parser.flush()
-            if part.finish_reason == FinishReason.STOP.value and self.num_calls + len(part.tool_calls):
-                part.finish_reason = "tool_calls"
+    def _unparsed(self, delta: StreamDelta) -> ChoicePart:
+        part = ChoicePart(
+            self.index,
+            text=delta.text or "",
+            token_ids=delta.token_ids,
+            logprobs=delta.logprobs,
+            text_offset=self.num_chars,
+            is_first=not self.started,
+            finish_reason=delta.finish_reason.value if delta.finish_reason is not None else None,
+            stop_reason=delta.stop_reason,
+        )
+        if not self.started and self.echo is not None:
+            part.text = self.echo + part.text
+            part.prompt_token_ids = self.stream.prompt_token_ids
+        part.prompt_logprobs = delta.prompt_logprobs
+        if self.reasoning_tokens is not None:
+            self.reasoning_tokens.push(delta.token_ids)
+        self.num_cached = max(self.num_cached, delta.num_cached_tokens)
+        self.num_tokens += len(delta.token_ids)
+        self.num_chars += len(part.text)
+        self.started = True
+        return part
+
+    def _pieces(self, parser: OutputParser, part: ChoicePart) -> list[Piece]:
+        """What the part's text, which is taken away, made certain."""
+        text, part.text = part.text, ""
+        pieces = parser.push(text)
+        return pieces + parser.finish() if part.finish_reason is not None else pieces
+
+    def _finish(self, parser: OutputParser, part: ChoicePart) -> None:
+        if not self.include_reasoning:
+            part.reasoning = ""
+        if part.stop_reason is not None and part.stop_reason == self.syntax.stop_after_call:
+            part.stop_reason = None  # it is ours
+        if part.finish_reason == FinishReason.STOP.value and parser.num_calls:
+            part.finish_reason = "tool_calls"
+
+
+def _add(piece: Piece, part: ChoicePart) -> None:
+    """Add a piece to a streamed part."""
+    match piece:
+        case Content(text):
+            part.text += text
+        case Reasoning(text):
+            part.reasoning += text
+        case CallStart(index, call_id, name):
+            part.tool_calls.append(CallDelta(index, "", call_id, name))
+        case CallArguments(index, text):
+            if not part.tool_calls or part.tool_calls[-1].index != index:
+                part.tool_calls.append(CallDelta(index))
+            part.tool_calls[-1].arguments += text
+        case CallBroken():
+            pass  # a client that follows a stream has it already, as arguments that are no JSON
 
 
 def submit_choices(
@@ -110,7 +162,8 @@ def submit_choices(
     request_id: str,
     cache_salt: str = "",
     arrival_ns: int | None = None,
-    markers: ToolCallMarkers | None = None,
+    syntax: OutputSyntax = PLAIN,
+    include_reasoning: bool = True,
     answer_log: AnswerLog | None = None,
     echoes: Sequence[str] | None = None,
 ) -> list[Choice]:
@@ -133,7 +186,9 @@ def submit_choices(
                     cache_salt=cache_salt,
                     arrival_ns=arrival_ns,
                 )
-                choices.append(Choice(len(choices), stream, markers, counts_prompt=i == 0, echo=echo))
+                choices.append(
+                    Choice(len(choices), stream, syntax, include_reasoning, counts_prompt=i == 0, echo=echo)
+                )
     except BaseException:
         for choice in choices:
             choice.stream.abort()
@@ -262,6 +317,8 @@ class GenerationResponse(Response):
             if choice.counts_prompt:
                 usage.prompt_tokens += len(choice.stream.prompt_token_ids)
                 usage.cached_tokens += choice.num_cached
+            if choice.reasoning_tokens is not None:
+                usage.reasoning_tokens = (usage.reasoning_tokens or 0) + choice.reasoning_tokens.count
         return usage
 
 

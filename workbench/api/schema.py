@@ -48,6 +48,8 @@ class Message(_Strict):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None  # of an assistant's answer that comes back; `reasoning` is the same
+    reasoning: str | None = None
     refusal: None = None
 
 
@@ -55,12 +57,33 @@ class FunctionDefinition(_Strict):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(_Strict):
     type: Literal["function"]
     function: FunctionDefinition
+
+
+class NamedFunction(_Strict):
+    name: str
+
+
+class NamedToolChoice(_Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchemaFormat(_Strict):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
 
 
 class _Generation(_Strict):
@@ -97,6 +120,13 @@ class _Generation(_Strict):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     cache_salt: str | None = None
+    # what the output must look like: one of them; ``workbench.api.constraints`` reads them
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class ChatRequest(_Generation):
@@ -105,7 +135,12 @@ class ChatRequest(_Generation):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None  # False: reasoning is not told
+    chat_template_kwargs: dict[str, Any] | None = (
+        None  # the template's own variables, such as enable_thinking
+    )
 
 
 class CompletionRequest(_Generation):
@@ -141,11 +176,6 @@ class FeedbackRequest(_Strict):
 
 # OpenAI's and vLLM's fields that are not served: name -> (values without effect, what to do instead).
 _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "response_format": (
-        (None, {"type": "text"}),
-        "Ask for JSON in the prompt: constrained output is not served.",
-    ),
-    "parallel_tool_calls": ((None, True), "Leave it out: the model decides how many tools it calls."),
     "functions": ((None, []), "Use tools."),
     "function_call": ((None, "auto", "none"), "Use tools and tool_choice."),
     "service_tier": ((None, "auto", "default"), "Leave it out: there is one tier."),
@@ -160,11 +190,9 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "echo": ((None, False), "Leave it out here; /v1/completions has echo."),
     "suffix": ((None, ""), "Leave it out: filling in the middle is not served."),
     "use_beam_search": ((None, False), "Leave it out: beam search is not served."),
-    "guided_json": ((None,), "Ask for JSON in the prompt: constrained output is not served."),
-    "guided_regex": ((None,), "Constrained output is not served."),
-    "guided_choice": ((None,), "Constrained output is not served."),
+    "guided_decoding_backend": ((None, "auto", "xgrammar"), "Leave it out: grammars are xgrammar's."),
+    "guided_whitespace_pattern": ((None,), "Leave it out, or use structured_outputs.any_whitespace."),
     "chat_template": ((None,), "Leave it out: the model's own template is used."),
-    "chat_template_kwargs": ((None, {}), "Leave it out: the template takes no extra values here."),
     "add_generation_prompt": ((None, True), "Leave it out."),
     "continue_final_message": ((None, False), "Leave it out."),
     "priority": ((None, 0), "Leave it out: requests are served in order of arrival."),
@@ -193,7 +221,6 @@ def parse(kind: type[Body], raw: Any) -> Body:
             kept[name] = value
         else:
             _check_neutral(name, value, known)
-    _check_tool_choice(raw)
     try:
         return kind.model_validate(kept)
     except ValidationError as error:
@@ -216,15 +243,6 @@ def _check_neutral(name: str, value: Any, known: Any) -> None:
             param=name,
             remedy=remedy,
         )
-
-
-def _check_tool_choice(raw: dict[str, Any]) -> None:
-    choice = raw.get("tool_choice")
-    if choice not in (None, "none", "auto") or (choice == "auto" and not raw.get("tools")):
-        raise UnsupportedFieldError(
-            f"tool_choice={_short(choice)} is not supported here", value=choice, limit=("none", "auto"),
-            param="tool_choice", remedy="Use 'auto' with tools, or 'none': a call cannot be forced.",
-        )  # fmt: skip
 
 
 def _equal_numbers(a: Any, b: Any) -> bool:
@@ -251,7 +269,9 @@ def _api_error(error: ValidationError) -> ApiError:
 
 
 def _is_union_tag(part: str | int) -> bool:
-    return isinstance(part, str) and (part in ("str", "int", "dict", "TextPart") or part.endswith("]"))
+    return isinstance(part, str) and (
+        part in ("str", "int", "dict", "TextPart", "NamedToolChoice") or part.endswith("]")
+    )
 
 
 def _lower_first(text: str) -> str:

@@ -14,10 +14,26 @@ from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Protocol
 
 from engine.plan import TokenLogprobs
-from workbench.api.tool_calls import ParsedToolCall
 
 DONE = b"data: [DONE]\n\n"
 TokenText = Callable[[int], str]
+
+
+@dataclass(slots=True)
+class CallDelta:
+    """What one step added to a tool call, or a whole call."""
+
+    index: int
+    arguments: str = ""
+    id: str | None = None  # with the name, once
+    name: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Without its index, as it is in a message."""
+        if self.name is None:
+            return {"function": {"arguments": self.arguments}}
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(slots=True)
@@ -26,8 +42,8 @@ class ChoicePart:
 
     index: int
     text: str = ""
-    tool_calls: Sequence[ParsedToolCall] = ()
-    first_call: int = 0  # how many calls of this choice went before
+    reasoning: str = ""
+    tool_calls: list[CallDelta] = field(default_factory=list)
     token_ids: Sequence[int] = ()
     logprobs: Sequence[TokenLogprobs] = ()
     text_offset: int = 0  # characters of this choice that went before
@@ -45,14 +61,18 @@ class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int | None = None  # of the completion's; None: they are not counted
 
     def as_dict(self) -> dict[str, Any]:
-        return {
+        counts: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.reasoning_tokens is not None:
+            counts["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+        return counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +186,12 @@ class ChatWire(_Base):
 
     def _choice(self, part: ChoicePart) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": part.text, "refusal": None}
-        if part.tool_calls:
+        if part.reasoning:
+            message.update(_reasoning(part.reasoning))
+        if part.reasoning or part.tool_calls:
             message["content"] = part.text or None
-            message["tool_calls"] = [_call(call) for call in part.tool_calls]
+        if part.tool_calls:
+            message["tool_calls"] = [call.as_dict() for call in part.tool_calls]
         return {
             "index": part.index,
             "message": message,
@@ -275,8 +298,10 @@ def _chat_delta(part: ChoicePart) -> str:
         fields.append('"role":"assistant"')
     if part.text or part.is_first:
         fields.append(f'"content":{quote(part.text)}')
+    if part.reasoning:
+        fields += [f'"{name}":{quote(text)}' for name, text in _reasoning(part.reasoning).items()]
     if part.tool_calls:
-        calls = [{"index": part.first_call + i, **_call(call)} for i, call in enumerate(part.tool_calls)]
+        calls = [{"index": call.index, **call.as_dict()} for call in part.tool_calls]
         fields.append(f'"tool_calls":{_json(calls)}')
     return "{" + ",".join(fields) + "}"
 
@@ -287,8 +312,9 @@ def _finish(part: ChoicePart) -> str:
     return f'{quote(part.finish_reason)},"stop_reason":{_json(part.stop_reason)}'
 
 
-def _call(call: ParsedToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+def _reasoning(text: str) -> dict[str, str]:
+    """Under the name that vLLM has now, and the one that it had, which is DeepSeek's: clients read either."""
+    return {"reasoning": text, "reasoning_content": text}
 
 
 def _token_entry(text: str, logprob: float) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats, MemoryLedger, RequestRecord, StepRecord
 from engine.request import FinishReason
 from engine.sampling_params import ALL_LOGPROBS, MAX_LOGPROBS, SamplingParams
+from engine.structured_outputs import StructuredOutputsParams
 from engine.token_kl import TokenKL
 
 
@@ -83,7 +84,10 @@ def params_from_json(values: Mapping[str, Any]) -> SamplingParams:
             raise InvalidParamsError(
                 f"unknown sampling parameter {name!r}", value=name, limit=sorted(_PARAMS), param=str(name)
             )
-    params = SamplingParams(**values)
+    given = dict(values)
+    if isinstance(structured := given.get("structured_outputs"), Mapping):
+        given["structured_outputs"] = StructuredOutputsParams.from_dict(dict(structured))
+    params = SamplingParams(**given)
     if params.prompt_logprobs == ALL_LOGPROBS:
         raise InvalidParamsError(
             "whole rows of logits do not leave the process: prompt_logprobs=-1", value=ALL_LOGPROBS, limit=MAX_LOGPROBS,

@@ -23,6 +23,7 @@ from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from engine.structured_outputs import KINDS, StructuredOutputsParams
 from engine.token_kl import TokenKL
 from workbench.backends.protocol import (
     DEFAULT_CONCURRENCY,
@@ -188,7 +189,15 @@ def _body(model: str | None, params: SamplingParams) -> dict[str, Any]:
         body["stop"] = list(params.stop)
     if params.stop_token_ids:
         body["stop_token_ids"] = list(params.stop_token_ids)
+    if params.structured_outputs is not None:
+        body["structured_outputs"] = _structured(params.structured_outputs)
     return body
+
+
+def _structured(asked: StructuredOutputsParams) -> dict[str, Any]:
+    """In vLLM's names, which our own API reads too."""
+    values = {name: value for name in KINDS if (value := getattr(asked, name)) not in (None, False)}
+    return values if asked.any_whitespace else {**values, "disable_any_whitespace": True}
 
 
 @dataclass(slots=True)
@@ -230,7 +239,7 @@ class _Answer:
             function = call.get("function") or {}
             kept["name"] += function.get("name") or ""
             kept["arguments"] += function.get("arguments") or ""
-        if text or delta.get("tool_calls"):
+        if text or delta.get("tool_calls") or delta.get("reasoning") or delta.get("reasoning_content"):
             self.last = time.monotonic()
             self.first = self.first or self.last
             self.pieces += 1

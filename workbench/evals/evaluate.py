@@ -161,15 +161,15 @@ def as_answer(
 
 
 def _split_calls(text: str) -> tuple[str, list[ToolCall]]:
-    from workbench.api.tool_calls import KNOWN_MARKERS, ToolCallParser
+    from workbench.chat_output import OutputSyntax, gather
+    from workbench.chat_output.formats import CALL_FORMATS, formats_in
 
     calls: list[ToolCall] = []
-    for markers in KNOWN_MARKERS:
-        if markers.start in text:
-            parser = ToolCallParser(markers)
-            content, found = parser.push(text)
-            text = content + parser.flush()
-            calls += [ToolCall(call.name, json.loads(call.arguments)) for call in found]
+    for name in formats_in(text):
+        parser = OutputSyntax(CALL_FORMATS[name]).parser()
+        found = gather(parser.push(text) + parser.finish())
+        text = found.content
+        calls += [ToolCall(call.name, json.loads(call.arguments)) for call in found.calls]
     return _SPECIAL.sub("", text), calls
 
 

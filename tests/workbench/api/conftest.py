@@ -16,6 +16,10 @@ import uvicorn
 from openai import OpenAI
 
 from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.fake_runner import FakeRunner, FakeTokenizer
+from engine.plan import KVSpec
+from engine.sampling_params import SamplingParams
 from engine.worker import EngineWorker
 from workbench.api.metrics import EngineMetrics
 from workbench.app import Wiring, build_api_app
@@ -102,6 +106,66 @@ def server() -> Iterator[Server]:
     """A server over FakeRunner, without delay."""
     with run_server(partial(fake_worker, delay_s=0.0)) as running:
         yield running
+
+
+class ScriptTokenizer(FakeTokenizer):
+    """FakeTokenizer with the markers of calls and reasoning as tokens; its template is what a test says it is."""
+
+    SPECIAL = (
+        *FakeTokenizer.SPECIAL, "<|tool_call|>", "<|/tool_call|>", "<tool_call>", "</tool_call>", "<think>", "</think>",
+    )  # fmt: skip
+    opens_reasoning = (
+        False  # the template writes <think> at the end of prompts, unless enable_thinking is false
+    )
+
+    def apply_chat_template(self, *given: Any, chat_template_kwargs: Any = None, **more: Any) -> list[int]:
+        ids = super().apply_chat_template(*given, chat_template_kwargs=chat_template_kwargs, **more)
+        opens = self.opens_reasoning and (chat_template_kwargs or {}).get("enable_thinking", True)
+        return [*ids, *self.encode("<think>\n")] if opens else ids
+
+
+class Script:
+    """A server whose model answers what a test says, in the format that its template has."""
+
+    def __init__(self) -> None:
+        self.tokenizer = ScriptTokenizer()
+        self.runner = FakeRunner(256, choose=self._token, vocab_size=self.tokenizer.vocab_size)
+        self.server: Any = None
+        self.says("")
+
+    def says(self, answer: str, template: str | None = None, *, opens_reasoning: bool = False) -> None:
+        self._ids = [*self.tokenizer.encode(answer), self.tokenizer.EOS]
+        self.tokenizer.chat_template = template
+        self.tokenizer.opens_reasoning = opens_reasoning
+
+    def _token(self, request_id: str, index: int) -> int:
+        return self._ids[min(index, len(self._ids) - 1)]
+
+    def worker(self, config: EngineConfig, **hooks: Any) -> EngineWorker:
+        resolved = EngineConfig(
+            model=config.model, num_blocks=256, max_model_len=2048, max_batched_tokens=2048, num_threads=1
+        )
+        engine = Engine(
+            resolved, self.runner, kv_spec=KVSpec(1, 1, 1, 16, 8), eos_token_ids=self.tokenizer.eos_token_ids,
+            vocab_size=self.tokenizer.vocab_size, tokenizer=self.tokenizer,
+        )  # fmt: skip
+        return EngineWorker(engine, on_fatal=hooks.get("on_fatal"))
+
+    def ask(self, **body: Any) -> Any:
+        """A chat completion of the official client."""
+        body.setdefault("messages", [{"role": "user", "content": "Hello"}])
+        return self.server.openai.chat.completions.create(model=self.server.model, **body)
+
+    def last_params(self) -> SamplingParams:
+        """Of the request that was admitted last."""
+        return next(plan.admitted[-1].params for plan in reversed(self.runner.plans) if plan.admitted)
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[Script]:
+    made = Script()
+    with run_server(made.worker) as made.server:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,24 @@ import pytest
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "x"}
 
+FORMAT = "response_format.json_schema"
+CLOSED = {"type": "object", "additionalProperties": False}
+
+
+def json_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "s", "strict": True, "schema": schema},
+        }
+    }
+
+
+def tool(**more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **more}}
+
+
+TOOLS = [tool()]
 CASES = [
     (CHAT, {"model": "gpt-9"}, 404, "model_not_found", "model", ["gpt-9", "fake-echo"]),
     (CHAT, {"temprature": 1}, 400, "unsupported_field", "temprature", ["temprature", "temperature"]),
@@ -42,9 +60,54 @@ CASES = [
     (CHAT, {"bad_words": ["x" * 17]}, 400, "invalid_params", "bad_words", ["17", "16 tokens"]),
     (CHAT, {"allowed_token_ids": []}, 400, "invalid_params", "allowed_token_ids", ["empty"]),
     (CHAT, {"allowed_token_ids": [-1]}, 400, "invalid_request", "allowed_token_ids", ["-1", "vocabulary"]),
-    (CHAT, {"response_format": {"type": "json_object"}}, 400, "unsupported_field", "response_format", ["json_object"]),
-    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "unsupported_field", "tools", ["tool-call"]),
-    (CHAT, {"tool_choice": "required"}, 400, "unsupported_field", "tool_choice", ["required"]),
+    (CHAT, {"response_format": {"type": "json"}}, 400, "invalid_request", "response_format.type", ["json_schema"]),
+    (CHAT, {"response_format": {"type": "json_schema"}}, 400, "invalid_request", f"{FORMAT}.schema", ["no schema"]),
+    (
+        CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}},
+        400, "invalid_request", f"{FORMAT}.name", ["a b"],
+    ),
+    (CHAT, json_schema({}), 400, "invalid_request", f"{FORMAT}.schema", ["object at its root"]),
+    (CHAT, json_schema({"type": "object", "properties": {}}), 400, "invalid_request", f"{FORMAT}.schema", ["additionalProperties"]),
+    (
+        CHAT, json_schema({**CLOSED, "properties": {"a": {"items": {**CLOSED, "properties": {"b": {}, "c": {}}, "required": ["c"]}}}, "required": ["a"]}),
+        400, "invalid_request", f"{FORMAT}.schema.properties.a.items", ["without b"],
+    ),
+    (
+        CHAT, json_schema({**CLOSED, "properties": {}, "$defs": {"D": {"anyOf": [{"type": "object"}]}}}),
+        400, "invalid_request", f"{FORMAT}.schema.$defs.D.anyOf.0", ["additionalProperties"],
+    ),
+    (CHAT, {"guided_json": "{", "max_tokens": 1}, 400, "invalid_params", "guided_json", ["JSON schema"]),
+    (CHAT, {"guided_choice": []}, 400, "invalid_params", "guided_choice", ["empty"]),
+    (TEXT, {"prompt": "a", "guided_regex": ""}, 400, "invalid_params", "guided_regex", ["empty"]),
+    (TEXT, {"prompt": "a", "structured_outputs": {"xml": 1}}, 400, "invalid_params", "structured_outputs", ["xml"]),
+    (CHAT, {"guided_regex": "a", "guided_choice": ["a"]}, 400, "invalid_request", "guided_choice", ["guided_regex and"]),
+    (CHAT, {"response_format": {"type": "json_object"}, "tools": TOOLS}, 400, "invalid_request", "response_format", ["tools"]),
+    (CHAT, {"chat_template_kwargs": {"tokenize": True}}, 400, "invalid_request", "chat_template_kwargs.tokenize", ["tokenize"]),
+    (CHAT, {"tools": TOOLS}, 400, "unsupported_field", "tools", ["known format"]),
+    (CHAT, {"tool_choice": "required"}, 400, "invalid_request", "tool_choice", ["required", "needs tools"]),
+    (CHAT, {"tools": TOOLS, "tool_choice": "some"}, 400, "invalid_request", "tool_choice", ["some"]),
+    (
+        CHAT, {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        400, "invalid_request", "tool_choice.function.name", ["'g'"],
+    ),
+    (
+        CHAT, {"tools": TOOLS, "tool_choice": {"type": "function"}},
+        400, "invalid_request", "tool_choice.function", ["missing"],
+    ),
+    (
+        CHAT, json_schema({**CLOSED, "properties": {"a": {}}, "required": 7}),
+        400, "invalid_request", f"{FORMAT}.schema", ["without a"],
+    ),
+    (CHAT, {"tools": TOOLS * 2}, 400, "invalid_request", "tools.1.function.name", ["two tools", "'f'"]),
+    (CHAT, {"tools": [tool(strict=True)]}, 400, "unsupported_field", "tools.0.function.strict", ["strict", "required"]),
+    (
+        CHAT, {"tools": [tool(strict=True)], "tool_choice": "required"},
+        400, "invalid_request", "tools.0.function.parameters", ["additionalProperties"],
+    ),
+    (
+        CHAT, {"tools": [tool(parameters={"properties": {"a": {"$ref": "#"}}})], "tool_choice": "required"},
+        400, "unsupported_field", "tools.0.function.parameters.properties.a", ["'#'", "$defs"],
+    ),
     (CHAT, {"messages": []}, 400, "invalid_request", "messages", ["at least 1"]),
     (CHAT, {"messages": "hi"}, 400, "invalid_request", "messages", ["hi"]),
     (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "invalid_request", "messages.0.role", ["robot"]),

@@ -9,11 +9,6 @@ from typing import Any
 
 import pytest
 
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.fake_runner import FakeRunner, FakeTokenizer
-from engine.plan import KVSpec
-from engine.worker import EngineWorker
 from workbench.host import FAKE_ANSWER, fake_worker
 
 USER = [{"role": "user", "content": "Hello"}]
@@ -182,76 +177,6 @@ def test_long_prompt_is_tokenized_beside_the_loop_and_answered(serve: Callable[.
             model=server.model, messages=[{"role": "user", "content": "x" * 40_000}], max_tokens=2
         )
     assert answer.usage.prompt_tokens > 40_000
-
-
-class ToolTokenizer(FakeTokenizer):
-    """FakeTokenizer with the tool-call tokens of the bundled model."""
-
-    SPECIAL = (*FakeTokenizer.SPECIAL, "<|tool_call|>", "<|/tool_call|>")
-
-
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {}}}}}]
-
-
-def tool_worker(answer: str, config: EngineConfig, **hooks: Any) -> EngineWorker:
-    tokenizer = ToolTokenizer()
-    ids = [*tokenizer.encode(answer), tokenizer.EOS]
-    resolved = EngineConfig(
-        model=config.model, num_blocks=128, max_model_len=1024, max_batched_tokens=256, num_threads=1
-    )
-    engine = Engine(
-        resolved,
-        FakeRunner(128, choose=lambda _, index: ids[min(index, len(ids) - 1)]),
-        kv_spec=KVSpec(1, 1, 1, 16, 8),
-        eos_token_ids=tokenizer.eos_token_ids,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer=tokenizer,
-    )
-    return EngineWorker(engine, on_fatal=hooks.get("on_fatal"))
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_tool_calls_are_parsed_out_of_the_text(serve: Callable[..., Any], stream: bool) -> None:
-    answer = (
-        'Let me see.<|tool_call|>{"name":"weather","arguments":{"city":"Köln"}}<|/tool_call|>'
-        '<|tool_call|>{"name":"weather","arguments":{"city":"Ulm"}}<|/tool_call|>'
-    )
-    with serve(partial(tool_worker, answer)) as server:
-        ask = partial(server.openai.chat.completions.create, model=server.model, messages=USER, tools=TOOLS)
-        if stream:
-            chunks = list(ask(stream=True))
-            content = "".join(c.choices[0].delta.content or "" for c in chunks)
-            calls = [call for c in chunks for call in c.choices[0].delta.tool_calls or ()]
-            assert [call.index for call in calls] == [0, 1]
-            finish = chunks[-1].choices[0].finish_reason
-        else:
-            choice = ask().choices[0]
-            content, calls, finish = choice.message.content, choice.message.tool_calls, choice.finish_reason
-    assert content == "Let me see."
-    assert [(c.function.name, json.loads(c.function.arguments)) for c in calls] == [
-        ("weather", {"city": "Köln"}),
-        ("weather", {"city": "Ulm"}),
-    ]
-    assert finish == "tool_calls"
-
-
-@pytest.mark.parametrize(
-    "answer", ["<|tool_call|>{not json<|/tool_call|>!", '<|tool_call|>{"name": "weather"']
-)
-def test_a_broken_tool_call_is_given_back_as_the_model_wrote_it(
-    serve: Callable[..., Any], answer: str
-) -> None:
-    with serve(partial(tool_worker, answer)) as server:
-        choice = server.openai.chat.completions.create(
-            model=server.model, messages=USER, tools=TOOLS
-        ).choices[0]
-    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (answer, None, "stop")
-
-
-def test_without_tools_the_calls_tokens_are_hidden_like_all_special_ones(serve: Callable[..., Any]) -> None:
-    with serve(partial(tool_worker, "a<|tool_call|>b")) as server:
-        choice = server.openai.chat.completions.create(model=server.model, messages=USER).choices[0]
-    assert choice.message.content == "ab"
 
 
 def test_a_tool_conversation_reaches_the_template(server: Any) -> None:

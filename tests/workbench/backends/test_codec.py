@@ -15,6 +15,7 @@ from engine.plan import TokenLogprobs
 from engine.records import Completion, EngineStats, MemoryLedger, RequestRecord
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from engine.structured_outputs import StructuredOutputsParams
 from engine.token_kl import TokenKL
 from workbench.backends import codec
 
@@ -60,6 +61,8 @@ def test_completions(completion: Completion) -> None:
         logit_bias=st.none() | st.dictionaries(st.integers(0, 99), st.floats(-100, 100), max_size=3),
         bad_words=st.lists(st.just("no") | st.just((1, 2)), max_size=3).map(tuple),
         allowed_token_ids=st.none() | st.just((1, 2)),
+        structured_outputs=st.none() | st.just(StructuredOutputsParams(choice=("a", "b")))
+        | st.just(StructuredOutputsParams(json={"type": "object"}, any_whitespace=False)),
     )
 )  # fmt: skip
 def test_params(params: SamplingParams) -> None:

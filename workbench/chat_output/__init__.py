@@ -1,0 +1,40 @@
+"""What a chat model's output says: reasoning, content and tool calls, found as it grows, in the formats that models write.
+
+    parser = make_output_parser(worker.tokenizer, prompt_token_ids, tools)
+    for delta in stream:
+        show(parser.push(delta.text))
+    show(parser.finish())
+
+Boundary: text in, pieces out. Nothing here knows HTTP, pages or engines.
+"""
+
+from workbench.chat_output.parser import OutputParser
+from workbench.chat_output.pieces import (
+    CallArguments,
+    CallBroken,
+    CallStart,
+    Content,
+    ParsedOutput,
+    Piece,
+    Reasoning,
+    ToolCall,
+    gather,
+)
+from workbench.chat_output.syntax import OutputSyntax, begin_constrained, make_output_parser, output_syntax
+
+__all__ = [
+    "CallArguments",
+    "CallBroken",
+    "CallStart",
+    "Content",
+    "OutputParser",
+    "OutputSyntax",
+    "ParsedOutput",
+    "Piece",
+    "Reasoning",
+    "ToolCall",
+    "begin_constrained",
+    "gather",
+    "make_output_parser",
+    "output_syntax",
+]
