@@ -5,7 +5,6 @@ The page never waits for an engine: answers run in ``workbench.ui.answers`` and 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -23,7 +22,6 @@ from workbench.ui.components import (
     waiting,
 )
 from workbench.ui.conversations import Conversation, Request, ask, new_conversation, say, stop
-from workbench.ui.serving import served
 
 if TYPE_CHECKING:
     from workbench.host import PromptChip
@@ -58,7 +56,8 @@ def show() -> None:
 
 def _follow(bar: top_bar.Bar, unfinished: list[Unfinished]) -> None:
     """Show the answers as they grow, until one ends. A click or another page ends this run, not the answers."""
-    for place, _ in enumerate(follow([each.answer for each in unfinished], FOLLOW_S)):
+    interval_s = FOLLOW_S * len(unfinished)  # several cost no more than one
+    for place, _ in enumerate(follow([each.answer for each in unfinished], interval_s)):
         for each in unfinished:
             chat_message.show(each.answer, each.slot, each.expected)
         if place % 10 == 9:
@@ -84,8 +83,9 @@ def _actions(versions: Versions, conversation: Conversation, controls: Controls)
             st.session_state.draft_chat = new_conversation()
             st.query_params.pop("chat", None)
             st.rerun()
-        if controls.params and conversation.turns and versions:
-            asked = {model: _last_request(conversation, model, controls) for model in versions}
+        requests = {model: _last_request(conversation, model, controls) for model in versions}
+        asked = {model: messages for model, messages in requests.items() if messages}
+        if controls.params and asked:
             copy_code.show(asked, controls.params, controls.tools or conversation.tools)
 
 
@@ -110,7 +110,7 @@ def _turns(conversation: Conversation, controls: Controls) -> list[Unfinished]:
 def _send_results(conversation: Conversation, controls: Controls, results: Results) -> None:
     request = _request(conversation, controls)
     if request is not None:
-        say(partial(served, resources.host()), conversation, results.reply, results.messages, request)
+        say(resources.host().worker, conversation, results.reply, results.messages, request)
         st.rerun()
 
 
@@ -163,9 +163,9 @@ def _send(
     **known: Any,
 ) -> None:
     request = _request(conversation, controls)
-    if request is None:
+    if request is None or not versions:
         return
-    ask(partial(served, resources.host()), conversation, versions, messages, request, **known)
+    ask(resources.host().worker, conversation, versions, messages, request, **known)
     resources.conversations().keep(conversation)
     st.session_state.chat = conversation.id
     st.rerun()

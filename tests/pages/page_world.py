@@ -47,6 +47,25 @@ def make_worker(
     return EngineWorker(engine, on_fatal=on_fatal), runner
 
 
+class ToolTokenizer(FakeTokenizer):
+    """FakeTokenizer with the tool-call tokens of Hermes."""
+
+    SPECIAL = (*FakeTokenizer.SPECIAL, "<tool_call>", "</tool_call>")
+
+
+def spoken(*answers: str) -> Any:
+    """Makes the first request answer the first text, and so on; tags of calls are tokens."""
+    tokenizer, order = ToolTokenizer(), list[str]()
+
+    def choose(request_id: str, index: int) -> int:
+        if request_id not in order:
+            order.append(request_id)
+        ids = [*tokenizer.encode(answers[order.index(request_id)]), tokenizer.EOS]
+        return ids[index]
+
+    return choose
+
+
 class FakeHost:
     """An EngineHost with its runners at hand, so that a test can make them answer or fail."""
 

@@ -12,13 +12,13 @@ from streamlit.testing.v1 import AppTest
 from engine.fake_runner import scripted
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from engine.worker import EngineWorker
 from workbench.resident import HostPhase, HostState, Resident
 from workbench.ui import resources
 from workbench.ui.answer_parts import OutputParser
 from workbench.ui.answers import Answer, Begun, follow
 from workbench.ui.components import chat_message
 from workbench.ui.conversations import Conversation, Conversations, Request, ask, new_conversation
-from workbench.ui.serving import Served
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, logprobs=3)
 LONG = GREEDY.with_(max_tokens=400)
@@ -34,9 +34,7 @@ def say(at: AppTest, text: str) -> AppTest:
 
 def answer_of(worker, params: SamplingParams, conversation: Conversation | None = None) -> Answer:
     """The running answer of a worker to "hi"."""
-    turn = ask(
-        lambda _: Served(worker), conversation or new_conversation(), {"m": VERSION}, HI, Request(params)
-    )
+    turn = ask(lambda _: worker, conversation or new_conversation(), {"m": VERSION}, HI, Request(params))
     return turn.replies["m"].last
 
 
@@ -209,9 +207,9 @@ def test_stop_keeps_what_there_is_and_frees_the_blocks(slow_worker):
 def test_answer_that_is_stopped_before_it_was_submitted_never_runs(slow_worker):
     go_on = threading.Event()
 
-    def late(_model: str) -> Served:
+    def late(_model: str) -> EngineWorker:
         assert go_on.wait(20)
-        return Served(slow_worker)
+        return slow_worker
 
     answer = ask(late, new_conversation(), {"m": VERSION}, HI, Request(LONG)).replies["m"].last
     answer.stop(wait_s=0.0)

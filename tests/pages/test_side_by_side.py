@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_world import FakeHost, html_of
+from page_world import FakeHost, ToolTokenizer, html_of, spoken
 from records_world import make_model
 from streamlit.testing.v1 import AppTest
 
@@ -18,26 +18,6 @@ from engine.sampling_params import SamplingParams
 from workbench.ui import resources
 from workbench.ui.components import side_by_side
 from workbench.ui.conversations import Request, ask, new_conversation
-from workbench.ui.serving import served
-
-
-class ToolTokenizer(FakeTokenizer):
-    """FakeTokenizer with the tool-call tokens of Hermes."""
-
-    SPECIAL = (*FakeTokenizer.SPECIAL, "<tool_call>", "</tool_call>")
-
-
-def spoken(*answers: str) -> Any:
-    """Makes the first request answer the first text, and so on; tags of calls are tokens."""
-    tokenizer, order = ToolTokenizer(), list[str]()
-
-    def choose(request_id: str, index: int) -> int:
-        if request_id not in order:
-            order.append(request_id)
-        ids = [*tokenizer.encode(answers[order.index(request_id)]), tokenizer.EOS]
-        return ids[index]
-
-    return choose
 
 
 def say(at: AppTest, text: str) -> AppTest:
@@ -64,24 +44,14 @@ def beside(ready_host, open_page, tmp_path: Path):
     return make
 
 
-def test_one_model_alone_has_nothing_to_choose(ready_host, open_page):
-    ready_host()
-    assert not open_page("playground").multiselect
-
-
-def test_nothing_said_yet_beside_others(beside):
-    _, at = beside(left={})
-    assert "Nothing said yet" in html_of(at) or "Try a task" in html_of(at)
-    assert at.chat_input[0].placeholder == "Ask all 2; Enter sends"
-    assert "not loaded here" not in html_of(at)
-
-
 def test_every_version_is_asked_at_once_and_sees_its_own_answers(beside):
     fake, at = beside(
         {"choose": scripted("Yes.")},
         left={"choose": scripted("No, never.")},
         right={"choose": scripted("Maybe.")},
     )
+    assert "held out from its training" in html_of(at)
+    assert at.chat_input[0].placeholder == "Ask all 3; Enter sends"
     say(at, "one")
     assert not at.exception
     shown = html_of(at)
@@ -104,6 +74,7 @@ def test_every_version_is_asked_at_once_and_sees_its_own_answers(beside):
 def test_version_of_a_link_that_is_not_loaded_is_told(ready_host, open_page):
     ready_host()
     at = open_page("playground")
+    assert not at.multiselect  # there is nothing to choose
     at.query_params[side_by_side.KEY] = "gone · 12345678"
     at.run()
     assert not at.exception
@@ -145,12 +116,12 @@ def test_version_that_went_away_leaves_its_answers_and_the_others(beside):
 
 
 def test_one_that_was_stopped_keeps_what_it_said_and_the_other_goes_on(beside):
-    fake, at = beside({"delay_s": 0.01, "choose": lambda _id, _index: ord("x")}, left={"delay_s": 0.01})
+    _, at = beside({"delay_s": 0.01, "choose": lambda _id, _index: ord("x")}, left={"delay_s": 0.01})
     conversation, host = new_conversation(), resources.host()
     params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True, logprobs=1)
     versions = {resident.id: resident for resident in host.resident()}
     question = ({"role": "user", "content": "hi"},)
-    turn = ask(lambda model: served(host, model), conversation, versions, question, Request(params))
+    turn = ask(host.worker, conversation, versions, question, Request(params))
     resources.conversations().keep(conversation)
     first = next(iter(turn.replies.values())).last
     at.query_params["chat"] = conversation.id
@@ -209,15 +180,6 @@ def test_call_is_shown_answered_and_gone_on_with_in_its_own_column(beside):
         assert part in code
 
 
-def test_tools_for_a_model_that_cannot_call_are_refused_in_its_column(ready_host, open_page):
-    fake: FakeHost = ready_host()
-    at = open_page("playground")
-    at.text_area("tools").set_value(json.dumps(TOOLS)).run()
-    say(at, "hello")
-    assert "no tool-call tokens" in html_of(at)
-    assert prompt_sizes(fake) == []
-
-
 def test_reasoning_is_folded_above_the_answer(ready_host, open_page):
     fake: FakeHost = ready_host(choose=scripted("<think>\n2 and 2\n</think>\n\nIt is 4."))
     at = say(open_page("playground"), "2+2?")
@@ -236,47 +198,25 @@ def test_reasoning_is_folded_above_the_answer(ready_host, open_page):
     assert prompt_sizes(fake)[-1] == len(prompt)
 
 
-@pytest.mark.parametrize(
-    ("answer", "max_tokens", "told", "tree"),
-    [
-        ('{"city": "Ulm", "at": [1, 2]}', 60, "✓ JSON parses", True),
-        ('{"city": "Ulm", "at": [1, 2]}', 10, "! cut by the token limit: the JSON is not whole", False),
-        ("Ulm, I think", 60, "✕ no JSON", False),
-    ],
-)
-def test_answer_says_whether_its_json_parses(answer, max_tokens, told, tree, ready_host, open_page):
+def test_answer_that_is_json_is_a_tree_and_the_code_asks_for_it(ready_host, open_page):
+    answer = '{"city": "Ulm", "at": [1, 2]}'
     ready_host(choose=scripted(answer))
     at = open_page("playground")
-    at.selectbox("output").set_value("JSON object")
-    at.number_input("max_tokens").set_value(max_tokens).run()
+    at.selectbox("output").set_value("JSON schema").run()
+    at.text_area("output_json").set_value('{"type": ').run()
+    assert any("is no JSON schema" in error.value for error in at.error)
+    assert at.chat_input[0].disabled
+    assert "is no JSON schema" in at.chat_input[0].placeholder
+    at.text_area("output_json").set_value('{"type": "object"}').run()
     say(at, "where?")
     assert not at.exception
-    assert told in html_of(at)
-    assert [json.loads(one.value) for one in at.json] == ([json.loads(answer)] if tree else [])
-    assert "'structured_outputs': {'json_object': True}" in "\n".join(block.value for block in at.code)
+    assert "✓ JSON parses" in html_of(at)
+    assert [json.loads(one.value) for one in at.json] == [json.loads(answer)]
+    code = "\n".join(block.value for block in at.code)
+    assert "'structured_outputs': {'json': {'type': 'object'}}" in code
 
 
-@pytest.mark.parametrize(
-    ("kind", "field", "text", "told"),
-    [
-        ("JSON schema", "json", '{"type": ', "is no JSON schema"),
-        ("Regular expression", "regex", "", "must be a text that is not empty"),
-        ("Choice", "choice", "\n", "must hold texts that are not empty"),
-        ("EBNF grammar", "grammar", "", "must be a text that is not empty"),
-    ],
-)
-def test_form_that_cannot_be_used_is_told_under_its_field(kind, field, text, told, ready_host, open_page):
-    ready_host()
-    at = open_page("playground")
-    at.selectbox("output").set_value(kind).run()
-    at.text_area(f"output_{field}").set_value(text).run()
-    assert not at.exception
-    assert any(told in error.value for error in at.error)
-    assert at.chat_input[0].disabled
-    assert told in at.chat_input[0].placeholder
-
-
-def test_tools_that_are_none_are_told_and_the_form_stays(ready_host, open_page):
+def test_tools_that_are_none_are_told_and_the_other_fields_stay(ready_host, open_page):
     ready_host()
     at = open_page("playground")
     at.selectbox("output").set_value("Choice").run()
@@ -284,6 +224,8 @@ def test_tools_that_are_none_are_told_and_the_form_stays(ready_host, open_page):
     at.text_area("tools").set_value('[{"type": "function", "function": {}}]').run()
     assert any("tools.0.function.name" in error.value for error in at.error)
     assert at.text_area("output_choice").value == "yes\nno"
+    at.text_area("tools").set_value(json.dumps(TOOLS)).run()
+    assert any("calls no tools" in error.value for error in at.error)
     at.text_area("tools").set_value("").run()
     assert not at.error
     assert not at.chat_input[0].disabled

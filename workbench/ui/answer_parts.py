@@ -1,111 +1,152 @@
-"""What an output consists of: reasoning, content and tool calls, told apart as the text comes.
+"""What a model's output says: reasoning, content and tool calls, told apart as its text comes.
 
 Reasoning is what stands between ``<think>`` and ``</think>`` at the beginning of an output, or before ``</think>`` where the
-chat template has opened the tag in the prompt.
+chat template has opened the tag in the prompt. White space around the tags belongs to neither side.
 
 Boundary: text in, pieces out. Which calls a model can make is ``workbench.api.tool_calls``'s to know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from workbench.api.tool_calls import ParsedToolCall, ToolCallParser, find_markers
-from workbench.errors import UnsupportedFieldError
+from workbench.api.tool_calls import ParsedToolCall, ToolCallMarkers, ToolCallParser, find_markers
 
 if TYPE_CHECKING:
     from engine.tokenizer import TokenizerLike
 
 OPEN, CLOSE = "<think>", "</think>"
-_TAIL_TOKENS = 16  # of a prompt, more than an opened tag and the white space behind it
+_PROMPT_END = 16  # tokens that are enough to see whether a prompt ends with the tag
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """What some text added to an answer."""
+class Content:
+    text: str
 
-    reasoning: str = ""
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    text: str
+
+
+Piece = Content | Reasoning | ParsedToolCall
+
+
+@dataclass(slots=True)
+class ParsedOutput:
+    """An output so far."""
+
     content: str = ""
-    calls: tuple[ParsedToolCall, ...] = ()
+    reasoning: str = ""
+    calls: list[ParsedToolCall] = field(default_factory=list)
+
+
+def gather(pieces: Iterable[Piece]) -> ParsedOutput:
+    """All pieces of one output together."""
+    found = ParsedOutput()
+    for piece in pieces:
+        match piece:
+            case Content(text):
+                found.content += text
+            case Reasoning(text):
+                found.reasoning += text
+            case ParsedToolCall():
+                found.calls.append(piece)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSyntax:
+    """What to look for in an output; each output gets a parser of its own."""
+
+    calls: ToolCallMarkers | None = None
+    is_open: bool = False  # the prompt ends within reasoning
+
+    @property
+    def shows_special_tokens(self) -> bool:
+        """Markers may be special tokens: they must be decoded to be found."""
+        return self.calls is not None
+
+    def parser(self) -> OutputParser:
+        """A new output's parser."""
+        return OutputParser(ToolCallParser(self.calls) if self.calls else None, is_open=self.is_open)
+
+
+def output_syntax(
+    tokenizer: TokenizerLike, prompt_token_ids: Sequence[int] = (), tools: Sequence[Mapping[str, Any]] = ()
+) -> OutputSyntax:
+    """What to look for in the answer to a prompt; without tools, calls are not looked for."""
+    end = tokenizer.decode(list(prompt_token_ids[-_PROMPT_END:]), skip_special_tokens=False)
+    return OutputSyntax(find_markers(tokenizer) if tools else None, end.rstrip().endswith(OPEN))
 
 
 class _Phase(Enum):
     START = auto()  # nothing yet but white space or the beginning of a tag
+    OPENED = auto()  # behind the opening tag
     REASONING = auto()
-    CLOSED = auto()  # behind the closing tag, before any content
+    CLOSED = auto()  # behind the closing tag
     CONTENT = auto()
 
 
 class OutputParser:
-    """Splits one growing output; holds back what may be the beginning of a tag or marker."""
+    """Splits one growing output. Whatever the pieces that its text comes in, it finds the same."""
 
-    def __init__(self, calls: ToolCallParser | None = None, *, starts_in_reasoning: bool = False) -> None:
+    def __init__(self, calls: ToolCallParser | None = None, *, is_open: bool = False) -> None:
         self._calls = calls
-        self._phase = _Phase.REASONING if starts_in_reasoning else _Phase.START
+        self._phase = _Phase.OPENED if is_open else _Phase.START
         self._pending = ""
 
-    def push(self, text: str) -> Piece:
-        """What `text` brought."""
-        reasoning, rest = self._split(text)
-        if self._calls is None:
-            return Piece(reasoning, rest)
-        content, calls = self._calls.push(rest)
-        return Piece(reasoning, content, tuple(calls))
+    def push(self, text: str) -> list[Piece]:
+        """What `text` made certain."""
+        reasoning, rest = self._split(self._pending + text)
+        content, calls = self._calls.push(rest) if self._calls is not None else (rest, [])
+        return _pieces(reasoning, content, calls)
 
-    def flush(self) -> Piece:
-        """The rest at the end of the output."""
+    def finish(self) -> list[Piece]:
+        """The rest, at the end of the output."""
         rest, self._pending = self._pending, ""
         if self._phase is _Phase.REASONING:
-            return Piece(reasoning=rest)
-        return Piece(content=rest + (self._calls.flush() if self._calls else ""))
+            return _pieces(rest.rstrip(), "", [])
+        return _pieces("", rest + (self._calls.flush() if self._calls is not None else ""), [])
 
     def _split(self, text: str) -> tuple[str, str]:
-        """What is reasoning, and what comes behind it."""
-        text = self._pending + text
-        self._pending = ""
+        """What is reasoning, and what comes behind it; the rest is held back."""
+        self._pending, reasoning = "", ""
         if self._phase is _Phase.START:
             begun = text.lstrip()
-            if begun.startswith(OPEN):
-                self._phase, text = _Phase.REASONING, begun[len(OPEN) :]
-            elif OPEN.startswith(begun):
-                self._pending, text = text, ""
-            else:
-                self._phase = _Phase.CONTENT
-        reasoning = ""
+            if not begun.startswith(OPEN) and OPEN.startswith(begun):
+                self._pending = text
+                return "", ""
+            is_tag = begun.startswith(OPEN)
+            self._phase = _Phase.OPENED if is_tag else _Phase.CONTENT
+            text = begun[len(OPEN) :] if is_tag else text
+        if self._phase is _Phase.OPENED:
+            text = text.lstrip()
+            self._phase = _Phase.REASONING if text else _Phase.OPENED
         if self._phase is _Phase.REASONING:
-            reasoning, found, behind = text.partition(CLOSE)
+            before, found, text = text.partition(CLOSE)
+            reasoning = (before if found else before[: len(before) - _held_back(before)]).rstrip()
             if not found:
-                return self._hold_back(text), ""
-            self._phase, text = _Phase.CLOSED, behind
+                self._pending = before[len(reasoning) :]
+                return reasoning, ""
+            self._phase = _Phase.CLOSED
         if self._phase is _Phase.CLOSED:
-            text = text.lstrip("\n")
+            text = text.lstrip()
             self._phase = _Phase.CONTENT if text else _Phase.CLOSED
-        return reasoning, text
-
-    def _hold_back(self, text: str) -> str:
-        """`text` without an end that may be the beginning of the closing tag."""
-        ends = (n for n in range(min(len(CLOSE) - 1, len(text)), 0, -1) if CLOSE.startswith(text[-n:]))
-        keep = next(ends, 0)
-        self._pending = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        return reasoning, text if self._phase is _Phase.CONTENT else ""
 
 
-def output_parser(tokenizer: TokenizerLike, prompt_ids: Sequence[int], *, has_tools: bool) -> OutputParser:
-    """The parser of one answer.
+def _pieces(reasoning: str, content: str, calls: Sequence[ParsedToolCall]) -> list[Piece]:
+    told: list[Piece] = [Reasoning(reasoning)] if reasoning else []
+    if content:
+        told.append(Content(content))
+    return [*told, *calls]
 
-    Raises:
-        UnsupportedFieldError: tools for a model that has no way to call one.
-    """
-    markers = find_markers(tokenizer) if has_tools else None
-    if has_tools and markers is None:
-        raise UnsupportedFieldError(
-            "this model's tokenizer has no tool-call tokens", param="tools",
-            remedy="Leave tools out, or choose a model that was trained to call tools.",
-        )  # fmt: skip
-    tail = tokenizer.decode(list(prompt_ids[-_TAIL_TOKENS:]), skip_special_tokens=False)
-    return OutputParser(
-        ToolCallParser(markers) if markers else None, starts_in_reasoning=tail.rstrip().endswith(OPEN)
-    )
+
+def _held_back(text: str) -> int:
+    """Length of the longest end of `text` that begins the closing tag."""
+    longest = min(len(CLOSE) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if CLOSE.startswith(text[-n:])), 0)

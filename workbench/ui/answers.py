@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from engine.errors import TypedError
-from engine.request import FinishReason
+from workbench.ui.answer_parts import ParsedOutput, Reasoning, gather
 
 if TYPE_CHECKING:
     from engine.records import Completion, StreamDelta
     from engine.sampling_params import SamplingParams
     from engine.stream import RequestStream
     from engine.tokenizer import TokenizerLike
-    from workbench.api.tool_calls import ParsedToolCall
     from workbench.ui.answer_parts import OutputParser, Piece
 
 UNATTENDED_S = 300.0
@@ -51,9 +50,6 @@ class Answer:
         self.request_id = uuid4().hex
         self.params = params
         self.text = ""  # as the model wrote it
-        self.reasoning = ""
-        self.content = ""
-        self.calls: tuple[ParsedToolCall, ...] = ()
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
         self.reasoning_ms = 0.0  # from the first token to the last one of the reasoning
@@ -64,6 +60,8 @@ class Answer:
         self._begin = begin
         self._begun: Begun | None = None
         self._is_unwanted = False
+        self._pieces: list[Piece] = []
+        self._output: ParsedOutput | None = None
         self._first_ns = 0
         self._unattended_s = unattended_s
         self._attended = time.monotonic()
@@ -75,8 +73,14 @@ class Answer:
         return not self._done.is_set()
 
     @property
-    def was_stopped(self) -> bool:
-        return self.completion is not None and self.completion.finish_reason is FinishReason.ABORT
+    def output(self) -> ParsedOutput:
+        """What the text says so far."""
+        if self._output is not None:
+            return self._output
+        has_ended = not self.running
+        found = gather(self._pieces)
+        self._output = found if has_ended else None
+        return found
 
     def stop(self, wait_s: float = 1.0) -> None:
         """Abort the request and wait a moment for its end. What was generated stays."""
@@ -127,16 +131,14 @@ class Answer:
             self.num_tokens += len(delta.token_ids)
             self._add(begun.parser.push(delta.text or ""), delta)
             if delta.finish_reason is not None:
-                self._add(begun.parser.flush(), delta)
+                self._add(begun.parser.finish(), delta)
             if time.monotonic() - self._attended > self._unattended_s:
                 begun.stream.abort()
 
-    def _add(self, piece: Piece, delta: StreamDelta) -> None:
+    def _add(self, pieces: list[Piece], delta: StreamDelta) -> None:
         self._first_ns = self._first_ns or delta.created_ns
-        self.content += piece.content
-        self.calls += piece.calls
-        if piece.reasoning:
-            self.reasoning += piece.reasoning
+        self._pieces += pieces
+        if any(isinstance(piece, Reasoning) for piece in pieces):
             self.num_reasoning_tokens = self.num_tokens
             self.reasoning_ms = (delta.created_ns - self._first_ns) / 1e6
 

@@ -16,17 +16,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import InvalidRequestError
-from workbench.ui.answer_parts import output_parser
+from workbench.errors import UnsupportedFieldError
+from workbench.ui.answer_parts import OutputSyntax, output_syntax
 from workbench.ui.answers import Answer, Begun
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
+    from engine.tokenizer import TokenizerLike
+    from engine.worker import EngineWorker
     from workbench.resident import Resident
-    from workbench.ui.serving import Served
 
 MAX_CONVERSATIONS = 100
 Message = Mapping[str, Any]
-Find = Callable[[str], "Served"]  # by model id; raises where nobody answers for it
+Find = Callable[[str], "EngineWorker"]  # by model id, `EngineHost.worker`; raises where nobody answers for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +43,17 @@ class Exchange:
         if self.answer.refusal is not None:
             return []
         found = [dict(message) for message in self.said]
-        answer = self.answer
-        if not answer.running and (answer.content or answer.calls):
-            told: dict[str, Any] = {"role": "assistant", "content": answer.content}
-            if answer.calls:
+        output = self.answer.output
+        if not self.answer.running and (output.content or output.calls):
+            told: dict[str, Any] = {"role": "assistant", "content": output.content}
+            if output.calls:
                 told["tool_calls"] = [
                     {
                         "id": call.id,
                         "type": "function",
                         "function": {"name": call.name, "arguments": call.arguments},
                     }
-                    for call in answer.calls
+                    for call in output.calls
                 ]
             found.append(told)
         return found
@@ -189,17 +191,30 @@ def say(
     prompt = conversation.messages(reply.model, request.system, then=messages)
 
     def begin(request_id: str) -> Begun:
-        served = find(reply.model)
-        tokenizer = served.worker.tokenizer
+        worker = find(reply.model)
+        tokenizer = worker.tokenizer
         if tokenizer is None:
             raise InvalidRequestError(
                 "this engine has no tokenizer", remedy="Load a model that has one.", param="model"
             )
         prompt_ids = tokenizer.apply_chat_template(prompt, tools=list(request.tools) or None)
-        parser = output_parser(tokenizer, prompt_ids, has_tools=bool(request.tools))
-        # the tokens of a call must be seen to be read
-        params = request.params.with_(skip_special_tokens=False) if request.tools else request.params
-        stream = served.worker.submit(prompt_ids, params, request_id=request_id, **served.submit)
-        return Begun(stream, tokenizer, parser)
+        syntax = _syntax(tokenizer, prompt_ids, request)
+        params = request.params
+        if syntax.shows_special_tokens:
+            params = params.with_(skip_special_tokens=False)
+        return Begun(worker.submit(prompt_ids, params, request_id=request_id), tokenizer, syntax.parser())
 
     reply.exchanges.append(Exchange(messages, Answer(begin, request.params)))
+
+
+def _syntax(tokenizer: TokenizerLike, prompt_ids: list[int], request: Request) -> OutputSyntax:
+    """What to look for in the answer; a constrained one begins at once, without reasoning."""
+    if request.params.structured_outputs is not None:
+        return OutputSyntax()
+    syntax = output_syntax(tokenizer, prompt_ids, request.tools)
+    if request.tools and syntax.calls is None:
+        raise UnsupportedFieldError(
+            "this model has no tool calls of a known format", value=len(request.tools), param="tools",
+            remedy="Leave tools out, or choose a model that was trained to call tools.",
+        )  # fmt: skip
+    return syntax

@@ -23,23 +23,23 @@ _CUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The verdict in words; `value` is the parsed JSON, if `is_json`."""
+    """The verdict in words; `tree` is JSON that has something inside."""
 
     kind: Literal["ok", "warn", "bad", ""]  # "": nothing that is checked here
     told: str
-    is_json: bool = False
-    value: Any = None
+    tree: dict[str, Any] | list[Any] | None = None
 
 
 def shape_of(answer: Answer) -> Shape | None:
-    """Of an answer that has ended; None where any form would do, and for calls, which have their own."""
+    """Of an answer that has ended; None where any form would do."""
     asked, completion = answer.params.structured_outputs, answer.completion
-    if asked is None or completion is None or answer.calls:
+    if asked is None or completion is None:
         return None
+    content = answer.output.content
     cut = _CUTS.get(completion.finish_reason)
     if asked.json is not None or asked.json_object:
-        return _json(answer.content, cut)
-    if asked.choice is not None and answer.content in asked.choice:
+        return _json(content, cut)
+    if asked.choice is not None and content in asked.choice:
         return Shape("ok", "one of the choices")
     if cut is not None:
         return Shape("warn", f"{cut}: not whole")
@@ -55,8 +55,13 @@ def shape_of(answer: Answer) -> Shape | None:
 
 def _json(text: str, cut: str | None) -> Shape:
     try:
-        return Shape("ok", "JSON parses", is_json=True, value=json.loads(text))
+        value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         if cut is not None:
             return Shape("warn", f"{cut}: the JSON is not whole")
         return Shape("bad", f"no JSON: {error}")
+    return Shape("ok", "JSON parses", value if isinstance(value, dict | list) else None)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON value")

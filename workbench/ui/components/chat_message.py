@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from engine.request import FinishReason
 from workbench.ui import formats, markup
+from workbench.ui.answer_parts import ParsedOutput
 from workbench.ui.answers import Answer, TokenView
 from workbench.ui.components.text_diff import readable
 from workbench.ui.output_shape import shape_of
@@ -42,11 +43,12 @@ def running(answer: Answer) -> str:
     """The answer as it grows. Reasoning is open until something follows it."""
     if not answer.text:
         return '<div class="q-answer q-muted q-caret" aria-busy="true">waiting for the first token </div>'
-    thinks = not (answer.content or answer.calls)
-    body = _reasoning(answer, markup.text(answer.reasoning.strip()), is_open=thinks)
-    said = f'<div class="q-answer q-caret" aria-busy="true">{markup.text(answer.content)}</div>'
+    output = answer.output
+    thinks = not (output.content or output.calls)
+    body = _reasoning(answer, markup.text(output.reasoning), is_open=thinks)
+    said = f'<div class="q-answer q-caret" aria-busy="true">{markup.text(output.content)}</div>'
     count = f'<div class="q-figures"><span><b>{answer.num_tokens:,}</b> tokens so far</span></div>'
-    return body + said + _calls(answer) + count
+    return body + said + _calls(output) + count
 
 
 def finished(answer: Answer, expected: str | None = None) -> str:
@@ -54,15 +56,15 @@ def finished(answer: Answer, expected: str | None = None) -> str:
         return markup.error_panel("The request was refused", answer.refusal)
     tokens = answer.tokens()
     hovered = tokens if len(tokens) <= MAX_HOVER_TOKENS else ()
-    reasoning, content = answer.reasoning.strip(), answer.content
-    thought, end = _with_probabilities(reasoning, answer.text, 0, hovered)
-    said, _ = _with_probabilities(content, answer.text, end, hovered)
+    output = answer.output
+    thought, end = _with_probabilities(output.reasoning, answer.text, 0, hovered)
+    said, _ = _with_probabilities(output.content, answer.text, end, hovered)
     if hovered and hovered[-1].is_last and not hovered[-1].text:
         said += _span(hovered[-1])
     body = _reasoning(answer, thought)
-    if content or not answer.calls:
+    if output.content or not output.calls:
         body += f'<div class="q-answer">{said or "<span class=q-muted>(no text)</span>"}</div>'
-    body += _calls(answer)
+    body += _calls(output)
     if answer.error:
         body += markup.panel(
             "bad", "The answer ended with an error", answer.error, (("request", answer.request_id),)
@@ -86,7 +88,7 @@ def _with_probabilities(part: str, text: str, start: int, tokens: tuple[TokenVie
 
 def _reasoning(answer: Answer, thought: str, is_open: bool = False) -> str:
     """`thought` (HTML) folded away, with what it took."""
-    if not answer.reasoning:
+    if not thought:
         return ""
     took = f"{answer.num_reasoning_tokens:,} tokens, {formats.significant(answer.reasoning_ms / 1e3)} s"
     return (
@@ -95,10 +97,10 @@ def _reasoning(answer: Answer, thought: str, is_open: bool = False) -> str:
     )
 
 
-def _calls(answer: Answer) -> str:
+def _calls(output: ParsedOutput) -> str:
     return "".join(
         f'<div class="q-call"><b>{markup.text(call.name)}</b><pre>{markup.text(readable(call.arguments))}</pre></div>'
-        for call in answer.calls
+        for call in output.calls
     )
 
 

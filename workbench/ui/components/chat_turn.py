@@ -99,7 +99,7 @@ def _reply(reply: Reply, turn: Turn, shown: Shown, *, is_last: bool, named: bool
         elif answer.text:
             _tree(answer)
             feedback_box.show(answer.request_id, answer.text)
-    if is_last and not reply.last.running and reply.last.calls:
+    if is_last and not reply.last.running and reply.last.output.calls:
         messages = _results_form(reply.last)
         if messages:
             shown.results = Results(reply, messages)
@@ -107,8 +107,8 @@ def _reply(reply: Reply, turn: Turn, shown: Shown, *, is_last: bool, named: bool
 
 def _tree(answer: Answer) -> None:
     shape = shape_of(answer)
-    if shape is not None and shape.is_json:
-        st.json(shape.value, expanded=2)
+    if shape is not None and shape.tree is not None:
+        st.json(shape.tree, expanded=2)
 
 
 def _results_form(answer: Answer) -> tuple[Message, ...]:
@@ -116,11 +116,11 @@ def _results_form(answer: Answer) -> tuple[Message, ...]:
     with st.form(f"results_{answer.request_id}"):
         texts = [
             st.text_area(f"Result of {call.name}", key=f"result_{call.id}", height=80, placeholder="empty")
-            for call in answer.calls
+            for call in answer.output.calls
         ]
         if not st.form_submit_button("Send results", icon=":material/build:"):
             return ()
     return tuple(
         {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": text or ""}
-        for call, text in zip(answer.calls, texts, strict=True)
+        for call, text in zip(answer.output.calls, texts, strict=True)
     )

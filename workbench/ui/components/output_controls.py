@@ -59,6 +59,10 @@ def show() -> OutputControls:
         structured = _structured()
     with _told(errors):
         tools = _tools()
+        if structured is not None and tools:
+            raise ApiError(
+                "an output of that form calls no tools", param="tools", remedy="Leave one of the two out."
+            )
     return OutputControls(structured, tools, errors[0] if errors else None)
 
 
