@@ -48,9 +48,10 @@ def make_worker(
 
 
 class ToolTokenizer(FakeTokenizer):
-    """FakeTokenizer with the tool-call tokens of Hermes."""
+    """FakeTokenizer with the tool-call tokens of Hermes, for a model that reasons."""
 
     SPECIAL = (*FakeTokenizer.SPECIAL, "<tool_call>", "</tool_call>")
+    chat_template = "<think></think><tool_call></tool_call>"  # what a real one would name
 
 
 def spoken(*answers: str) -> Any:

@@ -15,7 +15,7 @@ from engine.sampling_params import SamplingParams
 from engine.worker import EngineWorker
 from workbench.resident import HostPhase, HostState, Resident
 from workbench.ui import resources
-from workbench.ui.answer_parts import OutputParser
+from workbench.ui.answer_parts import OutputSyntax
 from workbench.ui.answers import Answer, Begun, follow
 from workbench.ui.components import chat_message
 from workbench.ui.conversations import Conversation, Conversations, Request, ask, new_conversation
@@ -236,7 +236,7 @@ def test_answer_that_nobody_looks_at_is_aborted(slow_worker):
     tokenizer = slow_worker.tokenizer
 
     def begin(_request_id: str) -> Begun:
-        return Begun(slow_worker.submit(tokenizer.encode("hi"), LONG), tokenizer, OutputParser())
+        return Begun(slow_worker.submit(tokenizer.encode("hi"), LONG), tokenizer, OutputSyntax().parser())
 
     answer = Answer(begin, LONG, unattended_s=0.1)
     assert answer.wait(10)

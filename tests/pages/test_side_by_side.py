@@ -181,7 +181,9 @@ def test_call_is_shown_answered_and_gone_on_with_in_its_own_column(beside):
 
 
 def test_reasoning_is_folded_above_the_answer(ready_host, open_page):
-    fake: FakeHost = ready_host(choose=scripted("<think>\n2 and 2\n</think>\n\nIt is 4."))
+    fake: FakeHost = ready_host(
+        choose=spoken("<think>\n2 and 2\n</think>\n\nIt is 4.", "Yes."), tokenizer=ToolTokenizer()
+    )
     at = say(open_page("playground"), "2+2?")
     shown = html_of(at)
     assert '<details class="q-reasoning"><summary>Reasoning <span>' in shown

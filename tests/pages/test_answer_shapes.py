@@ -1,10 +1,8 @@
-"""What an answer consists of and whether it has the form that was asked for, however its text is cut into pieces."""
+"""An answer's parts as they are shown, and whether it has the form that was asked for."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from page_world import ToolTokenizer, make_worker, spoken
 
 from engine.fake_tokenizer import FakeTokenizer
@@ -12,7 +10,6 @@ from engine.sampling_params import SamplingParams
 from engine.structured_outputs import StructuredOutputsParams
 from workbench.errors import ApiError, UnsupportedFieldError
 from workbench.resident import HostPhase, HostState, Resident
-from workbench.ui.answer_parts import OutputParser, gather, output_syntax
 from workbench.ui.answers import Answer
 from workbench.ui.components import chat_message
 from workbench.ui.components.output_controls import FORMS, read_tools
@@ -25,38 +22,6 @@ VERSION = Resident(
 TOOLS = ({"type": "function", "function": {"name": "weather"}},)
 TOKENIZER = ToolTokenizer()
 CALL = '<tool_call>{"name":"weather","arguments":{"city":"Ulm"}}</tool_call>'
-
-
-def parts_of(parser: OutputParser, pieces: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
-    found = gather([piece for text in pieces for piece in parser.push(text)] + parser.finish())
-    return found.reasoning, found.content, [(call.name, call.arguments) for call in found.calls]
-
-
-OUTPUTS = [
-    ("plain", ("", "plain", [])),
-    ("", ("", "", [])),
-    ("<thin ice", ("", "<thin ice", [])),
-    (" <think>\na < b\n</think>\n\nYes.", ("a < b", "Yes.", [])),
-    ("<think>never ends </thin", ("never ends </thin", "", [])),
-    ("so <think>not at the beginning</think>", ("", "so <think>not at the beginning</think>", [])),
-    (f"<think>x</think>Look: {CALL}.", ("x", "Look: .", [("weather", '{"city":"Ulm"}')])),
-    (f"<think>{CALL}</think>no call", (CALL, "no call", [])),
-    ("<tool_call>{broken</tool_call>", ("", "<tool_call>{broken</tool_call>", [])),
-]
-
-
-@given(output=st.sampled_from(OUTPUTS), data=st.data())
-def test_any_cut_of_an_output_gives_the_same_parts(output, data):
-    text, parts = output
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    assert parts_of(output_syntax(TOKENIZER, (), TOOLS).parser(), pieces) == parts
-
-
-def test_tag_that_the_template_opened_is_not_expected_again():
-    prompt = TOKENIZER.encode("<|user|>2+2?<|end|><|assistant|><think>\n")
-    parser = output_syntax(TOKENIZER, prompt).parser()
-    assert parts_of(parser, ["four", "</think>", "\n", "4"]) == ("four", "4", [])
 
 
 @pytest.fixture
@@ -101,13 +66,13 @@ def test_tools_need_a_model_that_can_call_them(answer_with):
 
 
 def test_call_is_no_content_and_its_tokens_are_no_text(answer_with):
-    answer = answer_with("Look: " + CALL, tools=TOOLS)
-    assert answer.output.content == "Look: "
+    answer = answer_with("Look:" + CALL, tools=TOOLS)
+    assert answer.output.content == "Look:"
     assert [call.name for call in answer.output.calls] == ["weather"]
-    assert answer.text == "Look: " + CALL
+    assert answer.text == "Look:" + CALL
     shown = chat_message.finished(answer)
     assert '<div class="q-call"><b>weather</b>' in shown
-    assert shown.count('class="q-tok"') == len("Look: ")
+    assert shown.count('class="q-tok"') == len("Look:")
 
 
 JSON = '{"city": "Ulm", "at": [1, 2]}'
