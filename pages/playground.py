@@ -39,6 +39,8 @@ def show() -> None:
     st.html(markup.title("Playground", "What do these versions answer, how sure are they, how fast?"))
     versions = side_by_side.show(bar.choices, bar.model_id)
     if not waiting.show(bar) and len(versions) < 2:
+        if not bar.view.loading:  # an engine that just died is known as failed a moment later
+            bar.keep_live()
         return
     worker = bar.view.worker
     with st.sidebar:
