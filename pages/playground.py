@@ -1,6 +1,6 @@
-"""Playground: chat with a version, with every sampling control, and see each answer's probabilities and figures.
+"""Playground: ask one to four versions, with every sampling control, and see each answer's probabilities and figures.
 
-The page never waits for the engine: an answer runs in ``workbench.ui.conversations`` and is only looked at here.
+The page never waits for an engine: answers run in ``workbench.ui.answers`` and are only looked at here.
 """
 
 from __future__ import annotations
@@ -9,55 +9,59 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from engine.errors import EngineError
 from workbench.ui import markup, resources
+from workbench.ui.answers import follow
 from workbench.ui.components import (
     chat_message,
+    chat_turn,
     copy_code,
     escape_key,
-    feedback_box,
     sampling_controls,
+    side_by_side,
     top_bar,
     waiting,
 )
-from workbench.ui.conversations import Answer, Conversation, Turn, ask, new_conversation
+from workbench.ui.conversations import Conversation, Request, ask, new_conversation, say, stop
 
 if TYPE_CHECKING:
-    from streamlit.delta_generator import DeltaGenerator
-
-    from engine.worker import EngineWorker
     from workbench.host import PromptChip
+    from workbench.resident import Resident
+    from workbench.ui.components.chat_turn import Results, Unfinished
     from workbench.ui.components.sampling_controls import Controls
 
 MAX_CHIPS = 8
 FOLLOW_S = 0.1
-_AVATARS = {"user": ":material/person:", "assistant": ":material/smart_toy:", "system": ":material/settings:",
-            "tool": ":material/build:"}  # fmt: skip
+Versions = dict[str, "Resident"]
 
 
 def show() -> None:
     bar = top_bar.show()
-    st.html(markup.title("Playground", "What does this version answer, how sure is it, how fast?"))
-    if not waiting.show(bar) or bar.view.worker is None:
+    st.html(markup.title("Playground", "What do these versions answer, how sure are they, how fast?"))
+    versions = side_by_side.show(bar.choices, bar.model_id)
+    if not waiting.show(bar) and len(versions) < 2:
+        if not bar.view.loading:  # an engine that just died is known as failed a moment later
+            bar.keep_live()
         return
     worker = bar.view.worker
     with st.sidebar:
-        controls = sampling_controls.show(worker.config.max_model_len or 1_000_000)
+        controls = sampling_controls.show((worker and worker.config.max_model_len) or 1_000_000)
     conversation = _conversation()
-    _actions(bar, conversation, controls)
-    unfinished = _turns(conversation)
+    _actions(versions, conversation, controls)
+    unfinished = _turns(conversation, controls)
     if not conversation.turns:
-        _empty(bar, worker, conversation, controls)
-    _ask_box(worker, conversation, controls)
+        _empty(bar, versions, conversation, controls)
+    _ask_box(versions, conversation, controls)
     bar.keep_live()
-    if unfinished is not None:
-        _follow(bar, *unfinished)
+    if unfinished:
+        _follow(bar, unfinished)
 
 
-def _follow(bar: top_bar.Bar, answer: Answer, slot: DeltaGenerator) -> None:
-    """Show the answer as it grows. A click or another page ends this run, not the answer."""
-    for place, _ in enumerate(answer.follow(FOLLOW_S)):
-        chat_message.show(answer, slot)
+def _follow(bar: top_bar.Bar, unfinished: list[Unfinished]) -> None:
+    """Show the answers as they grow, until one ends. A click or another page ends this run, not the answers."""
+    interval_s = FOLLOW_S * len(unfinished)  # several cost no more than one
+    for place, _ in enumerate(follow([each.answer for each in unfinished], interval_s)):
+        for each in unfinished:
+            chat_message.show(each.answer, each.slot, each.expected)
         if place % 10 == 9:
             bar.refresh()
     st.rerun()
@@ -73,45 +77,46 @@ def _conversation() -> Conversation:
     return found
 
 
-def _actions(bar: top_bar.Bar, conversation: Conversation, controls: Controls) -> None:
+def _actions(versions: Versions, conversation: Conversation, controls: Controls) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         if st.button("New chat", icon=":material/add:", disabled=not conversation.turns):
-            if conversation.running:
-                conversation.running.stop()
+            stop(conversation, wait_s=1.0)
             st.session_state.pop("chat", None)
             st.session_state.draft_chat = new_conversation()
             st.query_params.pop("chat", None)
             st.rerun()
-        messages = conversation.messages(controls.system)
-        if messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if controls.params and messages and bar.model_id:
-            copy_code.show(bar.model_id, messages, controls.params, conversation.tools)
+        requests = {model: _last_request(conversation, model, controls) for model in versions}
+        asked = {model: messages for model, messages in requests.items() if messages}
+        if controls.params and asked:
+            copy_code.show(asked, controls.params, controls.tools or conversation.tools)
 
 
-def _turns(conversation: Conversation) -> tuple[Answer, DeltaGenerator] | None:
-    """Render what was said; the answer that was shown unfinished, and its slot.
+def _last_request(conversation: Conversation, model: str, controls: Controls) -> list[dict[str, Any]]:
+    messages = conversation.messages(model, controls.system)
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
-    It may end at any moment: whether it has to be followed is decided by what was shown, not by how it is by then.
-    """
-    unfinished: tuple[Answer, DeltaGenerator] | None = None
+
+def _turns(conversation: Conversation, controls: Controls) -> list[Unfinished]:
+    """Render what was said; what was shown unfinished."""
+    models = {model for turn in conversation.turns for model in turn.replies}
+    unfinished: list[Unfinished] = []
     for turn in conversation.turns:
-        for message in turn.messages:
-            with st.chat_message(str(message["role"]), avatar=_AVATARS.get(str(message["role"]))):
-                st.html(f'<div class="q-answer">{markup.text(message.get("content") or "")}</div>')
-        with st.chat_message("assistant", avatar=_AVATARS["assistant"]):
-            if turn.answer is None:
-                st.html(markup.panel("bad", "The request was refused", turn.error or ""))
-                continue
-            slot = st.empty()
-            if not chat_message.show(turn.answer, slot, turn.expected):
-                unfinished = turn.answer, slot
-            elif turn.answer.text:
-                feedback_box.show(turn.answer.request_id, turn.answer.text)
+        is_last = turn is conversation.turns[-1]
+        shown = chat_turn.show(turn, is_last=is_last, named=len(models) > 1)
+        unfinished += shown.unfinished
+        if shown.results is not None:
+            _send_results(conversation, controls, shown.results)
     return unfinished
 
 
-def _empty(bar: top_bar.Bar, worker: EngineWorker, conversation: Conversation, controls: Controls) -> None:
+def _send_results(conversation: Conversation, controls: Controls, results: Results) -> None:
+    request = _request(conversation, controls)
+    if request is not None:
+        say(resources.host().worker, conversation, results.reply, results.messages, request)
+        st.rerun()
+
+
+def _empty(bar: top_bar.Bar, versions: Versions, conversation: Conversation, controls: Controls) -> None:
     chips = bar.view.card.prompt_chips[:MAX_CHIPS] if bar.view.card else ()
     if not chips:
         st.html('<p class="q-muted">Nothing said yet. Write below; Enter sends.</p>')
@@ -120,45 +125,49 @@ def _empty(bar: top_bar.Bar, worker: EngineWorker, conversation: Conversation, c
     with st.container(horizontal=True):
         for place, chip in enumerate(chips):
             if st.button(chip.title or chip.family, key=f"chip_{place}", help=chip.family or None):
-                _send_chip(worker, conversation, controls, chip)
+                _send_chip(versions, conversation, controls, chip)
 
 
-def _send_chip(
-    worker: EngineWorker, conversation: Conversation, controls: Controls, chip: PromptChip
-) -> None:
+def _send_chip(versions: Versions, conversation: Conversation, controls: Controls, chip: PromptChip) -> None:
     """The task as it was given: its own system prompt, its tools, its expected answer beside the model's."""
     conversation.tools = chip.tools
-    _send(worker, conversation, controls, chip.messages, expected=chip.expected)
+    _send(versions, conversation, controls, chip.messages, expected=chip.expected)
 
 
-def _ask_box(worker: EngineWorker, conversation: Conversation, controls: Controls) -> None:
-    running = conversation.running
+def _ask_box(versions: Versions, conversation: Conversation, controls: Controls) -> None:
     with st.bottom:
-        if running is not None:
+        if conversation.running:
             escaped = escape_key.show("stop_key")
-            if st.button("Stop", shortcut="Esc", type="primary", key="stop_it") or escaped:
-                running.stop()
+            label = "Stop all" if len(conversation.running) > 1 else "Stop"
+            if st.button(label, shortcut="Esc", type="primary", key="stop_it") or escaped:
+                stop(conversation, wait_s=1.0)
                 st.rerun()
-        said = st.chat_input("Ask it something; Enter sends", key="said", disabled=controls.params is None)
+        hint = (
+            "Ask it something; Enter sends" if len(versions) < 2 else f"Ask all {len(versions)}; Enter sends"
+        )
+        said = st.chat_input(controls.error or hint, key="said", disabled=controls.params is None)
     if said:
-        if running is not None:
-            running.stop()
-        _send(worker, conversation, controls, ({"role": "user", "content": str(said)},))
+        stop(conversation, wait_s=1.0)
+        _send(versions, conversation, controls, ({"role": "user", "content": str(said)},))
+
+
+def _request(conversation: Conversation, controls: Controls) -> Request | None:
+    if controls.params is None:
+        return None
+    return Request(controls.params, controls.system, controls.tools or conversation.tools)
 
 
 def _send(
-    worker: EngineWorker,
+    versions: Versions,
     conversation: Conversation,
     controls: Controls,
     messages: tuple[Any, ...],
     **known: Any,
 ) -> None:
-    if controls.params is None:
+    request = _request(conversation, controls)
+    if request is None or not versions:
         return
-    try:
-        ask(worker, conversation, messages, controls.params, system=controls.system, **known)
-    except EngineError as error:
-        conversation.turns.append(Turn(messages, error=str(error)))
+    ask(resources.host().worker, conversation, versions, messages, request, **known)
     resources.conversations().keep(conversation)
     st.session_state.chat = conversation.id
     st.rerun()

@@ -163,14 +163,16 @@ def start_site(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def start_fake_app(tmp_path_factory: pytest.TempPathFactory):
-    """Starts the app over a FakeRunner, on a free port unless one is given; the second value is the file that breaks its device."""
+    """Starts the app over a FakeRunner, on a free port unless one is given, with a model of the name `beside` if there is one; the
+    second value is the file that breaks its device."""
 
     @contextmanager
-    def start(delay_s: float = 0.02, port: int | None = None) -> Iterator[tuple[str, Path]]:
+    def start(delay_s: float = 0.02, port: int | None = None, beside: str = "") -> Iterator[tuple[str, Path]]:
         home, port = tmp_path_factory.mktemp("home"), port or free_port()
         break_file = home / "break"
         command = [
             sys.executable, str(Path(__file__).with_name("fake_app.py")), str(port), str(home), str(delay_s), str(break_file),
+            beside,
         ]  # fmt: skip
         with running(command, f"http://127.0.0.1:{port}", home / "app.log", PYTHONPATH=str(ROOT)) as url:
             yield url, break_file

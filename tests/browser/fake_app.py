@@ -1,6 +1,7 @@
 """The app's process with a FakeRunner whose answers, speed and death a test decides. Run as a script.
 
-Arguments: port, home folder, seconds a step, a file whose existence makes the device break in the next step.
+Arguments: port, home folder, seconds a step, a file whose existence makes the device break in the next step, the name of a second
+model or nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import uvicorn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pages"))  # page_world
 
 from page_world import FakeHost
+from records_world import make_model
 
 from engine.errors import EngineDeadError
 from workbench import settings
@@ -35,7 +37,12 @@ def main() -> None:
             raise EngineDeadError("the device is gone")
         return SENTENCE[index % len(SENTENCE)]
 
-    host = FakeHost(delay_s=delay_s, choose=choose).host
+    fake = FakeHost(delay_s=delay_s, choose=choose)
+    host = fake.host
+    if sys.argv[5]:
+        host.start()
+        host.wait(30)
+        fake.load(make_model(home / "models" / sys.argv[5], 1), delay_s=2 * delay_s, choose=choose)
     loaded = settings.load(port=port, mlflow_port=port + 1 if port < 65535 else port - 1, home_dir=home)
     app = build_app(Wiring(loaded, host, EngineMetrics()))
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", ws="websockets-sansio")

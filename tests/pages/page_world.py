@@ -25,10 +25,11 @@ def make_worker(
     num_blocks: int = NUM_BLOCKS,
     on_fatal: Any = None,
     runner_type: type[FakeRunner] = FakeRunner,
+    tokenizer: FakeTokenizer | None = None,
     **runner_options: Any,
 ) -> tuple[EngineWorker, FakeRunner]:
     """A worker, not started, over a small FakeRunner."""
-    tokenizer = FakeTokenizer()
+    tokenizer = tokenizer or FakeTokenizer()
     runner = runner_type(num_blocks, BLOCK_SIZE, vocab_size=256, **runner_options)
     config = EngineConfig(
         model=FAKE_MODEL, block_size=BLOCK_SIZE, num_blocks=num_blocks, max_batched_tokens=256, max_num_seqs=8,
@@ -46,17 +47,48 @@ def make_worker(
     return EngineWorker(engine, on_fatal=on_fatal), runner
 
 
+class ToolTokenizer(FakeTokenizer):
+    """FakeTokenizer with the tool-call tokens of Hermes, for a model that reasons."""
+
+    SPECIAL = (*FakeTokenizer.SPECIAL, "<tool_call>", "</tool_call>")
+    chat_template = "<think></think><tool_call></tool_call>"  # what a real one would name
+
+
+def spoken(*answers: str) -> Any:
+    """Makes the first request answer the first text, and so on; tags of calls are tokens."""
+    tokenizer, order = ToolTokenizer(), list[str]()
+
+    def choose(request_id: str, index: int) -> int:
+        if request_id not in order:
+            order.append(request_id)
+        ids = [*tokenizer.encode(answers[order.index(request_id)]), tokenizer.EOS]
+        return ids[index]
+
+    return choose
+
+
 class FakeHost:
-    """An EngineHost with its runner at hand, so that a test can make it answer or fail."""
+    """An EngineHost with its runners at hand, so that a test can make them answer or fail."""
 
     def __init__(self, **runner_options: Any) -> None:
-        self.runner: FakeRunner | None = None
+        self.runners: dict[str, FakeRunner] = {}  # by model id
+        self._options: dict[str, dict[str, Any]] = {FAKE_MODEL: runner_options}  # by path
 
         def factory(config: EngineConfig, *, progress: Any, on_fatal: Any) -> EngineWorker:
-            worker, self.runner = make_worker(on_fatal=on_fatal, **runner_options)
+            worker, runner = make_worker(on_fatal=on_fatal, **self._options[config.model])
+            self.runners[Path(config.model).name] = runner
             return worker
 
         self.host = EngineHost(EngineConfig(model=FAKE_MODEL), factory=factory)
+
+    def load(self, folder: Path, **runner_options: Any) -> None:
+        """Make one more model resident, which runs with these options."""
+        self._options[str(folder)] = runner_options
+        self.host.load(str(folder))
+
+    @property
+    def runner(self) -> FakeRunner:
+        return self.runners[FAKE_MODEL]
 
     @property
     def worker(self) -> EngineWorker:

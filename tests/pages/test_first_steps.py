@@ -127,6 +127,8 @@ def test_thumb_score_comment_and_correction_are_kept_and_shown_newest_first(reco
     assert [(f.kind, f.value, f.request_id) for f in feedback.list_feedback(world.store)] == [
         ("thumbs", "up", request_id)
     ]
+    at.session_state[f"more_{request_id}"] = True  # the popover's form is made when it opens
+    at.run()
     at.feedback(f"score_{request_id}").set_value(3)
     at.text_area(f"comment_{request_id}").set_value("short <b>and</b> right")
     at.text_area(f"correction_{request_id}").set_value("Good day.")

@@ -22,6 +22,7 @@ from page_world import ROOT
 from engine.record_log import BlockMap
 from engine.records import MemoryLedger
 from engine.sampling_params import SamplingParams
+from engine.structured_outputs import StructuredOutputsParams
 from workbench.ui import charts, formats, glossary, markup, pace, theme
 from workbench.ui.components import block_map, copy_code, memory_ledger, page_errors, step_timeline
 from workbench.ui.step_columns import MAX_BINS, StepColumns
@@ -152,13 +153,14 @@ PARAMS = SamplingParams(
     temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, max_tokens=33, min_tokens=2, seed=9, stop=("a'b", 'c"d'),
     ignore_eos=True, logprobs=4, presence_penalty=0.5, frequency_penalty=-0.5, repetition_penalty=1.2, typical_p=0.7,
     logit_bias={5: 2.0}, bad_words=("no", "never"), allowed_token_ids=(5, 6),
+    structured_outputs=StructuredOutputsParams(choice=("a'b", "c")),
 )  # fmt: skip
 MESSAGES = [{"role": "system", "content": "it's\n$HOME `x`"}, {"role": "user", "content": 'ü "quoted" \\n'}]
 WHOLE = {
     "model": "m", "messages": MESSAGES, "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "max_tokens": 33,
     "min_tokens": 2, "seed": 9, "stop": ["a'b", 'c"d'], "ignore_eos": True, "logprobs": True, "top_logprobs": 4,
     "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.2, "typical_p": 0.7, "logit_bias": {"5": 2.0},
-    "bad_words": ["no", "never"], "allowed_token_ids": [5, 6],
+    "bad_words": ["no", "never"], "allowed_token_ids": [5, 6], "structured_outputs": {"choice": ["a'b", "c"]},
 }  # fmt: skip
 
 

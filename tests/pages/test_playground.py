@@ -12,15 +12,30 @@ from streamlit.testing.v1 import AppTest
 from engine.fake_runner import scripted
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from engine.worker import EngineWorker
+from workbench.chat_output import OutputSyntax
+from workbench.resident import HostPhase, HostState, Resident
 from workbench.ui import resources
+from workbench.ui.answers import Answer, Begun, follow
 from workbench.ui.components import chat_message
-from workbench.ui.conversations import Answer, Conversations, ask, new_conversation
+from workbench.ui.conversations import Conversation, Conversations, Request, ask, new_conversation
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, logprobs=3)
+LONG = GREEDY.with_(max_tokens=400)
+VERSION = Resident(
+    "m", "m", None, HostState(HostPhase.READY), deterministic=False, is_default=True, digest=""
+)
+HI = ({"role": "user", "content": "hi"},)
 
 
 def say(at: AppTest, text: str) -> AppTest:
     return at.chat_input[0].set_value(text).run()
+
+
+def answer_of(worker, params: SamplingParams, conversation: Conversation | None = None) -> Answer:
+    """The running answer of a worker to "hi"."""
+    turn = ask(lambda _: worker, conversation or new_conversation(), {"m": VERSION}, HI, Request(params))
+    return turn.replies["m"].last
 
 
 def test_chip_is_sent_with_a_click_and_answered_with_figures(ready_host, open_page):
@@ -173,18 +188,11 @@ def slow_worker():
     worker.close()
 
 
-def long_answer(worker) -> Answer:
-    conversation = new_conversation()
-    turn = ask(worker, conversation, ({"role": "user", "content": "hi"},), GREEDY.with_(max_tokens=400))
-    assert turn.answer is not None
-    return turn.answer
-
-
 def test_stop_keeps_what_there_is_and_frees_the_blocks(slow_worker):
-    answer = long_answer(slow_worker)
-    looks = answer.follow(0.05)
-    while not next(looks):
-        pass
+    answer = answer_of(slow_worker, LONG)
+    looks = follow([answer], 0.05)
+    while not answer.text:
+        next(looks)
     answer.stop()
     assert not answer.running
     assert answer.completion.finish_reason is FinishReason.ABORT
@@ -198,45 +206,62 @@ def test_stop_keeps_what_there_is_and_frees_the_blocks(slow_worker):
     assert slow_worker.stats().num_free_blocks == slow_worker.stats().num_blocks
 
 
+def test_answer_that_is_stopped_before_it_was_submitted_never_runs(slow_worker):
+    go_on = threading.Event()
+
+    def late(_model: str) -> EngineWorker:
+        assert go_on.wait(20)
+        return slow_worker
+
+    answer = ask(late, new_conversation(), {"m": VERSION}, HI, Request(LONG)).replies["m"].last
+    answer.stop(wait_s=0.0)
+    go_on.set()
+    assert answer.wait(10)
+    assert answer.completion.finish_reason is FinishReason.ABORT
+    assert answer.num_tokens < 400
+
+
 def test_following_never_waits_longer_than_its_interval(slow_worker):
-    answer = long_answer(slow_worker)
-    looks = answer.follow(0.05)
+    answers = [answer_of(slow_worker, LONG) for _ in range(2)]
+    looks = follow(answers, 0.05)
     before = time.monotonic()
     for _ in range(4):
         next(looks)
     assert time.monotonic() - before < 2.0
-    assert answer.running
-    answer.stop()
+    assert all(answer.running for answer in answers)
+    answers[1].stop()
+    assert list(looks) == []  # until one of them ends
+    answers[0].stop()
 
 
 def test_answer_that_nobody_looks_at_is_aborted(slow_worker):
-    token_ids = slow_worker.tokenizer.encode("hi")
-    answer = Answer(
-        slow_worker.submit(token_ids, GREEDY.with_(max_tokens=400)), slow_worker.tokenizer, unattended_s=0.1
-    )
-    deadline = time.monotonic() + 10
-    while answer.running and time.monotonic() < deadline:
-        time.sleep(0.02)
+    tokenizer = slow_worker.tokenizer
+
+    def begin(_request_id: str) -> Begun:
+        return Begun(slow_worker.submit(tokenizer.encode("hi"), LONG), tokenizer, OutputSyntax().parser())
+
+    answer = Answer(begin, LONG, unattended_s=0.1)
+    assert answer.wait(10)
     assert answer.completion.finish_reason is FinishReason.ABORT
 
 
 def test_store_is_bounded_and_aborts_what_it_drops(slow_worker):
     store = Conversations(limit=2)
     first = new_conversation()
-    turn = ask(slow_worker, first, ({"role": "user", "content": "hi"},), GREEDY.with_(max_tokens=400))
+    answer = answer_of(slow_worker, LONG, first)
     store.keep(first)
     store.keep(new_conversation())
     assert store.get(first.id) is first
     for _ in range(2):
         store.keep(new_conversation())
     assert store.get(first.id) is None
-    turn.answer.stop()
-    assert turn.answer.was_stopped
+    assert answer.wait(10)
+    assert answer.completion.finish_reason is FinishReason.ABORT
 
 
 def test_two_threads_may_follow_one_answer(slow_worker):
-    answer = long_answer(slow_worker)
-    threads = [threading.Thread(target=lambda: list(answer.follow(0.01))) for _ in range(2)]
+    answer = answer_of(slow_worker, LONG)
+    threads = [threading.Thread(target=lambda: list(follow([answer], 0.01))) for _ in range(2)]
     for thread in threads:
         thread.start()
     time.sleep(0.1)
@@ -248,34 +273,32 @@ def test_two_threads_may_follow_one_answer(slow_worker):
 
 def test_token_views_spell_the_text_and_name_the_alternatives(ready_host):
     fake: FakeHost = ready_host(choose=scripted("día"))
-    conversation = new_conversation()
-    turn = ask(fake.worker, conversation, ({"role": "user", "content": "hi"},), GREEDY)
-    list(turn.answer.follow())
-    views = turn.answer.tokens()
-    assert "".join(view.text for view in views) == turn.answer.text == "día"
+    answer = answer_of(fake.worker, GREEDY)
+    assert answer.wait(10)
+    views = answer.tokens()
+    assert "".join(view.text for view in views) == answer.text == "día"
     assert all(len(view.alternatives) == 3 for view in views)
     assert views[-1].is_last
     assert views[-1].text == ""  # the end of the text
-    assert "end</span>" in chat_message.finished(turn.answer)
+    assert "end</span>" in chat_message.finished(answer)
     assert "␣" in chat_message.visible(" a")
 
 
 def test_stop_text_is_not_shown_as_said(ready_host):
     fake: FakeHost = ready_host(choose=scripted("one two three"))
-    conversation = new_conversation()
-    turn = ask(fake.worker, conversation, ({"role": "user", "content": "hi"},), GREEDY.with_(stop=(" tw",)))
-    list(turn.answer.follow())
-    assert turn.answer.text == "one"
-    assert "".join(view.text for view in turn.answer.tokens()) == "one"
-    assert "stop text" in chat_message.finished(turn.answer)
+    answer = answer_of(fake.worker, GREEDY.with_(stop=(" tw",)))
+    assert answer.wait(10)
+    assert answer.text == "one"
+    assert "".join(view.text for view in answer.tokens()) == "one"
+    assert "stop text" in chat_message.finished(answer)
 
 
 def test_a_task_s_own_system_prompt_wins():
     conversation = new_conversation()
     task = ({"role": "system", "content": "theirs"}, {"role": "user", "content": "hi"})
-    assert conversation.messages("ours", then=task) == list(task)
-    assert [m["content"] for m in conversation.messages("ours", then=task[1:])] == ["ours", "hi"]
-    assert conversation.messages("ours") == []
+    assert conversation.messages("m", "ours", then=task) == list(task)
+    assert [m["content"] for m in conversation.messages("m", "ours", then=task[1:])] == ["ours", "hi"]
+    assert conversation.messages("m", "ours") == []
 
 
 def test_resources_without_an_app_say_so():

@@ -1,9 +1,7 @@
-"""Conversations of the Playground: kept in memory by id, so that a rerun or a reload loses nothing; and the answers
-that run in them.
+"""Conversations of the Playground with one to four versions: kept in memory by id, so that a rerun or a reload loses nothing.
 
-An `Answer` reads its stream in a thread of its own. The page only looks at it (`follow`), so a rerun neither waits for
-the engine nor stops the answer; `stop` aborts the request. An answer that nobody looks at any more is aborted after
-`UNATTENDED_S`. Bounded: the oldest conversation goes when there are more than `MAX_CONVERSATIONS`.
+Every version is asked the same questions and sees its own answers only; where it calls tools, their results are said to it
+alone. Bounded: the oldest conversation goes when there are more than `MAX_CONVERSATIONS`.
 
 No Streamlit here, and no HTML. Memory only: a restart of the app forgets.
 """
@@ -12,161 +10,99 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import InvalidRequestError
-from engine.request import FinishReason
+from workbench.chat_output import OutputSyntax, output_syntax
+from workbench.errors import UnsupportedFieldError
+from workbench.ui.answers import Answer, Begun
 
 if TYPE_CHECKING:
-    from engine.records import Completion
     from engine.sampling_params import SamplingParams
-    from engine.stream import RequestStream
     from engine.tokenizer import TokenizerLike
     from engine.worker import EngineWorker
+    from workbench.resident import Resident
 
 MAX_CONVERSATIONS = 100
-UNATTENDED_S = 300.0
+Message = Mapping[str, Any]
+Find = Callable[[str], "EngineWorker"]  # by model id, `EngineHost.worker`; raises where nobody answers for it
 
 
 @dataclass(frozen=True, slots=True)
-class TokenView:
-    """One output token as people see it: its piece of the text, its probability, and what else was likely."""
+class Exchange:
+    """What was said to one version, and its answer."""
 
-    text: str  # "" for a token that is not part of the text, such as the end of it
-    log_probability: float
-    rank: int
-    alternatives: tuple[tuple[str, float], ...]  # (text, log-probability), best first
-    is_last: bool = False
+    said: tuple[Message, ...]
+    answer: Answer
+
+    def messages(self) -> list[dict[str, Any]]:
+        """In the API's form; nothing of what was refused, and no answer that has not ended or says nothing."""
+        if self.answer.refusal is not None:
+            return []
+        found = [dict(message) for message in self.said]
+        output = self.answer.output
+        if not self.answer.running and (output.content or output.calls):
+            told: dict[str, Any] = {"role": "assistant", "content": output.content}
+            if output.calls:
+                told["tool_calls"] = [
+                    {
+                        "id": call.id,
+                        "type": "function",
+                        "function": {"name": call.name, "arguments": call.arguments},
+                    }
+                    for call in output.calls
+                ]
+            found.append(told)
+        return found
 
 
-class Answer:
-    """A running or finished answer. The reader thread writes; pages read."""
+@dataclass(slots=True)
+class Reply:
+    """One version's way through a turn: its answer to the question, then one after each round of tool results."""
 
-    def __init__(
-        self, stream: RequestStream, tokenizer: TokenizerLike, unattended_s: float = UNATTENDED_S
-    ) -> None:
-        self.request_id = stream.request_id
-        self.text = ""
-        self.num_tokens = 0
-        self.completion: Completion | None = None
-        self.error: str | None = None
-        self._stream = stream
-        self._tokenizer = tokenizer
-        self._unattended_s = unattended_s
-        self._tokens: tuple[TokenView, ...] | None = None
-        self._attended = time.monotonic()
-        self._changed = threading.Condition()
-        self._done = False
-        threading.Thread(target=self._read, name=f"quire-answer-{self.request_id}", daemon=True).start()
+    model: str  # what requests call it
+    version: Resident  # what that was when it was asked
+    exchanges: list[Exchange] = field(default_factory=list)
 
     @property
-    def running(self) -> bool:
-        return not self._done
-
-    @property
-    def was_stopped(self) -> bool:
-        return self.completion is not None and self.completion.finish_reason is FinishReason.ABORT
-
-    def stop(self, wait_s: float = 1.0) -> None:
-        """Abort the request and wait a moment for its end. What was generated stays."""
-        self._stream.abort()
-        with self._changed:
-            self._changed.wait_for(lambda: self._done, wait_s)
-
-    def follow(self, interval_s: float = 0.1) -> Iterator[str]:
-        """The text so far, at most once an interval and at least every fifth one, until the answer ends."""
-        while self.running:
-            self._attended = time.monotonic()
-            yield self.text
-            with self._changed:
-                self._changed.wait_for(lambda: self._done, interval_s)
-
-    def tokens(self) -> tuple[TokenView, ...]:
-        """The tokens of a finished answer with their probabilities; none if they were not recorded."""
-        if self._tokens is None:
-            completion = self.completion
-            if completion is None:
-                return ()
-            self._tokens = token_views(completion, self._tokenizer)
-        return self._tokens
-
-    def _read(self) -> None:
-        try:
-            for delta in self._stream:
-                self.text += delta.text or ""
-                self.num_tokens += len(delta.token_ids)
-                if delta.error is not None:
-                    self.error = delta.error
-                if time.monotonic() - self._attended > self._unattended_s:
-                    self._stream.abort()
-            self.completion = self._stream.completion
-        except Exception as error:  # noqa: BLE001 - the thread's boundary: the page shows it
-            self.error = str(error) or type(error).__name__
-            self.completion = self._stream.completion
-        finally:
-            if self.completion is not None:
-                self.text = self.completion.text
-                self.num_tokens = len(self.completion.token_ids)
-                self.error = self.error or self.completion.error
-            with self._changed:
-                self._done = True
-                self._changed.notify_all()
-
-
-def token_views(completion: Completion, tokenizer: TokenizerLike) -> tuple[TokenView, ...]:
-    """Pieces whose concatenation is a prefix of the answer's text, so that a cut stop text is not shown as said."""
-    detokenizer = tokenizer.detokenizer()
-    views: list[TokenView] = []
-    room = len(completion.text)
-    pairs = list(zip(completion.token_ids, completion.logprobs, strict=False))
-    for place, (token_id, entry) in enumerate(pairs, start=1):
-        piece = detokenizer.push([token_id])[:room]
-        room -= len(piece)
-        texts = (tokenizer.token_text(top) for top in entry.top_ids)
-        alternatives = tuple(zip(texts, entry.top_logprobs, strict=True))
-        views.append(TokenView(piece, entry.logprob, entry.rank, alternatives, is_last=place == len(pairs)))
-    return tuple(views)
+    def last(self) -> Answer:
+        return self.exchanges[-1].answer
 
 
 @dataclass(slots=True)
 class Turn:
-    """One question and its answer, or why there is none. `given` turns came with a prompt chip and have no answer."""
+    """One question to all versions that were chosen then, and what each of them made of it."""
 
-    messages: tuple[Mapping[str, Any], ...]  # what this turn adds before the answer
-    answer: Answer | None = None
-    error: str | None = None
+    messages: tuple[Message, ...]
     expected: str | None = None
+    replies: dict[str, Reply] = field(default_factory=dict)  # by model
 
 
 @dataclass(slots=True)
 class Conversation:
-    """Turns under one system prompt with one model."""
+    """Turns under one system prompt."""
 
     id: str
     turns: list[Turn] = field(default_factory=list)
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Message, ...] = ()  # of the task that it began with
 
     @property
-    def running(self) -> Answer | None:
-        last = self.turns[-1].answer if self.turns else None
-        return last if last is not None and last.running else None
+    def running(self) -> list[Answer]:
+        replies = self.turns[-1].replies.values() if self.turns else ()
+        return [reply.last for reply in replies if reply.last.running]
 
-    def messages(self, system: str = "", then: tuple[Mapping[str, Any], ...] = ()) -> list[dict[str, Any]]:
-        """Everything so far in the API's form, and what follows; an answer that has not ended is left out.
+    def messages(self, model: str, system: str = "", then: tuple[Message, ...] = ()) -> list[dict[str, Any]]:
+        """Everything between a model and the person so far, and what follows.
 
         A task's own system prompt wins over `system`: there is one.
         """
-        found: list[dict[str, Any]] = []
-        for turn in self.turns:
-            if turn.error is not None:
-                continue
-            found += [dict(message) for message in turn.messages]
-            if turn.answer is not None and not turn.answer.running and turn.answer.text:
-                found.append({"role": "assistant", "content": turn.answer.text})
+        replies = (turn.replies[model] for turn in self.turns if model in turn.replies)
+        found = [
+            message for reply in replies for exchange in reply.exchanges for message in exchange.messages()
+        ]
         found += [dict(message) for message in then]
         if system and found and not any(message["role"] == "system" for message in found):
             found.insert(0, {"role": "system", "content": system})
@@ -194,51 +130,97 @@ class Conversations:
             return found
 
     def keep(self, conversation: Conversation) -> None:
-        """Store it; the least recently used one goes when there are too many, its answer aborted."""
+        """Store it; the least recently used one goes when there are too many, its answers aborted."""
         gone: list[Conversation] = []
         with self._lock:
             self._by_id[conversation.id] = conversation
             while len(self._by_id) > self._limit:
                 gone.append(self._by_id.popitem(last=False)[1])
-        _stop(gone)
+        for each in gone:
+            stop(each)
 
     def close(self) -> None:
         """Abort every running answer and forget all."""
         with self._lock:
             gone = list(self._by_id.values())
             self._by_id.clear()
-        _stop(gone)
+        for each in gone:
+            stop(each)
 
 
-def _stop(conversations: list[Conversation]) -> None:
-    for conversation in conversations:
-        if conversation.running is not None:
-            conversation.running.stop(wait_s=0.0)
+def stop(conversation: Conversation, wait_s: float = 0.0) -> None:
+    """Abort what runs in it; wait a moment for the end of each."""
+    running = conversation.running
+    for answer in running:
+        answer.stop(wait_s=0.0)
+    for answer in running:
+        answer.wait(wait_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """How something is asked, whoever answers."""
+
+    params: SamplingParams
+    system: str = ""
+    tools: tuple[Message, ...] = ()
 
 
 def ask(
-    worker: EngineWorker,
+    find: Find,
     conversation: Conversation,
-    messages: tuple[Mapping[str, Any], ...],
-    params: SamplingParams,
+    versions: Mapping[str, Resident],
+    messages: tuple[Message, ...],
+    request: Request,
     *,
-    system: str = "",
     expected: str | None = None,
 ) -> Turn:
-    """Add a turn and start its answer. Never waits for the engine.
-
-    Raises:
-        EngineError: the request can never run, or the engine is gone; nothing is added then.
-    """
-    prompt = conversation.messages(system, then=messages)
-    tokenizer = worker.tokenizer
-    if tokenizer is None:
-        raise InvalidRequestError(
-            "this engine has no tokenizer", remedy="Load a model that has one.", param="model"
-        )
-    stream = worker.submit(
-        tokenizer.apply_chat_template(prompt, tools=list(conversation.tools) or None), params
-    )
-    turn = Turn(messages, Answer(stream, tokenizer), expected=expected)
+    """Add a turn and start every version's answer. Never waits for an engine; what is refused is told in its answer."""
+    turn = Turn(messages, expected)
+    for model, version in versions.items():
+        turn.replies[model] = reply = Reply(model, version)
+        say(find, conversation, reply, messages, request)
     conversation.turns.append(turn)
     return turn
+
+
+def say(
+    find: Find, conversation: Conversation, reply: Reply, messages: tuple[Message, ...], request: Request
+) -> None:
+    """Say something to one version alone and start its answer: a turn's question, or the results of the tools it called."""
+    prompt = conversation.messages(reply.model, request.system, then=messages)
+
+    def begin(request_id: str) -> Begun:
+        worker = find(reply.model)
+        tokenizer = worker.tokenizer
+        if tokenizer is None:
+            raise InvalidRequestError(
+                "this engine has no tokenizer", remedy="Load a model that has one.", param="model"
+            )
+        prompt_ids = tokenizer.apply_chat_template(prompt, tools=list(request.tools) or None)
+        syntax = _syntax(worker, tokenizer, prompt_ids, request)
+        params = request.params
+        if syntax.shows_special_tokens:
+            params = params.with_(skip_special_tokens=False)
+        return Begun(worker.submit(prompt_ids, params, request_id=request_id), tokenizer, syntax.parser())
+
+    reply.exchanges.append(Exchange(messages, Answer(begin, request.params)))
+
+
+def _syntax(
+    worker: EngineWorker, tokenizer: TokenizerLike, prompt_ids: list[int], request: Request
+) -> OutputSyntax:
+    """What to look for in the answer; a constrained one begins at once, without reasoning."""
+    if request.params.structured_outputs is not None:
+        return OutputSyntax()
+    config = worker.config
+    syntax = output_syntax(
+        tokenizer, prompt_ids, request.tools, tool_call_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
+    )  # fmt: skip
+    if request.tools and syntax.calls is None:
+        raise UnsupportedFieldError(
+            "this model has no tool calls of a known format", value=len(request.tools), param="tools",
+            remedy="Leave tools out, or choose a model that was trained to call tools.",
+        )  # fmt: skip
+    return syntax

@@ -32,6 +32,8 @@ TERMS = {
     "stop": "Texts that end the answer, one a line; they are not part of it.",
     "ignore_eos": "Go on when the model says that it is done: for measuring, not for reading.",
     "logprobs": "How many likely alternatives to record for each token; 0 records only the chosen one.",
+    "structured output": "The engine lets the model choose only tokens with which the output can still become what is asked for.",
+    "tools": "Functions that the model may call, as a JSON list of OpenAI's definitions; you answer its calls.",
     "digest": "SHA-256 over the model's files: its identity, whatever it is called.",
     "system prompt": "Instructions that come before the conversation.",
     "memory ledger": "What the engine's bytes on its device are for.",

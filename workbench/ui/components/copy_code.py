@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import streamlit as st
 
 from engine.sampling_params import SamplingParams
+from engine.structured_outputs import KINDS, StructuredOutputsParams
 
 _DEFAULTS = SamplingParams(max_tokens=None)
 _OPENAI = (
@@ -28,21 +29,26 @@ _OPENAI = (
 )
 _OURS = (  # not in OpenAI's API: `extra_body` in its client
     "top_k", "min_p", "typical_p", "min_tokens", "ignore_eos", "repetition_penalty", "bad_words", "allowed_token_ids",
+    "structured_outputs",
 )  # fmt: skip
 
 
 def show(
-    model: str,
-    messages: Sequence[Mapping[str, Any]],
+    asked: Mapping[str, Sequence[Mapping[str, Any]]],
     params: SamplingParams,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """A popover with both texts, each with its copy button."""
+    """A popover with both texts, each with its copy button; `asked` has the messages for each version that can be chosen."""
     with st.popover("Copy as code", help="The same request over the API, as curl or Python"):
+        model = next(iter(asked))
+        if len(asked) > 1:
+            model = st.selectbox("Version", list(asked), key="copy_for")
         in_shell, in_python = st.tabs(["curl", "Python"])
         base = base_url(st.context.url)
-        in_shell.code(as_curl(base, model, messages, params, tools), language="bash", wrap_lines=True)
-        in_python.code(as_python(base, model, messages, params, tools), language="python", wrap_lines=True)
+        in_shell.code(as_curl(base, model, asked[model], params, tools), language="bash", wrap_lines=True)
+        in_python.code(
+            as_python(base, model, asked[model], params, tools), language="python", wrap_lines=True
+        )
 
 
 def base_url(page_url: str | None) -> str:
@@ -59,9 +65,21 @@ def settings(params: SamplingParams) -> dict[str, Any]:
         kept[name] = list(kept[name])
     if "logit_bias" in kept:
         kept["logit_bias"] = {str(token): bias for token, bias in kept["logit_bias"].items()}
+    if params.structured_outputs is not None:
+        kept["structured_outputs"] = _structured(params.structured_outputs)
     if params.logprobs is not None:
         kept |= {"logprobs": True, "top_logprobs": params.logprobs}
     return kept
+
+
+def _structured(asked: StructuredOutputsParams) -> dict[str, Any]:
+    """In vLLM's form; a schema as the object that it is."""
+    given = {name: getattr(asked, name) for name in KINDS if getattr(asked, name) not in (None, False)}
+    if asked.json is not None:
+        given["json"] = json.loads(asked.json)
+    if asked.choice is not None:
+        given["choice"] = list(asked.choice)
+    return given
 
 
 def as_curl(

@@ -30,8 +30,10 @@ def show(request_id: str, text: str) -> None:
             on_change=_thumbed,
             args=(services, request_id),
         )
-        with st.popover("Say more", key=f"more_{request_id}"):
-            _form(services, request_id, text, said)
+        more = st.popover("Say more", key=f"more_{request_id}", on_change="rerun")
+        if more.open:  # its form costs more than all the rest of an answer
+            with more:
+                _form(services, request_id, text, said)
         told = ", ".join(kind for kind in KINDS if said.get(kind) is not None)
         if told:
             st.html(f'<span class="q-muted">kept: {markup.text(told)}</span>')

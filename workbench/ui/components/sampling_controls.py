@@ -6,13 +6,18 @@ Returns checked parameters or the reason why there are none; submits nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
 from engine.errors import InvalidParamsError
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from workbench.ui.components import output_controls
+from workbench.ui.components.output_controls import Tools
 from workbench.ui.glossary import tip
+
+if TYPE_CHECKING:
+    from streamlit.delta_generator import DeltaGenerator
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -24,6 +29,7 @@ class Controls:
     system: str
     params: SamplingParams | None
     error: str | None = None
+    tools: Tools = ()
 
 
 def show(context: int) -> Controls:
@@ -66,7 +72,11 @@ def show(context: int) -> Controls:
     ignore_eos = st.toggle(
         "Ignore end of text", key="ignore_eos", bind="query-params", help=tip("ignore_eos")
     )
-    extra, unread = _advanced()
+    advanced = st.expander("Advanced")
+    extra, unread = _advanced(advanced)
+    with advanced:
+        output = output_controls.show()
+    extra["structured_outputs"] = output.structured
     params, error = _params(
         extra=extra, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, min_tokens=min_tokens,
         logprobs=logprobs, seed=seed or "", stop=stop or "", ignore_eos=ignore_eos,
@@ -74,12 +84,13 @@ def show(context: int) -> Controls:
     error = unread or error
     if error:
         st.error(error, icon="⚠️")
-    return Controls(system or "", None if error else params, error)
+    error = error or output.error
+    return Controls(system or "", None if error else params, error, output.tools)
 
 
-def _advanced() -> tuple[dict[str, Any], str | None]:
+def _advanced(place: DeltaGenerator) -> tuple[dict[str, Any], str | None]:
     """What changes logits, as SamplingParams has it; and why a text of it cannot be read."""
-    with st.expander("Advanced"):
+    with place:
         left, right = st.columns(2)
         presence = left.number_input(
             "Presence penalty", -2.0, 2.0, 0.0, 0.1, key="presence_penalty", bind="query-params", help=tip("presence_penalty")

@@ -35,6 +35,7 @@ class Bar:
     view: EngineView
     chip: DeltaGenerator
     place: DeltaGenerator  # of what keeps the page live
+    choices: dict[str, Resident]  # by what requests call them
     jobs: list[Job] = field(default_factory=list)  # those that the popover shows
 
     def refresh(self) -> EngineView:
@@ -70,7 +71,7 @@ def show() -> Bar:
         slot = st.empty()
         place = st.container()
         job_bar.popover(jobs)
-    bar = Bar(model_id, view, slot, place, jobs)
+    bar = Bar(model_id, view, slot, place, choices, jobs)
     slot.html(_line(bar.view, jobs))
     return bar
 
