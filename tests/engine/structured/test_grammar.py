@@ -71,11 +71,11 @@ def test_the_least_recently_used_is_given_up_for_others():
 
 
 def test_what_never_compiles_is_ended_and_others_go_on():
-    compiler = make_compiler(max_seconds=0.5)
+    compiler = make_compiler(max_seconds=2.0)
     try:
-        with pytest.raises(InvalidParamsError, match=r"0\.5 s") as caught:
+        with pytest.raises(InvalidParamsError, match="2 s") as caught:
             ask(compiler, regex="[a-z]?" * 1500)
-        assert (caught.value.limit, caught.value.param) == (0.5, "structured_outputs.regex")
+        assert (caught.value.limit, caught.value.param) == (2.0, "structured_outputs.regex")
         assert accepts(ask(compiler, regex="(ab)+"), "abab")
     finally:
         compiler.close()
