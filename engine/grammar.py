@@ -10,6 +10,7 @@ xgrammar compiles and follows grammars; it is imported with the first one. Bound
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 64 << 20
 MAX_TEXT_BYTES = 64 << 10  # of one schema, expression, grammar, or all choices together
+_CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f]")  # but the line break, which JSON has between its parts
 JSON_OBJECT = '{"type":"object","additionalProperties":true}'
 
 
@@ -48,6 +50,15 @@ class Compiled:
 
     grammar: Grammar
     compile_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Tools:
+    """What compiles, for one form of the vocabulary."""
+
+    vocabulary: Any  # xgrammar.TokenizerInfo
+    compiler: Any  # xgrammar.GrammarCompiler
+    process: GrammarProcess
 
 
 class GrammarCompiler:
@@ -77,9 +88,7 @@ class GrammarCompiler:
             threading.Lock(),
             threading.Lock(),
         )  # one compiles in this process, one in the other
-        self._vocabulary: Any = None  # xgrammar.TokenizerInfo
-        self._compiler: Any = None  # xgrammar.GrammarCompiler
-        self._process: GrammarProcess | None = None
+        self._tools: dict[bool, _Tools] = {}  # for JSON, for all else: each made for the first that needs it
 
     def compile(self, structured: StructuredOutputsParams) -> None:
         """Have the grammar ready for requests to come.
@@ -92,13 +101,13 @@ class GrammarCompiler:
         _check_size(structured)
         job = _job_of(structured)
         with self._here:
-            self._prepare()
+            tools = self._tools_for(job)
         is_quick = _is_quick(structured, job)
         with self._here if is_quick else self._apart:
             if self._get(structured) is not None:  # by somebody who asked at the same time
                 return
             began = time.perf_counter()
-            grammar = self._compile(structured, job, is_quick)
+            grammar = self._compile(structured, job, tools, is_quick)
             self._keep(structured, grammar, (time.perf_counter() - began) * 1e3)
 
     def _keep(self, structured: StructuredOutputsParams, grammar: Grammar, compile_ms: float) -> None:
@@ -138,19 +147,20 @@ class GrammarCompiler:
             return grammar
 
     def close(self) -> None:
-        """End the process that compiles, where there is one."""
-        if self._process is not None:
-            self._process.close()
+        """End the processes that compile, where there are any."""
+        for tools in self._tools.values():
+            tools.process.close()
 
-    def _compile(self, structured: StructuredOutputsParams, job: Job, is_quick: bool) -> Grammar:
+    def _compile(
+        self, structured: StructuredOutputsParams, job: Job, tools: _Tools, is_quick: bool
+    ) -> Grammar:
         kind = structured.kind
         try:
             if is_quick:
-                compiled = compile_job(self._compiler, job)
+                compiled = compile_job(tools.compiler, job)
             else:
-                assert self._process is not None
                 compiled = xgrammar().CompiledGrammar.deserialize_json(
-                    self._process.compile(job), self._vocabulary
+                    tools.process.compile(job), tools.vocabulary
                 )
         except RuntimeError as error:  # what xgrammar raises for everything that it does not take
             raise InvalidParamsError(
@@ -180,10 +190,11 @@ class GrammarCompiler:
                 param=f"structured_outputs.{structured.kind}",
             )
 
-    def _prepare(self) -> None:
-        """The vocabulary and the compilers, for the first grammar."""
-        if self._vocabulary is not None:
-            return
+    def _tools_for(self, job: Job) -> _Tools:
+        """What compiles jobs of this kind."""
+        is_json = job.language == "json"
+        if is_json in self._tools:
+            return self._tools[is_json]
         if self._tokenizer is None or not self._eos:
             missing = "tokenizer" if self._tokenizer is None else "end-of-sequence token"
             raise InvalidParamsError(
@@ -191,13 +202,16 @@ class GrammarCompiler:
             )
         special = self._tokenizer.special_token_ids
         count = min(self._vocab_size, self._tokenizer.vocab_size)
-        # A token without bytes is never allowed.
         texts = [b"" if i in special else self._tokenizer.token_bytes(i) for i in range(count)]
-        self._vocabulary = xgrammar().TokenizerInfo(
+        if is_json:  # xgrammar lets them into texts of limited length, where JSON has them as escapes
+            texts = [b"" if _CONTROL.search(text) else text for text in texts]
+        vocabulary = xgrammar().TokenizerInfo(  # a token without bytes is never allowed
             texts, xgrammar().VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=sorted(self._eos)
         )  # fmt: skip
-        self._compiler = xgrammar().GrammarCompiler(self._vocabulary, max_threads=1, cache_enabled=False)
-        self._process = GrammarProcess(self._vocabulary.serialize_json(), self._max_seconds)
+        compiler = xgrammar().GrammarCompiler(vocabulary, max_threads=1, cache_enabled=False)
+        process = GrammarProcess(vocabulary.serialize_json(), self._max_seconds)
+        self._tools[is_json] = _Tools(vocabulary, compiler, process)
+        return self._tools[is_json]
 
 
 def xgrammar() -> Any:

@@ -100,9 +100,9 @@ class GrammarRows:
             found[:] = EVERYTHING
         if going:
             self._fill([step.followers[i].matcher for i in going], found, going)
-        for i in going:
-            if step.followers[i].is_limited:
-                _take_out(step.followers[i], found[i])
+        for i, follower in enumerate(step.followers):
+            if follower.is_limited and not follower.is_over:
+                _take_out(follower, found[i])
         for i in np.flatnonzero(~found.any(axis=1)).tolist():
             step.followers[i].is_over = True
             step.dead_ends[step.places[i]] = _dead_end(step.followers[i])
@@ -114,18 +114,12 @@ class GrammarRows:
         if step.is_known:
             return
         step.is_known = True
-        going = [
-            (f, int(token_ids[j])) for j, f in zip(step.places, step.followers, strict=True) if not f.is_over
-        ]
-        if not going:
-            return
-        import xgrammar
-
-        accepted = xgrammar.BatchGrammarMatcher.batch_accept_token(
-            [follower.matcher for follower, _ in going], [token for _, token in going]
-        )
-        for (follower, token), fits in zip(going, accepted, strict=True):
-            assert fits, f"token {token} was chosen, and the grammar does not allow it"
+        for place, follower in zip(step.places, step.followers, strict=True):
+            if follower.is_over:
+                continue
+            token = token_ids[place]
+            # One by one: a batched call's answers are read by a call each.
+            assert follower.matcher.accept_token(token), f"token {token} was chosen against its grammar"
             follower.output.append(token)
             follower.is_over = token in follower.stop_token_ids
 

@@ -52,6 +52,22 @@ def test_special_tokens_and_ids_without_a_token_are_never_allowed():
     assert matcher.accept_token(TOKENIZER.EOS)
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string"},
+        {"type": "string", "minLength": 1, "maxLength": 8},
+        {"type": "string", "pattern": "^[^a]{3}$"},
+    ],
+)
+def test_no_text_of_a_json_output_holds_a_control_character(shared: GrammarCompiler, schema):
+    compiled = ask(shared, json=json.dumps(schema))
+    for byte in range(32):
+        matcher = xgrammar.GrammarMatcher(compiled.grammar.compiled)
+        assert matcher.accept_token(ord('"'))
+        assert not matcher.accept_token(byte), byte
+
+
 def test_one_content_is_compiled_once_also_by_many_at_once():
     compiler = make_compiler()
     with ThreadPoolExecutor(4) as pool:
