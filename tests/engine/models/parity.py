@@ -157,7 +157,7 @@ def compare(
     engine = build_engine(EngineConfig(model=str(folder), **{**defaults, **chunk, **settings}))
     lora = None if adapter is None else engine.add_lora("adapter", adapter).name
     params = SamplingParams(
-        max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True, logprobs=TOP, prompt_logprobs=True
+        max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True, logprobs=TOP, prompt_logprobs=TOP
     )
     vocab_size = reference([0]).shape[-1]
     texts = {f"{length} tokens": random_tokens(length, vocab_size) for length in lengths}
