@@ -12,6 +12,7 @@ from workbench.ui.components import (
     alias_history,
     confirm,
     followed_alias,
+    model_plan,
     needs,
     own_model,
     page_errors,
@@ -60,6 +61,7 @@ def _registry(services: PageServices) -> None:
         told = "Register a model below; it is kept by reference, not copied."
         st.html(markup.panel("info", "Nothing is registered yet", told))
     own_model.show(services)
+    model_plan.show()
 
 
 def _seen(found: Mapping[str, VersionInfo] | None) -> object:

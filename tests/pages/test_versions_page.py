@@ -9,6 +9,7 @@ from page_world import html_of
 from records_world import NAME, Records, eventually, make_model, settle
 from streamlit.testing.v1 import AppTest
 
+from workbench.settings import bundled_model
 from workbench.ui import resources
 
 
@@ -72,6 +73,22 @@ def test_promote_asks_once_moves_the_alias_and_can_be_rolled_back(page):
     settle(at.button(f"rollback_{NAME}").click().run())
     assert champion(world) == 1
     assert "v2 → v1" in html_of(at)
+
+
+def test_plan_says_what_a_model_takes_before_it_is_loaded(page):
+    world, at = page()
+    before = [r.id for r in world.host.resident()]
+    at.text_input("plan_model").set_value(str(bundled_model()))
+    at.text_input("plan_memory").set_value("80GiB")
+    shown = html_of(settle(at.button("plan_go").click().run()))
+    for part in ("as stored", "int4", "fp8", "KV per token", "on 80 GiB"):
+        assert part in shown, part
+    assert [r.id for r in world.host.resident()] == before
+    at.text_input("plan_memory").set_value("eighty")
+    shown = html_of(settle(at.button("plan_go").click().run()))
+    assert "is no amount of memory" in shown
+    assert "80GiB, 24GB" in shown
+    assert "int4" not in shown
 
 
 def test_own_model_is_loaded_and_registered(page, tmp_path):
