@@ -399,11 +399,13 @@ class FakeRunner:
     def _follow(self, plan: StepPlan) -> GrammarRows | None:
         """The rows that follow grammars, after the plan's comings and goings; None while there never was one."""
         if self._grammars is None:
-            if not any(admission.grammar for admission in plan.admitted):
+            grammars = [admission.grammar for admission in plan.admitted if admission.grammar is not None]
+            if not grammars:
                 return None
             from engine.runner.structured import GrammarRows
 
-            self._grammars = GrammarRows(self.vocab_size)
+            # Of all tokens of the tokenizer; those that nothing chooses by the rule are beyond `vocab_size`.
+            self._grammars = GrammarRows(grammars[0].vocab_size)
         for row in plan.finished:
             self._grammars.leave(row)
         for admission in plan.admitted:

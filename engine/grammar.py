@@ -42,6 +42,7 @@ class Grammar:
     compiled: Any  # xgrammar.CompiledGrammar
     stop_token_ids: frozenset[int]  # that end an output where the grammar may end
     num_bytes: int
+    vocab_size: int  # tokens that its masks have a bit for
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ class GrammarCompiler:
                 param=f"structured_outputs.{kind}",
             ) from error
         self._check_beginning(compiled, structured)
-        return Grammar(compiled, self._eos, int(compiled.memory_size_bytes))
+        return Grammar(compiled, self._eos, int(compiled.memory_size_bytes), self._vocab_size)
 
     def _check_beginning(self, compiled: Any, structured: StructuredOutputsParams) -> None:
         """Refuse what no output can begin with."""

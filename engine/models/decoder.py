@@ -86,7 +86,7 @@ class DecoderLayer(nn.Module):
         index: int,
         dtype: torch.dtype,
         device: torch.device,
-        weight_device: torch.device,
+        weight_device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_size = (

@@ -19,7 +19,7 @@ from engine.models.decoder import Decoder
 from engine.models.weights import load_weights
 from engine.sampling_params import SamplingParams
 
-MAY_BE_NONE = {"quantization"}
+MAY_BE_NONE = {"quantization", "speculative_config", "tool_call_parser", "reasoning_parser"}
 
 
 @pytest.fixture

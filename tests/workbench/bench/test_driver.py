@@ -60,7 +60,8 @@ def test_times_are_those_of_the_tokens_and_a_role_is_none():
     assert row["error"] is None
     assert row["ttft_ms"] >= 39
     assert len(row["itl_ms"]) == 2
-    assert all(gap >= 39 for gap in row["itl_ms"])
+    # A token that is read late makes the gap behind it shorter, and never the sum.
+    assert row["ttft_ms"] + sum(row["itl_ms"]) >= 3 * 39
     assert row["tpot_ms"] >= 1.4 * min(
         row["itl_ms"]
     )  # three tokens: two gaps, and the end of the text a third
