@@ -54,7 +54,9 @@ def check_phases(rows: list[dict[str, Any]]) -> None:
     ("name", "requests", "output_tokens", "ablations"),
     [
         ("serve-8b", 4, 64, {"graphs off", "overlap off", "prefix cache off"}),
-        ("nano", 6, 100, {"graphs off", "overlap off", "prefix cache off"}),
+        pytest.param(
+            "nano", 6, 100, {"graphs off", "overlap off", "prefix cache off"}, marks=pytest.mark.full
+        ),
         ("single", 1, 12, {"graphs off", "overlap off"}),
     ],
 )

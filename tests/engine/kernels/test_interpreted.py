@@ -20,11 +20,15 @@ HERE = Path(__file__).parent
 VERSIONS = [tuple(map(int, package.__version__.split(".")[:2])) for package in (triton, numpy)]
 CASES = sorted(path.name for path in (HERE / "interpreted").glob("cases_*.py"))
 LONG = {
+    "cases_attention_bits.py",
     "cases_attention_captured.py",
     "cases_attention_scores.py",
     "cases_engine_quantized_kv.py",
+    "cases_families.py",
+    "cases_invariant_linear.py",
     "cases_quantized_kv.py",
     "cases_sampling.py",
+    "cases_weight_only.py",
 }
 
 
