@@ -44,7 +44,9 @@ def tiles(page: Page) -> list[str]:
     return page.locator(".q-tiles dd").all_inner_texts()
 
 
-@pytest.mark.parametrize("name", LIVE)
+@pytest.mark.parametrize(
+    "name", [name if name == "engine" else pytest.param(name, marks=pytest.mark.full) for name in LIVE]
+)
 def test_live_parts_change_without_a_run_of_the_page(name, fake, visit):
     here = visit(fake)
     page, messages = watched(here, "/" if name == "overview" else f"/{name}")

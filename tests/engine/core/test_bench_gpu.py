@@ -57,7 +57,7 @@ def check_phases(rows: list[dict[str, Any]]) -> None:
         pytest.param(
             "nano", 6, 100, {"graphs off", "overlap off", "prefix cache off"}, marks=pytest.mark.full
         ),
-        ("single", 1, 12, {"graphs off", "overlap off"}),
+        pytest.param("single", 1, 12, {"graphs off", "overlap off"}, marks=pytest.mark.full),
     ],
 )
 def test_throughput_benchmarks_run_their_whole_workload(name, requests, output_tokens, ablations, capsys):

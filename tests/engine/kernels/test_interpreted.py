@@ -23,6 +23,7 @@ LONG = {
     "cases_attention_bits.py",
     "cases_attention_captured.py",
     "cases_attention_scores.py",
+    "cases_attention_values.py",
     "cases_engine_quantized_kv.py",
     "cases_families.py",
     "cases_invariant_linear.py",
