@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,21 @@ from workbench.store import Store, open_store
 from workbench.versions.demo.chat_format import BOS, CHAT_TEMPLATE, END, PAD, SPECIAL_TOKENS
 
 VOCAB, HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD = 384, 64, 128, 2, 4, 2, 16
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[..., bool]:
+    """Whether a condition comes true in time."""
+
+    def wait(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if condition():
+                return True
+            time.sleep(0.02)
+        return False
+
+    return wait
 
 
 @pytest.fixture(scope="session")

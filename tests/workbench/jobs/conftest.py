@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,16 +38,3 @@ def start_runner(jobs: Jobs, home: Path) -> Iterator[Callable[..., JobRunner]]:
     yield start
     for runner in started:
         runner.close()
-
-
-@pytest.fixture
-def eventually() -> Callable[..., bool]:
-    def wait(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if condition():
-                return True
-            time.sleep(0.02)
-        return False
-
-    return wait

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,16 +112,3 @@ def host(shared_host: tuple[EngineHost, Versions], versions: Versions) -> Iterat
     for resident in sorted(host.resident(), key=lambda each: each.parent is None):
         if not resident.is_default:
             host.unload(resident.id)
-
-
-@pytest.fixture(scope="session")
-def eventually() -> Callable[..., bool]:
-    def wait(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if condition():
-                return True
-            time.sleep(0.02)
-        return False
-
-    return wait
