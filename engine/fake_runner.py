@@ -378,9 +378,8 @@ class FakeRunner:
         step = None if grammars is None else grammars.followed(plan)
         if grammars is None or step is None:
             return result
-        if (
-            self.delay_s and self._inflight
-        ):  # the token before must be on the host, while this step's forward pass runs
+        if self.delay_s and self._inflight:
+            # The token before must be on the host, while this step's forward pass runs.
             time.sleep(max(0.0, self._inflight[-1][0] - time.monotonic()))
         masks = grammars.masks(step)
         for place, follower, mask in zip(step.places, step.followers, masks, strict=True):

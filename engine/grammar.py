@@ -85,10 +85,8 @@ class GrammarCompiler:
         self._known: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
         self._untold: dict[StructuredOutputsParams, float] = {}
         self._lock = threading.Lock()  # of the three above
-        self._here, self._apart = (
-            threading.Lock(),
-            threading.Lock(),
-        )  # one compiles in this process, one in the other
+        self._here = threading.Lock()  # held while one compiles in this process
+        self._apart = threading.Lock()  # and in the other
         self._tools: dict[bool, _Tools] = {}  # for JSON, for all else: each made for the first that needs it
 
     def compile(self, structured: StructuredOutputsParams) -> None:

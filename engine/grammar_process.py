@@ -90,9 +90,8 @@ class GrammarProcess:
         answer = _ask(self._running(), asdict(job))
         if answer is None:
             self._stop()  # it may take a while to end, and must not be asked again meanwhile
-            if (
-                time.monotonic() - began < self._max_seconds / 2
-            ):  # it had just ended by itself, for want of jobs
+            # Ended so early, it did so by itself, for want of jobs.
+            if time.monotonic() - began < self._max_seconds / 2:
                 answer = _ask(self._running(), asdict(job))
         return answer
 

@@ -168,9 +168,8 @@ class Outbox:
             found.update(i for i, seq in enumerate(sequences) if seq.request_id in commit.logprobs)
         if self._num_watched:
             found.update(i for i, seq in enumerate(sequences) if seq.request.params.stop)
-        if (
-            self._num_scored
-        ):  # the first token of one whose prompt's last token was computed like a decoded one
+        if self._num_scored:
+            # The first token of one whose prompt's last token was computed like a decoded one.
             found.update(i for i, seq in enumerate(sequences) if self._tracks[seq.request_id].prompt_logprobs)
         return sorted(found)
 

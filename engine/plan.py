@@ -136,9 +136,8 @@ class StepPlan:
     admitted: tuple[RowAdmission, ...] = ()
     finished: tuple[int, ...] = ()  # rows given back before this step; their buffers may be reused
     copies: BlockCopies = NO_COPIES
-    draft_token_ids: Int32 = field(
-        default_factory=lambda: _NO_TOKENS
-    )  # all rows' guesses, one row after the other
+    # All rows' guesses, one row after the other.
+    draft_token_ids: Int32 = field(default_factory=lambda: _NO_TOKENS)
 
     @property
     def num_rows(self) -> int:

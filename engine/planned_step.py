@@ -109,8 +109,6 @@ class Commit:
     sequences: list[Sequence] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finished: list[Finish] = field(default_factory=list)
-    logprobs: dict[str, list[TokenLogprobs]] = field(
-        default_factory=dict
-    )  # by request_id: of each of its tokens
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # by request_id: of its tokens
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     num_accepted_tokens: int = 0  # guesses that were right

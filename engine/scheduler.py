@@ -236,9 +236,8 @@ class Scheduler:
 
     def _schedule_chunk(self, seq: Sequence, start: int, num_tokens: int, fresh: list[int]) -> Chunk:
         end = start + num_tokens
-        samples = (
-            end == len(seq.token_ids) and end < seq.max_total_tokens
-        )  # one that is only scored has its last token
+        # One that is only scored has its last token.
+        samples = end == len(seq.token_ids) and end < seq.max_total_tokens
         self._num_scheduled[seq.row] = end
         if end + 1 >= len(seq.token_ids):
             seq.is_decoding = end + 1 < seq.max_total_tokens

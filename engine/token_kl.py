@@ -80,9 +80,8 @@ def _rows(entries: Iterable[TokenLogprobs]) -> Rows:
 def _compare(own: Rows, other: Rows, ids: NDArray[np.int64]) -> list[tuple[Any, ...]]:
     """(KL, log-probability of the token under each, same most likely token) of each of n rows."""
     p, difference = np.exp(own), np.zeros_like(own)
-    np.subtract(
-        own, other, out=difference, where=p > 0.0
-    )  # what has no probability adds nothing, whatever the other says
+    # What has no probability adds nothing, whatever the other says.
+    np.subtract(own, other, out=difference, where=p > 0.0)
     kl = np.maximum((p * difference).sum(axis=1), 0.0)  # rounding may lead below zero
     places = np.arange(len(ids))
     same = own.argmax(axis=1) == other.argmax(axis=1)

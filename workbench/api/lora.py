@@ -77,9 +77,8 @@ def checked_folder(given: str, roots: Sequence[Path]) -> Path:
         ApiError: it is not below a root, or its files are not. Nothing is told of what lies elsewhere.
     """
     allowed = [root.resolve() for root in roots]
-    candidates = (
-        [] if "\0" in given else [root / given for root in allowed]
-    )  # an absolute path stays as it is
+    # An absolute path stays as it is.
+    candidates = [] if "\0" in given else [root / given for root in allowed]
     for candidate in candidates:
         with suppress(OSError, RuntimeError):  # a name that is too long, links in a circle
             folder = candidate.resolve()
