@@ -1,9 +1,9 @@
 """GrammarRows: which tokens may come next in the rows that follow a grammar.
 
-A matcher a row stands behind the row's newest token that the host knows. A step whose rows follow grammars (`Followed`) needs
-the tokens of the step before it: its forward pass runs meanwhile, then its masks are filled in one call, and its sampler waits for
-them. Tokens that a row's other controls forbid are taken out here too, so that a row that is left without any is found before
-something is chosen for it.
+A row's matcher stands behind the newest token that the host knows, or just before it: it takes that one in when the next mask is
+filled, so that both find the grammar in the processor's cache. A step whose rows follow grammars (`Followed`) needs the tokens of the
+step before it: its forward pass runs meanwhile, then its masks are filled in one call, and its sampler waits for them. Tokens that a
+row's other controls forbid are taken out here too, so that a row that is left without any is found before something is chosen for it.
 
 Boundary: NumPy and xgrammar, on the host; who applies a mask to logits is the sampler. Speculation may later take tokens back:
 matchers can (``GrammarMatcher.rollback``).
@@ -26,7 +26,16 @@ EVERYTHING = -1  # a word of a mask with all bits set
 class _Follower:
     """One row's place in its grammar."""
 
-    __slots__ = ("allowed", "controls", "is_limited", "is_over", "matcher", "output", "stop_token_ids")
+    __slots__ = (
+        "allowed",
+        "chosen",
+        "controls",
+        "is_limited",
+        "is_over",
+        "matcher",
+        "output",
+        "stop_token_ids",
+    )
 
     def __init__(self, admission: RowAdmission, controls: Controls | None, words: int) -> None:
         import xgrammar
@@ -37,6 +46,7 @@ class _Follower:
         self.matcher: Any = xgrammar.GrammarMatcher(admission.grammar.compiled)
         self.controls = controls
         self.output: list[int] = list(admission.token_ids[admission.num_prompt_tokens :])
+        self.chosen: int | None = None  # the newest token, which the matcher has not seen
         self.is_limited = controls is not None and bool(controls.bans or controls.allowed)
         self.is_over = False  # nothing follows, or nothing could
         self.allowed: Int32 | None = None
@@ -44,6 +54,13 @@ class _Follower:
             self.allowed = token_bits(controls.allowed, words)
         for token in self.output:
             assert self.matcher.accept_token(token), f"{admission.request_id}: {token} is not of its grammar"
+
+    def catch_up(self) -> None:
+        """Have the matcher take the newest token in."""
+        token, self.chosen = self.chosen, None
+        # One by one: a batched call's answers are read by a call each.
+        if token is not None and not self.matcher.accept_token(token):
+            raise AssertionError(f"token {token} was chosen against its grammar")
 
 
 @dataclass(slots=True)
@@ -95,15 +112,21 @@ class GrammarRows:
         if len(self._found) < len(step.rows):
             self._found = np.empty((len(step.rows), self._words), np.int32)
         found = self._found[: len(step.rows)]
-        going = [i for i, follower in enumerate(step.followers) if not follower.is_over]
-        if len(going) < len(found):
-            found[:] = EVERYTHING
-        if going:
-            self._fill([step.followers[i].matcher for i in going], found, going)
+        going: list[int] = []
+        matchers: list[Any] = []
         for i, follower in enumerate(step.followers):
-            if follower.is_limited and not follower.is_over:
-                _take_out(follower, found[i])
-        for i in np.flatnonzero(~found.any(axis=1)).tolist():
+            if follower.is_over:
+                found[i] = EVERYTHING
+                continue
+            follower.catch_up()
+            going.append(i)
+            matchers.append(follower.matcher)
+        if going:
+            self._fill(matchers, found, going)
+        for i in going:
+            if step.followers[i].is_limited:
+                _take_out(step.followers[i], found[i])
+        for i in np.flatnonzero(np.bitwise_or.reduce(found, axis=1) == 0).tolist():
             step.followers[i].is_over = True
             step.dead_ends[step.places[i]] = _dead_end(step.followers[i])
             found[i] = EVERYTHING
@@ -117,9 +140,8 @@ class GrammarRows:
         for place, follower in zip(step.places, step.followers, strict=True):
             if follower.is_over:
                 continue
-            token = token_ids[place]
-            # One by one: a batched call's answers are read by a call each.
-            assert follower.matcher.accept_token(token), f"token {token} was chosen against its grammar"
+            follower.catch_up()
+            token = follower.chosen = token_ids[place]
             follower.output.append(token)
             follower.is_over = token in follower.stop_token_ids
 
