@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import InvalidParamsError
-from engine.grammar_process import MAX_SECONDS, GrammarProcess, Job, TooCostly, compile_job
+from engine.grammar_process import MAX_BLANKS, MAX_SECONDS, GrammarProcess, Job, TooCostly, compile_job
 from engine.json_schema import enforceable, is_small
 from engine.regex_syntax import check_regex
+from engine.structural_tag import checked_tag, is_small_tag, markers_in
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from engine.tokenizer import TokenizerLike
 
 MAX_BYTES = 64 << 20
+MAX_VOCABULARIES = 6  # kept in the forms that grammars need
 MAX_TEXT_BYTES = 64 << 10  # of one schema, expression, grammar, or all choices together
 _CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f]")  # but the line break, which JSON has between its parts
 JSON_OBJECT = '{"type":"object","additionalProperties":true}'
@@ -87,7 +89,8 @@ class GrammarCompiler:
         self._lock = threading.Lock()  # of the three above
         self._here = threading.Lock()  # held while one compiles in this process
         self._apart = threading.Lock()  # and in the other
-        self._tools: dict[bool, _Tools] = {}  # for JSON, for all else: each made for the first that needs it
+        # By whether it is for JSON, and the special tokens that it knows: each made for the first that needs it.
+        self._tools: OrderedDict[tuple[bool, frozenset[int]], _Tools] = OrderedDict()
 
     def compile(self, structured: StructuredOutputsParams) -> None:
         """Have the grammar ready for requests to come.
@@ -147,7 +150,7 @@ class GrammarCompiler:
 
     def close(self) -> None:
         """End the processes that compile, where there are any."""
-        for tools in self._tools.values():
+        for tools in list(self._tools.values()):
             tools.process.close()
 
     def _compile(
@@ -191,17 +194,19 @@ class GrammarCompiler:
 
     def _tools_for(self, job: Job) -> _Tools:
         """What compiles jobs of this kind."""
-        is_json = job.language == "json"
-        if is_json in self._tools:
-            return self._tools[is_json]
+        is_json = job.language == "json" or (job.language == "tag" and '"json_schema"' in job.text)
         if self._tokenizer is None or not self._eos:
             missing = "tokenizer" if self._tokenizer is None else "end-of-sequence token"
             raise InvalidParamsError(
                 f"structured outputs need a {missing}, and this engine has none", param="structured_outputs"
             )
-        special = self._tokenizer.special_token_ids
+        named = self._named_in(job.text) if job.language == "tag" else frozenset()
+        if (is_json, named) in self._tools:
+            self._tools.move_to_end((is_json, named))
+            return self._tools[is_json, named]
+        hidden = self._tokenizer.special_token_ids - named
         count = min(self._vocab_size, self._tokenizer.vocab_size)
-        texts = [b"" if i in special else self._tokenizer.token_bytes(i) for i in range(count)]
+        texts = [b"" if i in hidden else self._tokenizer.token_bytes(i) for i in range(count)]
         if is_json:  # xgrammar lets them into texts of limited length, where JSON has them as escapes
             texts = [b"" if _CONTROL.search(text) else text for text in texts]
         vocabulary = xgrammar().TokenizerInfo(  # a token without bytes is never allowed
@@ -209,8 +214,18 @@ class GrammarCompiler:
         )  # fmt: skip
         compiler = xgrammar().GrammarCompiler(vocabulary, max_threads=1, cache_enabled=False)
         process = GrammarProcess(vocabulary.serialize_json(), self._max_seconds)
-        self._tools[is_json] = _Tools(vocabulary, compiler, process)
-        return self._tools[is_json]
+        if len(self._tools) == MAX_VOCABULARIES:
+            _, oldest = self._tools.popitem(last=False)
+            oldest.process.close()
+        self._tools[is_json, named] = _Tools(vocabulary, compiler, process)
+        return self._tools[is_json, named]
+
+    def _named_in(self, tag: str) -> frozenset[int]:
+        """The special tokens that a tag writes out: as its markers they are allowed, all others never."""
+        assert self._tokenizer is not None
+        markers = "\n".join(markers_in(json.loads(tag)))
+        found = self._tokenizer.special_token_ids - self._eos
+        return frozenset(i for i in found if (text := self._tokenizer.token_text(i)) and text in markers)
 
 
 def xgrammar() -> Any:
@@ -228,11 +243,15 @@ def _job_of(structured: StructuredOutputsParams) -> Job:
     if structured.regex is not None:
         check_regex(structured.regex, where="structured_outputs.regex")
         return Job("regex", structured.regex)
+    if structured.structural_tag is not None:
+        return Job("tag", checked_tag(structured.structural_tag, MAX_BLANKS))
     return Job("ebnf", structured.grammar or _choice_grammar(structured.choice))
 
 
 def _is_quick(structured: StructuredOutputsParams, job: Job) -> bool:
     """Whether its size alone promises that compiling ends soon: then no process is started for it."""
+    if job.language == "tag":
+        return is_small_tag(job.text)
     return structured.choice is not None or (job.language == "json" and is_small(job.text))
 
 

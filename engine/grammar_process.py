@@ -30,9 +30,9 @@ MAX_BLANKS = 20  # between two parts of a JSON text: a sampled one would be noth
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to compile: a JSON schema, a regular expression or EBNF."""
+    """What to compile: a JSON schema, a regular expression, EBNF or a structural tag."""
 
-    language: str  # "json", "regex" or "ebnf"
+    language: str  # "json", "regex", "ebnf" or "tag"
     text: str
     any_whitespace: bool = True
 
@@ -51,6 +51,8 @@ def compile_job(compiler: Any, job: Job) -> Any:
         return compiler.compile_regex(job.text)
     if job.language == "ebnf":
         return compiler.compile_grammar(job.text)
+    if job.language == "tag":
+        return compiler.compile_structural_tag(job.text)
     if job.any_whitespace:
         return compiler.compile_json_schema(job.text, max_whitespace_cnt=MAX_BLANKS)
     return compiler.compile_json_schema(job.text, any_whitespace=False, separators=(",", ":"))

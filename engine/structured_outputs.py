@@ -1,4 +1,4 @@
-"""StructuredOutputsParams: what a request's output must look like: a JSON schema, a regular expression, a choice, a grammar.
+"""StructuredOutputsParams: what a request's output must look like: a JSON schema, a regular expression, a choice, a grammar, a tag.
 
 Boundary: what was asked, checked for its form. Whether a grammar can be made of it is found when it is compiled.
 """
@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from engine.errors import InvalidParamsError
+from engine.structural_tag import as_tag
 
-KINDS = ("json", "json_object", "regex", "choice", "grammar")
+KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,9 @@ class StructuredOutputsParams:
     regex: str | None = None  # the whole output matches it
     choice: tuple[str, ...] | None = None  # one of these texts
     grammar: str | None = None  # EBNF as xgrammar reads it; its root rule is `root`
+    structural_tag: str | None = (
+        None  # parts, free or not (``engine.structural_tag``); also given as a mapping
+    )
     any_whitespace: bool = (
         True  # json: blanks and line breaks where JSON allows them; False: the compact form alone
     )
@@ -45,6 +49,8 @@ class StructuredOutputsParams:
             )
         if self.json is not None:
             object.__setattr__(self, "json", _as_schema(self.json))
+        if self.structural_tag is not None:
+            object.__setattr__(self, "structural_tag", as_tag(self.structural_tag))
         if self.choice is not None:
             object.__setattr__(self, "choice", _as_choice(self.choice))
         for name in ("regex", "grammar"):
