@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from engine.errors import InvalidParamsError
 from engine.grammar_process import MAX_BLANKS, MAX_SECONDS, GrammarProcess, Job, TooCostly, compile_job
 from engine.json_schema import enforceable, is_small
 from engine.regex_syntax import check_regex
-from engine.structural_tag import checked_tag, is_small_tag, markers_in
+from engine.structural_tag import SPECIAL, checked_tag, is_small_tag, markers_in, with_special_tokens
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
@@ -101,9 +101,9 @@ class GrammarCompiler:
         if self._get(structured) is not None:
             return
         _check_size(structured)
-        job = _job_of(structured)
+        job, named = self._with_special_tokens(_job_of(structured))
         with self._here:
-            tools = self._tools_for(job)
+            tools = self._tools_for(job, named)
         is_quick = _is_quick(structured, job)
         with self._here if is_quick else self._apart:
             if self._get(structured) is not None:  # by somebody who asked at the same time
@@ -192,23 +192,21 @@ class GrammarCompiler:
                 param=f"structured_outputs.{structured.kind}",
             )
 
-    def _tools_for(self, job: Job) -> _Tools:
-        """What compiles jobs of this kind."""
-        is_json = job.language == "json" or (job.language == "tag" and '"json_schema"' in job.text)
-        if self._tokenizer is None or not self._eos:
-            missing = "tokenizer" if self._tokenizer is None else "end-of-sequence token"
-            raise InvalidParamsError(
-                f"structured outputs need a {missing}, and this engine has none", param="structured_outputs"
-            )
-        named = self._named_in(job.text) if job.language == "tag" else frozenset()
+    def _tools_for(self, job: Job, named: frozenset[int]) -> _Tools:
+        """What compiles jobs of this kind, for which the special tokens `named` have a text."""
+        # Tags too, whose free text does without control characters: SPECIAL is one.
+        is_json = job.language in ("json", "tag")
         if (is_json, named) in self._tools:
             self._tools.move_to_end((is_json, named))
             return self._tools[is_json, named]
-        hidden = self._tokenizer.special_token_ids - named
-        count = min(self._vocab_size, self._tokenizer.vocab_size)
-        texts = [b"" if i in hidden else self._tokenizer.token_bytes(i) for i in range(count)]
+        tokenizer = self._checked_tokenizer()
+        count = min(self._vocab_size, tokenizer.vocab_size)
+        special = tokenizer.special_token_ids
+        texts = [b"" if i in special else tokenizer.token_bytes(i) for i in range(count)]
         if is_json:  # xgrammar lets them into texts of limited length, where JSON has them as escapes
             texts = [b"" if _CONTROL.search(text) else text for text in texts]
+        for i in named:
+            texts[i] = (SPECIAL + tokenizer.token_text(i)).encode()
         vocabulary = xgrammar().TokenizerInfo(  # a token without bytes is never allowed
             texts, xgrammar().VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=sorted(self._eos)
         )  # fmt: skip
@@ -220,12 +218,26 @@ class GrammarCompiler:
         self._tools[is_json, named] = _Tools(vocabulary, compiler, process)
         return self._tools[is_json, named]
 
-    def _named_in(self, tag: str) -> frozenset[int]:
-        """The special tokens that a tag writes out: as its markers they are allowed, all others never."""
-        assert self._tokenizer is not None
-        markers = "\n".join(markers_in(json.loads(tag)))
-        found = self._tokenizer.special_token_ids - self._eos
-        return frozenset(i for i in found if (text := self._tokenizer.token_text(i)) and text in markers)
+    def _checked_tokenizer(self) -> TokenizerLike:
+        if self._tokenizer is None or not self._eos:
+            missing = "tokenizer" if self._tokenizer is None else "end-of-sequence token"
+            raise InvalidParamsError(
+                f"structured outputs need a {missing}, and this engine has none", param="structured_outputs"
+            )
+        return self._tokenizer
+
+    def _with_special_tokens(self, job: Job) -> tuple[Job, frozenset[int]]:
+        """A tag whose markers may be special tokens, and those: as its markers they are allowed, all others never."""
+        if job.language != "tag":
+            return job, frozenset()
+        tokenizer, tag = self._checked_tokenizer(), json.loads(job.text)
+        markers = "\n".join(markers_in(tag))
+        texts = {i: tokenizer.token_text(i) for i in tokenizer.special_token_ids - self._eos}
+        named = {i: text for i, text in texts.items() if text and text in markers}
+        if not named:
+            return job, frozenset()
+        marked = with_special_tokens(tag, named.values())
+        return replace(job, text=json.dumps(marked, ensure_ascii=False)), frozenset(named)
 
 
 def xgrammar() -> Any:

@@ -9,13 +9,15 @@ Boundary: reads tags, compiles nothing. Source: xgrammar 0.2.8, ``structural_tag
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from engine.errors import InvalidParamsError
 from engine.json_schema import enforceable, is_small
 from engine.regex_syntax import check_regex
 
+SPECIAL = "\x01"  # begins the text of special tokens here: no text has it, least of all within JSON
 MAX_DEPTH = 16  # parts inside each other
 _MARKERS = frozenset(("begin", "end", "triggers", "value", "separator"))
 WHERE = "structured_outputs.structural_tag"
@@ -91,6 +93,24 @@ def markers_in(part: Any) -> Iterator[str]:
                 yield from [value] if isinstance(value, str) else value
             elif name != "json_schema":
                 yield from markers_in(value)
+
+
+def with_special_tokens(part: Any, texts: Iterable[str]) -> Any:
+    """The tag with SPECIAL before each of the texts where it is a marker, so that one token alone writes it, and it writes nothing else."""
+    found = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+    return _marked(part, found)
+
+
+def _marked(part: Any, found: re.Pattern[str], name: str = "") -> Any:
+    if name == "json_schema":
+        return part
+    if isinstance(part, str):
+        return found.sub(lambda match: SPECIAL + match[0], part) if name in _MARKERS else part
+    if isinstance(part, list):
+        return [_marked(each, found, name) for each in part]
+    if isinstance(part, dict):
+        return {key: _marked(value, found, key) for key, value in part.items()}
+    return part
 
 
 def _of_structures(tag: Mapping[str, Any]) -> dict[str, Any]:

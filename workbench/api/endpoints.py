@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
@@ -24,7 +25,7 @@ from workbench.api.intake import read_json, take_request_id
 from workbench.api.schema import ChatRequest, CompletionRequest, Message, parse
 from workbench.api.tools import OfferedTools, offered_tools
 from workbench.api.wire import ChatWire, CompletionWire, Head
-from workbench.chat_output import OutputSyntax, begin_constrained, output_syntax
+from workbench.chat_output import OutputSyntax, constrain, output_syntax
 from workbench.chat_output.syntax import find_calls
 from workbench.errors import ApiError, UnknownModelError, UnsupportedFieldError
 from workbench.host import EngineHost, Resident
@@ -97,9 +98,16 @@ class Endpoints:
                 messages, tools=offered.tools or None, chat_template_kwargs=body.chat_template_kwargs
             ),
         )
-        if constraint is not None:
-            prompt = begin_constrained(tokenizer, prompt, offered.opening, config.reasoning_parser)
-        syntax = _syntax(worker, prompt, offered, is_constrained=constraint is not None)
+        if constraint is None:
+            syntax = _syntax(worker, prompt, offered)
+        else:
+            whole = constrain(
+                tokenizer, prompt, constraint.structured, offered.tools, forced=offered.forced,
+                parallel_tool_calls=offered.parallel, tool_call_parser=config.tool_call_parser,
+                reasoning_parser=config.reasoning_parser,
+            )  # fmt: skip
+            prompt, syntax = whole.prompt_token_ids, whole.syntax
+            constraint = replace(constraint, structured=whole.structured)
         if syntax.shows_special_tokens:
             params = params.with_(skip_special_tokens=False)
         if syntax.stop_after_call is not None and len(params.stop) < MAX_STOP_STRINGS:
@@ -210,16 +218,12 @@ def _tokenizer_of(worker: EngineWorker) -> TokenizerLike:
     return worker.tokenizer
 
 
-def _syntax(
-    worker: EngineWorker, prompt: list[int], offered: OfferedTools, *, is_constrained: bool
-) -> OutputSyntax:
-    """What to look for in the answers. A constrained output begins at once, without reasoning.
+def _syntax(worker: EngineWorker, prompt: list[int], offered: OfferedTools) -> OutputSyntax:
+    """What to look for in answers that nothing constrains.
 
     Raises:
         UnsupportedFieldError: tools that may be called, for a model without a way to call them.
     """
-    if is_constrained:
-        return OutputSyntax(offered.forced, max_calls=None if offered.parallel else 1)
     syntax = output_syntax(
         _tokenizer_of(worker), prompt, offered.tools, parallel_tool_calls=offered.parallel,
         tool_call_parser=worker.config.tool_call_parser, reasoning_parser=worker.config.reasoning_parser,

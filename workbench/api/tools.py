@@ -1,21 +1,26 @@
 """Which tools a chat request offers, whether it forces a call, and the grammar that does.
 
-A forced call is constrained from its first token. Where a model writes calls as JSON objects (Hermes, Qwen, Llama 3, the bundled
-model), what opens a call is written into the prompt and the output is that object, so one call. For all others it is as in
-vLLM: `required` makes the output a JSON list of calls, a named function makes it that function's arguments.
+A forced call is constrained from its first token, or from the end of the reasoning before it. Where a model writes calls as JSON
+objects (Hermes, Qwen, Llama 3, the bundled model), the output is that object, so one call. For all others it is as in vLLM:
+`required` makes the output a JSON list of calls, a named function makes it that function's arguments. A call that nothing forces is
+constrained behind its marker: where a tool is strict, or where the answer has to look like something.
 
 Boundary: from a checked body to what template, grammar and parser need.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from engine.structural_tag import json_part
 from engine.structured_outputs import StructuredOutputsParams
 from workbench.api.constraints import Constraint, check_strict, schemas_in
 from workbench.api.schema import ChatRequest, NamedToolChoice, Tool
+from workbench.chat_output import ForcedCall, as_part
 from workbench.chat_output.formats import CallFormat, json_arguments, json_list, json_object
 from workbench.errors import ApiError, UnsupportedFieldError
 
@@ -29,18 +34,24 @@ class OfferedTools:
 
     tools: list[dict[str, Any]] = field(default_factory=list)  # as templates read them
     parallel: bool = True
-    forced: CallFormat | None = None  # how a forced call is written
-    constraint: Constraint | None = None  # what forces it
-    opening: str = ""  # what stands before it, written into the prompt
+    forced: ForcedCall | None = None
+    constraint: Constraint | None = None  # what makes calls follow their schemas
+    call: Callable[[], dict[str, Any]] | None = None  # one among other text, as a part of it; None: not known
 
     def one_constraint(self, asked: Constraint | None) -> Constraint | None:
-        """That of the whole output: the request's own or that of a forced call. Raises ApiError where tools would never be called."""
-        if asked is not None and self.tools:
+        """That of the whole output: calls, or what the request asked for; either, where both go together. Raises ApiError where not."""
+        if asked is None or not self.tools:
+            return asked or self.constraint
+        if self.forced is not None or self.call is None:
             raise ApiError(
                 f"{asked.param} and tools contradict each other: an output of that form calls none", value=len(self.tools),
                 limit=0, param=asked.param, remedy="Send one of them, or tool_choice='none'.",
             )  # fmt: skip
-        return asked or self.constraint
+        calls = {
+            "type": "tags_with_separator", "separator": "\n", "tags": [self.call()], "at_least_one": True,
+            "stop_after_first": not self.parallel,
+        }  # fmt: skip
+        return Constraint(_tag({"type": "or", "elements": [as_part(asked.structured), calls]}), asked.param)
 
 
 def offered_tools(body: ChatRequest, own_format: Callable[[], CallFormat | None]) -> OfferedTools:
@@ -48,7 +59,7 @@ def offered_tools(body: ChatRequest, own_format: Callable[[], CallFormat | None]
 
     Raises:
         ApiError: a choice without tools, or of a tool that is not among them; a schema that is not strict where it says so.
-        UnsupportedFieldError: strict arguments of a call that nothing forces.
+        UnsupportedFieldError: strict arguments of a call that nothing forces, of a model whose calls have no marker.
     """
     choice = body.tool_choice
     if choice not in (None, "none") and not body.tools:
@@ -57,37 +68,77 @@ def offered_tools(body: ChatRequest, own_format: Callable[[], CallFormat | None]
             remedy="Send tools, or leave tool_choice out.",
         )  # fmt: skip
     tools = body.tools or []
-    _check(tools, is_forced=choice not in (None, "none", "auto"))
+    _check(tools)
     if not tools or choice == "none":
         return OfferedTools()
     plain = [tool.model_dump(exclude_none=True) for tool in tools]
     parallel = body.parallel_tool_calls is not False
     if choice in (None, "auto"):
-        return OfferedTools(plain, parallel)
+        return _free(plain, parallel, tools, own_format())
     return _forced(plain, parallel, tools, choice, own_format())
+
+
+def _free(
+    plain: list[dict[str, Any]], parallel: bool, tools: list[Tool], own: CallFormat | None
+) -> OfferedTools:
+    """Tools that may be called: the arguments of strict ones follow their schemas."""
+    call = None
+    if own is not None and own.marker and own.arguments_key is not None and own.opening:
+        schemas = [tool if tool.function.strict else _any_arguments(tool) for tool in tools]
+        call = partial(_call_part, own, schemas)
+    strict = next((i for i, tool in enumerate(tools) if tool.function.strict), None)
+    if strict is None:
+        return OfferedTools(plain, parallel, call=call)
+    where = f"tools.{strict}.function"
+    if own is None or call is None:
+        raise UnsupportedFieldError(
+            f"strict arguments of {tools[strict].function.name!r} are not supported where the model may also answer in text",
+            value=True, limit=False, param=f"{where}.strict",
+            remedy="Set tool_choice to 'required' or to the function, or leave strict out.",
+        )  # fmt: skip
+    found = {
+        "type": "triggered_tags", "triggers": [own.marker], "tags": [call()], "stop_after_first": not parallel,
+    }  # fmt: skip
+    return OfferedTools(plain, parallel, constraint=Constraint(_tag(found), f"{where}.parameters"), call=call)
 
 
 def _forced(
     plain: list[dict[str, Any]], parallel: bool, tools: list[Tool], choice: Any, own: CallFormat | None
 ) -> OfferedTools:
     """Tools of which one must be called: any of them, or the one that `choice` names."""
-    where, opening = "tools", ""
+    where = "tools"
     if isinstance(choice, NamedToolChoice):
         index, tool = _named(tools, choice.function.name)
         where, tools = f"tools.{index}.function.parameters", [tool]
     key = own.arguments_key if own is not None else None
     if own is not None and key is not None:
-        schema, form, opening = _one_call(tools, key), json_object(), own.opening
+        schema = _one_call(tools, key)
+        forced = ForcedCall(json_object(), own.opening, _call_part(own, tools) if own.opening else None)
     elif isinstance(choice, NamedToolChoice):
-        schema, form = _parameters(tools[0]), json_arguments(tools[0].function.name)
+        schema, forced = _parameters(tools[0]), ForcedCall(json_arguments(tools[0].function.name))
     else:
-        schema, form = _list_of_calls(tools, parallel), json_list()
-    # A model has its habits of white space in calls of its own form; elsewhere it might go on with it for ever.
+        schema, forced = _list_of_calls(tools, parallel), ForcedCall(json_list())
+    # A model has its habits of white space in calls of its own form; elsewhere it need not have any.
     structured = StructuredOutputsParams(json=schema, any_whitespace=key is not None)  # type: ignore[arg-type]  # kept as text
-    return OfferedTools(plain, parallel, form, Constraint(structured, where), opening)
+    return OfferedTools(plain, parallel, forced, Constraint(structured, where))
 
 
-def _check(tools: list[Tool], *, is_forced: bool) -> None:
+def _call_part(own: CallFormat, tools: list[Tool]) -> dict[str, Any]:
+    """A call in the model's own form, with what stands around it."""
+    assert own.arguments_key is not None
+    call = json_part(_one_call(tools, own.arguments_key))
+    return {"type": "tag", "begin": own.opening, "content": call, "end": own.end}
+
+
+def _any_arguments(tool: Tool) -> Tool:
+    return tool.model_copy(update={"function": tool.function.model_copy(update={"parameters": None})})
+
+
+def _tag(part: dict[str, Any]) -> StructuredOutputsParams:
+    return StructuredOutputsParams(structural_tag=json.dumps({"format": part}))
+
+
+def _check(tools: list[Tool]) -> None:
     names = [tool.function.name for tool in tools]
     for index, tool in enumerate(tools):
         where = f"tools.{index}.function"
@@ -96,15 +147,8 @@ def _check(tools: list[Tool], *, is_forced: bool) -> None:
                 f"two tools have the name {tool.function.name!r}", value=tool.function.name, param=f"{where}.name",
                 remedy="Give each tool a name of its own.",
             )  # fmt: skip
-        if not tool.function.strict:
-            continue
-        if not is_forced:
-            raise UnsupportedFieldError(
-                f"strict arguments of {tool.function.name!r} are not supported where the model may also answer in text",
-                value=True, limit=False, param=f"{where}.strict",
-                remedy="Set tool_choice to 'required' or to the function, or leave strict out.",
-            )  # fmt: skip
-        check_strict(_parameters(tool), f"{where}.parameters")
+        if tool.function.strict:
+            check_strict(_parameters(tool), f"{where}.parameters")
 
 
 def _named(tools: list[Tool], name: str) -> tuple[int, Tool]:

@@ -8,6 +8,7 @@
 Boundary: text in, pieces out. Nothing here knows HTTP, pages or engines.
 """
 
+from workbench.chat_output.constrained import Constrained, ForcedCall, as_part, constrain
 from workbench.chat_output.parser import OutputParser
 from workbench.chat_output.pieces import (
     CallArguments,
@@ -20,20 +21,23 @@ from workbench.chat_output.pieces import (
     ToolCall,
     gather,
 )
-from workbench.chat_output.syntax import OutputSyntax, begin_constrained, make_output_parser, output_syntax
+from workbench.chat_output.syntax import OutputSyntax, make_output_parser, output_syntax
 
 __all__ = [
     "CallArguments",
     "CallBroken",
     "CallStart",
+    "Constrained",
     "Content",
+    "ForcedCall",
     "OutputParser",
     "OutputSyntax",
     "ParsedOutput",
     "Piece",
     "Reasoning",
     "ToolCall",
-    "begin_constrained",
+    "as_part",
+    "constrain",
     "gather",
     "make_output_parser",
     "output_syntax",

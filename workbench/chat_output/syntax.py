@@ -1,6 +1,6 @@
 """OutputSyntax: how one model writes reasoning and tool calls, found in its chat template, and what one request allows.
 
-Boundary: from a tokenizer and a request's tools to parsers. Grammars that force a call are the API's (``workbench.api.tools``).
+Boundary: from a tokenizer and a request's tools to parsers. Outputs that follow a grammar are `constrained`'s.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def output_syntax(
         schemas={f["name"]: f.get("parameters") or {} for f in (tool["function"] for tool in tools)},
         max_calls=None if parallel_tool_calls else 1,
         reasoning=markers,
-        is_open=markers is not None and _ends_with(tokenizer, prompt_token_ids, markers.start),
+        is_open=markers is not None and ends_with(tokenizer, prompt_token_ids, markers.start),
         reasoning_ids=_ids(tokenizer, markers) if markers is not None else None,
         shows_special_tokens=calls is not None or (markers is not None and _is_hidden(tokenizer, markers)),
     )
@@ -107,21 +107,8 @@ def make_output_parser(
     return output_syntax(tokenizer, prompt_token_ids, tools, **more).parser()
 
 
-def begin_constrained(
-    tokenizer: TokenizerLike,
-    prompt_token_ids: Sequence[int],
-    opening: str,
-    reasoning_parser: str | None = None,
-) -> list[int]:
-    """The prompt of an output that a grammar constrains from its first token: reasoning that the prompt opened is closed, and
-    what opens a call is written."""
-    markers = find_reasoning(tokenizer, reasoning_parser)
-    if markers is not None and _ends_with(tokenizer, prompt_token_ids, markers.start):
-        opening = f"\n{markers.end}\n\n{opening}"
-    return [*prompt_token_ids, *tokenizer.encode(opening, add_special_tokens=False)]
-
-
-def _ends_with(tokenizer: TokenizerLike, prompt: Sequence[int], marker: str) -> bool:
+def ends_with(tokenizer: TokenizerLike, prompt: Sequence[int], marker: str) -> bool:
+    """Whether a prompt ends with a marker, but for white space."""
     end = tokenizer.decode(list(prompt[-_PROMPT_END:]), skip_special_tokens=False)
     return end.rstrip().endswith(marker)
 

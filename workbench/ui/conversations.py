@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import InvalidRequestError
-from workbench.chat_output import OutputSyntax, output_syntax
+from workbench.chat_output import OutputSyntax, constrain, output_syntax
 from workbench.errors import UnsupportedFieldError
 from workbench.ui.answers import Answer, Begun
 
@@ -198,8 +198,18 @@ def say(
                 "this engine has no tokenizer", remedy="Load a model that has one.", param="model"
             )
         prompt_ids = tokenizer.apply_chat_template(prompt, tools=list(request.tools) or None)
-        syntax = _syntax(worker, tokenizer, prompt_ids, request)
         params = request.params
+        if params.structured_outputs is None:
+            syntax = _syntax(worker, tokenizer, prompt_ids, request)
+        else:
+            whole = constrain(
+                tokenizer,
+                prompt_ids,
+                params.structured_outputs,
+                reasoning_parser=worker.config.reasoning_parser,
+            )
+            prompt_ids, syntax = whole.prompt_token_ids, whole.syntax
+            params = params.with_(structured_outputs=whole.structured)
         if syntax.shows_special_tokens:
             params = params.with_(skip_special_tokens=False)
         return Begun(worker.submit(prompt_ids, params, request_id=request_id), tokenizer, syntax.parser())
@@ -210,9 +220,7 @@ def say(
 def _syntax(
     worker: EngineWorker, tokenizer: TokenizerLike, prompt_ids: list[int], request: Request
 ) -> OutputSyntax:
-    """What to look for in the answer; a constrained one begins at once, without reasoning."""
-    if request.params.structured_outputs is not None:
-        return OutputSyntax()
+    """What to look for in an answer that nothing constrains."""
     config = worker.config
     syntax = output_syntax(
         tokenizer, prompt_ids, request.tools, tool_call_parser=config.tool_call_parser,

@@ -16,15 +16,18 @@ from engine.structural_tag import json_part
 from engine.structured_outputs import StructuredOutputsParams
 
 TOKENIZER = FakeTokenizer()
-POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}},
+    "required": ["x"],
+    "additionalProperties": False,
+}
 CALL = {"type": "tag", "begin": "<call>", "content": json_part(POINT), "end": "</call>"}
 
 
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
-    return GrammarCompiler(
-        TOKENIZER, vocab_size=TOKENIZER.vocab_size, eos_token_ids=TOKENIZER.eos_token_ids
-    )
+    return GrammarCompiler(TOKENIZER, vocab_size=TOKENIZER.vocab_size, eos_token_ids=TOKENIZER.eos_token_ids)
 
 
 def ask(compiler: GrammarCompiler, part: dict[str, Any]) -> Compiled:
@@ -60,6 +63,9 @@ def test_special_tokens_are_markers_where_a_tag_writes_them_out_and_nothing_else
     compiled = ask(compiler, {"type": "sequence", "elements": [tag, json_part(POINT)]})
     assert accepts(compiled, 'a thought<|tool|>{"x": 1}')
     assert not accepts(compiled, 'a <|user|> thought<|tool|>{"x": 1}')
+    named = ask(compiler, tag | {"begin": "<|tool|>", "content": json_part({"type": "string"})})
+    assert accepts(named, '<|tool|>"a"<|tool|>')
+    assert not accepts(named, '<|tool|>"a<|tool|>"<|tool|>')
 
 
 def test_the_older_form_is_read_as_todays(compiler: GrammarCompiler):
@@ -110,9 +116,7 @@ def test_a_tag_that_never_compiles_is_ended():
 
 
 def test_vocabularies_of_many_markers_are_not_all_kept(compiler: GrammarCompiler):
-    small = GrammarCompiler(
-        TOKENIZER, vocab_size=TOKENIZER.vocab_size, eos_token_ids=TOKENIZER.eos_token_ids
-    )
+    small = GrammarCompiler(TOKENIZER, vocab_size=TOKENIZER.vocab_size, eos_token_ids=TOKENIZER.eos_token_ids)
     names = TOKENIZER.SPECIAL[1:]
     for number in range(1, 1 << len(names)):
         value = "".join(name for i, name in enumerate(names) if number >> i & 1)

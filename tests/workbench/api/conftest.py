@@ -117,11 +117,13 @@ class ScriptTokenizer(FakeTokenizer):
     opens_reasoning = (
         False  # the template writes <think> at the end of prompts, unless enable_thinking is false
     )
+    closes_reasoning = False  # the template writes reasoning that is empty
 
     def apply_chat_template(self, *given: Any, chat_template_kwargs: Any = None, **more: Any) -> list[int]:
         ids = super().apply_chat_template(*given, chat_template_kwargs=chat_template_kwargs, **more)
         opens = self.opens_reasoning and (chat_template_kwargs or {}).get("enable_thinking", True)
-        return [*ids, *self.encode("<think>\n")] if opens else ids
+        written = "<think>\n" if opens else "<think>\n\n</think>\n\n" if self.closes_reasoning else ""
+        return [*ids, *self.encode(written)]
 
 
 class Script:
@@ -136,7 +138,7 @@ class Script:
     def says(self, answer: str, template: str | None = None, *, opens_reasoning: bool = False) -> None:
         self._ids = [*self.tokenizer.encode(answer), self.tokenizer.EOS]
         self.tokenizer.chat_template = template
-        self.tokenizer.opens_reasoning = opens_reasoning
+        self.tokenizer.opens_reasoning, self.tokenizer.closes_reasoning = opens_reasoning, False
 
     def _token(self, request_id: str, index: int) -> int:
         return self._ids[min(index, len(self._ids) - 1)]

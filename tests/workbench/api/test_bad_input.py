@@ -99,7 +99,10 @@ CASES = [
         400, "invalid_request", f"{FORMAT}.schema", ["without a"],
     ),
     (CHAT, {"tools": TOOLS * 2}, 400, "invalid_request", "tools.1.function.name", ["two tools", "'f'"]),
-    (CHAT, {"tools": [tool(strict=True)]}, 400, "unsupported_field", "tools.0.function.strict", ["strict", "required"]),
+    (
+        CHAT, {"tools": [tool(strict=True, parameters=CLOSED)]},
+        400, "unsupported_field", "tools.0.function.strict", ["strict", "required"],
+    ),
     (
         CHAT, {"tools": [tool(strict=True)], "tool_choice": "required"},
         400, "invalid_request", "tools.0.function.parameters", ["additionalProperties"],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import BadRequestError
 
 from workbench.services import Services
 from workbench.settings import Settings
@@ -60,13 +62,73 @@ def test_calls_behind_reasoning_are_found(script: Any) -> None:
     assert choice.message.tool_calls[0].function.name == "f"
 
 
-def test_a_constrained_answer_begins_at_once(script: Any) -> None:
-    """Its grammar allows no reasoning: where the template opened one, it is closed in the prompt."""
-    script.says("{}", TEMPLATE, opens_reasoning=True)
-    message = script.ask(response_format={"type": "json_object"}).choices[0].message
-    assert (message.content, hasattr(message, "reasoning")) == ("{}", False)
-    admission = next(plan.admitted[-1] for plan in reversed(script.runner.plans) if plan.admitted)
-    assert script.tokenizer.decode(admission.token_ids, False).endswith("<think>\n\n</think>\n\n")
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}},
+    "required": ["x"],
+    "additionalProperties": False,
+}
+AS_POINT = {"type": "json_schema", "json_schema": {"name": "point", "strict": True, "schema": POINT}}
+
+
+@pytest.mark.parametrize("opens", [False, True])
+@pytest.mark.parametrize("answer", ['{"x": 1}', "no JSON"])
+def test_a_constrained_answer_follows_the_reasoning(script: Any, opens: bool, answer: str) -> None:
+    text = f"<think>\n{THOUGHTS}\n</think>\n\n{answer}"
+    script.says(text.removeprefix("<think>\n") if opens else text, TEMPLATE, opens_reasoning=opens)
+    message = script.ask(response_format=AS_POINT).choices[0].message
+    assert message.reasoning == THOUGHTS
+    assert isinstance(json.loads(message.content)["x"], int)
+    deltas = [chunk.choices[0].delta for chunk in script.ask(response_format=AS_POINT, stream=True)]
+    assert "".join(delta.content or "" for delta in deltas) == message.content
+    assert "".join(getattr(delta, "reasoning", None) or "" for delta in deltas) == THOUGHTS
+
+
+@pytest.mark.parametrize(
+    ("wish", "answer"),
+    [
+        ({"json_object": True}, '{"a": [1]}'),
+        ({"choice": ["yes", "no"]}, "no"),
+        ({"regex": "[0-9]{3}"}, "123"),
+        ({"grammar": 'root ::= "a" | "b"'}, "b"),
+        ({"structural_tag": {"format": {"type": "const_string", "value": "c"}}}, "c"),
+    ],
+)
+def test_every_kind_of_constraint_holds_behind_reasoning(script: Any, wish: Any, answer: str) -> None:
+    script.says(f"{THOUGHTS}\n</think>\n\n{answer}", TEMPLATE, opens_reasoning=True)
+    message = script.ask(extra_body={"structured_outputs": wish}).choices[0].message
+    assert (message.reasoning, message.content) == (THOUGHTS, answer)
+
+
+def test_where_the_prompt_turns_reasoning_off_a_constrained_answer_begins_at_once(script: Any) -> None:
+    script.says('{"x": 1}', "{# <think></think> #}")
+    script.tokenizer.closes_reasoning = True
+    message = script.ask(response_format=AS_POINT).choices[0].message
+    assert (message.content, hasattr(message, "reasoning")) == ('{"x": 1}', False)
+    assert script.last_params().structured_outputs.json is not None
+
+
+def test_a_compact_answer_behind_reasoning_is_refused(script: Any) -> None:
+    script.says(TEXT, TEMPLATE)
+    wish = {"json": POINT, "any_whitespace": False}
+    with pytest.raises(BadRequestError, match="reasons before its answer") as caught:
+        script.ask(extra_body={"structured_outputs": wish})
+    assert caught.value.param == "structured_outputs.any_whitespace"
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        (TEMPLATE, '<tool_call>\n{"name": "f", "arguments": {"x": 1}}</tool_call>'),
+        ("{# <think></think> func_name1( #}", '[{"name":"f","parameters":{"x":1}}]'),
+    ],
+)
+def test_a_forced_call_follows_the_reasoning(script: Any, template: str, written: str) -> None:
+    script.says(f"{THOUGHTS}\n</think>\n\n{written}", template, opens_reasoning=True)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": POINT}}]
+    message = script.ask(tools=tools, tool_choice="required").choices[0].message
+    assert (message.reasoning, message.content) == (THOUGHTS, None)
+    assert json.loads(message.tool_calls[0].function.arguments) == {"x": 1}
 
 
 def test_without_reasoning_markers_in_the_template_nothing_is_split(script: Any) -> None:

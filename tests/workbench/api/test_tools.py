@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from openai import BadRequestError
 
 from engine.config import EngineConfig
 from workbench.host import load_worker
@@ -218,6 +219,57 @@ def test_definitions_of_the_tools_schemas_are_found_from_the_root(script: Any, n
     schema = json.loads(script.last_params().structured_outputs.json)
     assert schema.pop("$defs") == {"A": {"type": "integer"}}
     assert "$defs" not in str(schema).replace("#/$defs/A", "")
+
+
+STRICT = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
+AS_CITY = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": PARAMETERS}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ["quire", "hermes"])
+def test_a_strict_tools_arguments_follow_its_schema_beside_free_text(
+    script: Any, name: str, stream: bool
+) -> None:
+    written = TEMPLATES[name][1].replace('"Köln"', "17")  # not what the schema has
+    script.says(written, TEMPLATES[name][0])
+    content, called, arguments, finish = forced(script, stream, tools=[STRICT, TIME])
+    assert (content, called, finish) == ("So:", "weather", "tool_calls")
+    assert isinstance(json.loads(arguments)["city"], str)
+    script.says("No call today.", TEMPLATES[name][0])
+    assert script.ask(tools=[STRICT]).choices[0].message.content == "No call today."
+
+
+def test_tools_that_are_not_strict_take_any_arguments_beside_one_that_is(script: Any) -> None:
+    script.says(CALL.replace("weather", "time").replace('"Köln"', "17"))
+    assert forced(script, False, tools=[STRICT, TIME])[1:3] == ("time", '{"city":17}')
+    script.says(CALL.replace("weather", "nobody"))
+    assert forced(script, False, tools=[STRICT])[1] == "weather"
+
+
+def test_one_strict_call_ends_the_answer_where_calls_are_not_parallel(script: Any) -> None:
+    script.says(f"{CALL}\n{CALL}")
+    assert len(script.ask(tools=[STRICT]).choices[0].message.tool_calls) == 2
+    assert len(script.ask(tools=[STRICT], parallel_tool_calls=False).choices[0].message.tool_calls) == 1
+
+
+def test_an_answer_of_a_form_stands_beside_tools_either_comes(script: Any) -> None:
+    script.says('{"city": "Ulm"}')
+    message = script.ask(tools=TOOLS, response_format=AS_CITY).choices[0].message
+    assert (message.content, message.tool_calls) == ('{"city": "Ulm"}', None)
+    script.says(CALL)
+    assert forced(script, False, tools=TOOLS, response_format=AS_CITY)[:2] == ("", "weather")
+    script.says("neither")
+    message = script.ask(tools=TOOLS, response_format=AS_CITY).choices[0].message
+    assert message.tool_calls or "city" in json.loads(message.content)
+
+
+@pytest.mark.parametrize("body", [{"tool_choice": "required"}, {}])
+def test_an_answer_of_a_form_and_calls_that_nobody_could_tell_from_it_are_refused(
+    script: Any, body: Any
+) -> None:
+    script.says("", TEMPLATES["llama3_json"][0])
+    with pytest.raises(BadRequestError, match="contradict each other"):
+        script.ask(tools=TOOLS, response_format=AS_CITY, **body)
 
 
 def test_a_forced_call_cut_by_length_is_no_call(script: Any) -> None:
