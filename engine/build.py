@@ -274,8 +274,8 @@ def _load(
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads)
     ranks = None
-    if shard.size > 1:
-        ranks = Ranks(shard, device, timeout_s=config.distributed_timeout_seconds)
+    if shard.size > 1:  # the others wait longer, so that it is rank 0 that says who hangs
+        ranks = Ranks(shard, device, timeout_s=config.distributed_timeout_seconds * (2 if shard.rank else 1))
     load_decoder = partial(_load_decoder, config, shard.share, folder, load, ranks)
     with ThreadPoolExecutor(1, "tokenizer") as beside:  # most of it is imports, while weights are copied
         loading = beside.submit(_load_tokenizer, folder, config) if has_front else None
@@ -353,8 +353,8 @@ def _assemble(
 
     if not config.deterministic:
         engine = make_engine()
-        if processes is not None:
-            processes.on_lost = engine.lost
+        if isinstance(runner, TensorParallelRunner):
+            runner.on_lost = engine.lost
         return engine
     tell("proving deterministic mode", 0.99)
     proof = find_needle(make_engine(), model.vocab_size)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.config import EngineConfig
+from engine.errors import EngineError
 from engine.plan import StepPlan
 from engine.sampling_params import SamplingParams
 
@@ -50,9 +51,9 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """It was not; the rank goes on only where it could say so of a sleep."""
+    """It was not; the rank goes on only where it was to sleep or wake up."""
 
-    error: Exception
+    error: EngineError
 
 
 def for_followers(plan: StepPlan) -> StepPlan:

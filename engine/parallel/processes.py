@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -43,6 +44,7 @@ class RankProcesses:
         self._timeout_s = config.distributed_timeout_seconds
         self._folder = TemporaryDirectory(prefix="quire-ranks-")
         self._lost: EngineDeadError | None = None
+        self._ended: dict[int, int] = {}  # exit codes of ranks, in the order of their ends
         self._is_closing = False
         self._lock = threading.Lock()
         self._ends: list[Connection[Any, Any]] = []
@@ -50,15 +52,10 @@ class RankProcesses:
         try:
             for rank in range(1, self._size):
                 self._start(rank)
-            self.send_each([Start(rank, asked, config) for rank in range(1, self._size)])
+                self._ends[-1].send(Start(rank, asked, config))
         except BaseException:
             self.close()
             raise
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """The processes of ranks 1, 2, …"""
-        return tuple(child.pid for child in self._children)
 
     def connect(self) -> Path:
         """Wait until all ranks have loaded their parts, and have them meet; the file to meet them by.
@@ -77,16 +74,12 @@ class RankProcesses:
         Raises:
             EngineDeadError: one of them is gone.
         """
-        self.send_each([message] * len(self._ends))
-
-    def send_each(self, messages: list[Any]) -> None:
-        """Say something to each rank; one pickle for those who get the same."""
         if self._lost is not None:
             raise self._lost
+        packed = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         try:
-            packed = {id(message): pickle.dumps(message, pickle.HIGHEST_PROTOCOL) for message in messages}
-            for end, message in zip(self._ends, messages, strict=True):
-                end.send_bytes(packed[id(message)])
+            for end in self._ends:
+                end.send_bytes(packed)
         except OSError as error:
             raise self.reason(error) from error
 
@@ -94,7 +87,7 @@ class RankProcesses:
         """Wait for every rank's answer.
 
         Raises:
-            EngineError: what one of them could not do; or EngineDeadError, that it ended. The others have answered.
+            EngineError: what one of them could not do; or EngineDeadError, that it ended.
         """
         waiting, failed = list(self._ends), None
         while waiting:
@@ -108,26 +101,27 @@ class RankProcesses:
         if failed is not None:
             raise failed
 
-    def reason(self, error: BaseException) -> EngineDeadError:
-        """Why the ranks cannot go on, after `error` came out of a step or a message."""
+    def reason(self, error: BaseException | None = None) -> EngineDeadError:
+        """Why the ranks cannot go on, after `error` came out of a step or a message, or after one ended."""
         until = time.monotonic() + REASON_S
-        while self._lost is None and time.monotonic() < until:
-            self._read_last_words()
+        while not self._ended and time.monotonic() < until:
             time.sleep(0.01)
         with self._lock:
             if self._lost is None:
-                text = str(error).splitlines()[0] if str(error) else type(error).__name__
-                if "Timed out" in text or "timeout" in text.lower():
-                    text = f"a rank of {self._size} took no part in a step for {self._timeout_s} s"
-                else:
-                    text = f"the step failed on rank 0 of {self._size}: {type(error).__name__}: {text}"
-                self._lost = EngineDeadError(text, remedy=REMEDY)
+                self._lost = EngineDeadError(self._why(error), remedy=REMEDY)
             return self._lost
+
+    def _why(self, error: BaseException | None) -> str:
+        for rank, code in self._ended.items():  # the first that ended took the others with it
+            said = self._last_words(rank)
+            return f"rank {rank} of {self._size} {_how_it_ended(code) if said is None else f'failed: {said}'}"
+        if isinstance(error, BlockingIOError) or "timed out" in str(error).lower():
+            return f"a rank of {self._size} took no part in a step for {self._timeout_s} s"
+        return f"a step failed on rank 0 of {self._size}: {type(error).__name__}: {error}"
 
     def close(self) -> None:
         """End all ranks: those that serve give their memory back first. A second call does nothing."""
-        with self._lock:
-            is_orderly, self._is_closing = self._lost is None, True
+        is_orderly, self._is_closing = self._lost is None, True
         for end in self._ends:
             end.close()  # a rank that serves ends on that
         until = time.monotonic() + (CLOSE_S if is_orderly else 0)
@@ -148,10 +142,12 @@ class RankProcesses:
 
     def _start(self, rank: int) -> None:
         ours, theirs = socket.socketpair()
+        # A rank that hangs reads nothing.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", self._timeout_s, 0))
         path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
         with theirs:
             child = subprocess.Popen(
-                [sys.executable, "-m", "engine.parallel.rank_process", str(theirs.fileno())], pass_fds=(theirs.fileno(),),
+                [sys.executable, "-P", "-m", "engine.parallel.rank_process", str(theirs.fileno())], pass_fds=(theirs.fileno(),),
                 env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.DEVNULL,
                 start_new_session=True,  # an interrupt from the keyboard is this process's to answer
             )  # fmt: skip
@@ -161,14 +157,11 @@ class RankProcesses:
 
     def _watch(self, rank: int, child: subprocess.Popen[bytes]) -> None:
         code = child.wait()
-        with self._lock:
-            if self._is_closing or self._lost is not None:
-                return
-            self._lost = lost = EngineDeadError(
-                f"rank {rank} of {self._size} {_how_it_ended(code)}", value=code, remedy=REMEDY
-            )
-        if self.on_lost is not None:
-            self.on_lost(lost)
+        self._ended[rank] = code
+        if not self._is_closing and len(self._ended) == 1:
+            lost = self.reason()
+            if self.on_lost is not None:
+                self.on_lost(lost)
 
     def _answer(self, end: Connection[Any, Any]) -> EngineError | None:
         try:
@@ -176,22 +169,19 @@ class RankProcesses:
         except (EOFError, OSError) as error:
             return self.reason(error)
         if isinstance(answer, Failed):
-            return answer.error if isinstance(answer.error, EngineError) else self._failed(end, answer)
+            return answer.error
         assert isinstance(answer, Done), answer
         return None
 
-    def _failed(self, end: Connection[Any, Any], answer: Failed) -> EngineDeadError:
-        rank, error = self._ends.index(end) + 1, answer.error
-        text = f"rank {rank} of {self._size} failed: {type(error).__name__}: {error}"
-        return EngineDeadError(text, remedy=REMEDY)
-
-    def _read_last_words(self) -> None:
-        """Take note of a rank that said why it could not go on."""
-        for end in self._ends:
-            with suppress(EOFError, OSError):
-                if end.poll() and isinstance(said := end.recv(), Failed):
-                    with self._lock:
-                        self._lost = self._lost or self._failed(end, said)
+    def _last_words(self, rank: int) -> EngineError | None:
+        """Why a rank that ended could not go on, if it said so."""
+        end = self._ends[rank - 1]
+        with suppress(EOFError, OSError):
+            while end.poll():
+                said = end.recv()
+                if isinstance(said, Failed):
+                    return said.error
+        return None
 
 
 def _how_it_ended(code: int) -> str:

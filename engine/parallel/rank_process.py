@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from engine.build import load_follower
+from engine.errors import EngineDeadError, EngineError
 from engine.parallel.messages import Connect, Done, Failed, Reset, Sleep, Start
 from engine.parallel.runner import FollowerRunner
 from engine.plan import StepPlan
@@ -35,7 +36,7 @@ def main(fd: int) -> None:
     except Exception as error:  # the process's boundary: rank 0 tells the reason
         log.exception("a rank cannot go on")
         with suppress(OSError):
-            end.send(Failed(_portable(error)))
+            end.send(Failed(_typed(error)))
         os._exit(1)  # other threads may wait for ranks that never come
 
 
@@ -68,7 +69,7 @@ def _act(runner: FollowerRunner, message: object, end: Connection[Any, Any]) -> 
             runner.sleep(message.level) if message.level else runner.wake_up()
         answer: Done | Failed = Done()
     except Exception as error:  # noqa: BLE001 - rank 0 decides what follows
-        answer = Failed(_portable(error))
+        answer = Failed(_typed(error))
     end.send(answer)
 
 
@@ -83,10 +84,9 @@ def _read(end: Connection[Any, Any], inbox: SimpleQueue[Any]) -> None:
     timer.start()
 
 
-def _portable(error: Exception) -> Exception:
-    """The error as it can be sent: without what it came from."""
-    error.__cause__ = error.__context__ = error.__traceback__ = None
-    return error
+def _typed(error: Exception) -> EngineError:
+    """The error as rank 0 can raise it; others may not survive being pickled."""
+    return error if isinstance(error, EngineError) else EngineDeadError(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ because where the ranks stand then is not known.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from engine.errors import EngineDeadError, EngineError
 from engine.parallel.messages import Reset, Sleep, for_followers
 from engine.parallel.processes import RankProcesses
@@ -26,15 +28,12 @@ class TensorParallelRunner:
         self._ranks = ranks
         self._processes = processes
         self._level = 0  # of the sleep
+        self.on_lost: Callable[[EngineDeadError], None] | None = None  # told once, on a thread of its own
+        processes.on_lost = self._rank_ended
 
     @property
     def max_inflight(self) -> int:
         return self._runner.max_inflight
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """The processes of ranks 1, 2, …"""
-        return self._processes.pids
 
     def submit(self, plan: StepPlan) -> None:
         """Start the step on all ranks.
@@ -101,6 +100,11 @@ class TensorParallelRunner:
             self._processes.send(Sleep(self._level))
             self._processes.await_all()
             raise failed
+
+    def _rank_ended(self, lost: EngineDeadError) -> None:
+        self._ranks.abort()  # so that a step in flight does not wait for it
+        if self.on_lost is not None:
+            self.on_lost(lost)
 
     def close(self) -> None:
         """End the other ranks and give rank 0's memory back. A second call does nothing."""
