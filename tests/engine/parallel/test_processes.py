@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,14 @@ def rank_processes() -> list[int]:
         ):
             mine.append(int(each.name))
     return mine
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    """Whether a condition comes true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
 
 
 def steps_until_dead(engine: Engine) -> str:
@@ -180,9 +189,7 @@ def test_ranks_sleep_and_wake_together(folder: Path, level: int) -> None:
 
 
 @pytest.mark.full
-def test_an_engine_whose_rank_ended_while_it_was_idle_is_not_healthy(
-    folder: Path, eventually: Callable[..., bool]
-) -> None:
+def test_an_engine_whose_rank_ended_while_it_was_idle_is_not_healthy(folder: Path) -> None:
     worker = EngineWorker(build_engine(config_of(folder)))
     worker.start()
     try:
@@ -236,7 +243,7 @@ def test_what_fails_while_loading_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_ranks_end_when_the_first_is_killed(folder: Path, eventually: Callable[..., bool]) -> None:
+def test_ranks_end_when_the_first_is_killed(folder: Path) -> None:
     code = (
         "import sys, time; from engine import EngineConfig; from engine.build import build_engine;"
         f"engine = build_engine(EngineConfig(model={str(folder)!r}, device='cpu', dtype='float64', num_blocks=64,"

@@ -104,3 +104,21 @@ def test_two_processes_answer_as_one_until_one_is_killed(
         again = there.submit([5, 6, 7], SamplingParams(**PLAIN, temperature=0.0)).result(60)
         assert (again.token_ids, there.health().state) == (before, HealthState.HEALTHY)
     assert children() == []
+
+
+@pytest.mark.full
+def test_a_model_whose_process_died_can_be_loaded_again(
+    serve: Any, tiny_model: Path, eventually: Callable[..., bool]
+) -> None:
+    running, _ = serve_two(serve, tiny_model)
+    with running as server:
+        before = [each.token_ids for each in answers(server.worker)]
+        first = children()
+        os.kill(first[0], signal.SIGKILL)
+        assert eventually(lambda: server.http.get("/readyz").status_code == 503)
+        server.host.load(str(tiny_model), as_default=True)
+        assert server.http.get("/readyz").status_code == 200
+        assert [each.token_ids for each in answers(server.worker)] == before
+        assert len(children()) == 1
+        assert children() != first
+    assert children() == []
