@@ -39,7 +39,7 @@ from engine.memory import (
     torch_dtype,
     workspace_bytes,
 )
-from engine.model_folder import find_model, generation_eos_ids, has_tokenizer, is_gguf
+from engine.model_folder import find_model, generation_eos_ids, has_tokenizer
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, StepDecoder
 from engine.models.fused_cpu import FusedCpuDecoder
@@ -57,8 +57,14 @@ from engine.models.weights import load_weights
 from engine.needle import find_needle
 from engine.parallel.processes import RankProcesses
 from engine.parallel.ranks import Ranks
-from engine.parallel.runner import FollowerRunner, TensorParallelRunner
-from engine.parallel.settings import device_of, of_all_ranks, settle_for_ranks, share_of_memory
+from engine.parallel.runner import TensorParallelRunner
+from engine.parallel.settings import (
+    check_files,
+    of_all_ranks,
+    settle_for_ranks,
+    share_of_memory,
+    what_all_have,
+)
 from engine.plan import KVSpec
 from engine.pool_size import Measured, PoolSizer, check_swap_space
 from engine.runner.model_runner import ModelRunner
@@ -108,7 +114,8 @@ def resolve_config(
     threads = config.num_threads or max(1, available_cores() // (size if device.type == "cpu" else 1))
     config = replace(config, attention_backend=backend, max_batched_tokens=batched, num_threads=threads)
     memory = share_of_memory(memory or device_memory(device), device, size)
-    host = memory if device.type == "cpu" else device_memory(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    host = memory if device.type == "cpu" else share_of_memory(device_memory(cpu), cpu, size)
     check_swap_space(config, kv_spec_of(config, model), host)
     return PoolSizer(model, device, memory).resolve(config)
 
@@ -134,39 +141,19 @@ def build_engine(
     model = read_model_config(folder, trust_remote_code=config.trust_remote_code)
     asked, config = config, resolve_config(config, model, None if allocator is None else allocator.memory())
     shard = shard_of(model, 0, config.tensor_parallel_size)
-    _check_files(folder, shard)
+    check_files(folder, shard.size)
     if allocator is None and torch.device(config.device).type == "cuda":
         allocator = CudaAllocator(torch.device(config.device))
     before = device_memory(torch.device(config.device)) if allocator is None else allocator.memory()
     with ExitStack() as undo:
         processes = undo.enter_context(RankProcesses(asked, config)) if shard.size > 1 else None
-        loaded = _load(
+        loaded = load_part(
             asked, config, shard, folder, load, lambda message, share: tell(message, 0.05 + 0.85 * share)
         )
         engine = _assemble(loaded, allocator, before, tell, processes)
         undo.pop_all()  # the engine ends them
     tell("ready", 1.0)
     return engine
-
-
-def load_follower(asked: EngineConfig, config: EngineConfig, rank: int) -> Callable[[Path], FollowerRunner]:
-    """Load the part of a rank that is not the first; what comes back meets the others by a file, and gives the runner.
-
-    `config` as rank 0 resolved it. Raises as `build_engine`.
-    """
-    device = device_of(rank, torch.device(config.device))
-    config, folder = replace(config, device=str(device)), find_model(config.model)
-    model = read_model_config(folder, trust_remote_code=config.trust_remote_code)
-    shard = shard_of(model, rank, config.tensor_parallel_size)
-    loaded = _load(asked, config, shard, folder, load_weights, _tell_nobody, has_front=False)
-    allocator = CudaAllocator(device) if device.type == "cuda" else None
-
-    def connect(meeting: Path) -> FollowerRunner:
-        assert loaded.ranks is not None
-        loaded.ranks.connect(meeting)
-        return FollowerRunner(_make_runner(loaded, allocator, _tell_nobody).runner, loaded.ranks)
-
-    return connect
 
 
 def make_attention(config: EngineConfig) -> AttentionBackend:
@@ -233,7 +220,7 @@ def _use_lora_slots(decoder: StepDecoder, slots: LoraSlots | None, config: Engin
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
+class Loaded:
     """A model whose weights are in memory, with the config as it was asked for and as it was resolved; of ranks, one's part."""
 
     asked: EngineConfig
@@ -247,7 +234,7 @@ class _Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class Made:
     """A runner that is ready for steps, and what it was made for."""
 
     runner: ModelRunner
@@ -256,7 +243,7 @@ class _Made:
     demand: Demand
 
 
-def _load(
+def load_part(
     asked: EngineConfig,
     config: EngineConfig,
     shard: Shard,
@@ -265,7 +252,7 @@ def _load(
     tell: Progress,
     *,
     has_front: bool = True,
-) -> _Loaded:
+) -> Loaded:
     """Load what a rank, or the only process, has of a model. `has_front`: with its tokenizer."""
     device = torch.device(config.device)
     if device.type == "cuda":
@@ -284,10 +271,10 @@ def _load(
     eos_token_ids = shard.model.eos_token_ids | generation_eos_ids(folder)
     if tokenizer is not None:
         eos_token_ids |= tokenizer.eos_token_ids
-    return _Loaded(asked, config, shard.share, decoder, load_decoder, tokenizer, eos_token_ids, ranks)
+    return Loaded(asked, config, shard.share, decoder, load_decoder, tokenizer, eos_token_ids, ranks)
 
 
-def _make_runner(loaded: _Loaded, allocator: Allocator | None, tell: Progress) -> _Made:
+def make_ready_runner(loaded: Loaded, allocator: Allocator | None, tell: Progress) -> Made:
     """The runner of a loaded model, its cache sized by what the device tells, its steps captured."""
     config, model = loaded.config, loaded.model
     device, dtype = torch.device(config.device), torch_dtype(config)
@@ -316,11 +303,11 @@ def _make_runner(loaded: _Loaded, allocator: Allocator | None, tell: Progress) -
     tell("allocating the KV cache", 0.92)
     runner = make_runner(config)
     runner.capture(lambda share: tell("capturing decode steps", 0.93 + 0.07 * share))
-    return _Made(runner, config, kv_spec, demand)
+    return Made(runner, config, kv_spec, demand)
 
 
 def _assemble(
-    loaded: _Loaded,
+    loaded: Loaded,
     allocator: Allocator | None,
     before: DeviceMemory,
     tell: Progress,
@@ -331,7 +318,7 @@ def _assemble(
     if processes is not None and loaded.ranks is not None:
         tell("waiting for the other ranks", 0.9)
         loaded.ranks.connect(processes.connect())
-    made = _make_runner(loaded, allocator, tell)
+    made = make_ready_runner(loaded, allocator, tell)
     config, model, kv_spec, demand = made.config, loaded.model, made.kv_spec, made.demand
     device, dtype = torch.device(config.device), torch_dtype(config)
     runner: ModelRunner | TensorParallelRunner = made.runner
@@ -364,7 +351,7 @@ def _assemble(
     return make_engine(proof.holds)
 
 
-def _size_again(loaded: _Loaded, demand: Demand, now: DeviceMemory) -> EngineConfig:
+def _size_again(loaded: Loaded, demand: Demand, now: DeviceMemory) -> EngineConfig:
     """The resolved config with its pool sized by what was measured. Its context, for which tables exist, only shrinks.
 
     Raises:
@@ -375,18 +362,7 @@ def _size_again(loaded: _Loaded, demand: Demand, now: DeviceMemory) -> EngineCon
     sizer = PoolSizer(loaded.model, torch.device(config.device), without_weights, Measured(config, demand))
     reopened = replace(config, num_blocks=asked.num_blocks, kv_memory_bytes=asked.kv_memory_bytes)
     sized = sizer.resolve(reopened, may_clip=asked.max_model_len is None)
-    return sized if loaded.ranks is None else _agreed(sized, loaded.model, loaded.ranks)
-
-
-def _agreed(config: EngineConfig, model: ModelConfig, ranks: Ranks) -> EngineConfig:
-    """What all ranks have room for; each of them asks."""
-    assert config.num_blocks is not None
-    assert config.max_model_len is not None
-    num_blocks = ranks.smallest(config.num_blocks)
-    return replace(
-        config, num_blocks=num_blocks, kv_memory_bytes=num_blocks * kv_spec_of(config, model).bytes_per_block,
-        max_model_len=ranks.smallest(config.max_model_len),
-    )  # fmt: skip
+    return sized if loaded.ranks is None else what_all_have(sized, loaded.model, loaded.ranks)
 
 
 def _load_decoder(
@@ -428,19 +404,6 @@ def _load_transformers_decoder(
     )  # fmt: skip
     load_weights(decoder, folder, progress)
     return decoder
-
-
-def _check_files(folder: Path, shard: Shard) -> None:
-    """Refuse files of which no part can be read.
-
-    Raises:
-        ConfigError: a GGUF file.
-    """
-    if shard.size > 1 and is_gguf(folder):
-        raise ConfigError(
-            f"tensor_parallel_size {shard.size}: {folder.name} is a GGUF file, which is not split", value=shard.size, limit=1,
-            param="tensor_parallel_size", remedy="Use the model's own checkpoint with *.safetensors.",
-        )  # fmt: skip
 
 
 def _tell_nobody(message: str, share: float) -> None:

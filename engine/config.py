@@ -90,7 +90,8 @@ class EngineConfig:
     block_size: int = 16  # tokens a KV block
     num_blocks: int | None = None  # KV blocks in the pool; None: from kv_memory_bytes or the free memory
     kv_memory_bytes: int | None = None
-    swap_space_bytes: int = 0  # host memory for cached KV blocks that the pool gave up (host tier); 0: none
+    # Host memory of each rank for cached KV blocks that the pool gave up (host tier); 0: none.
+    swap_space_bytes: int = 0
     max_batched_tokens: int | None = None  # token budget of one step
     max_num_seqs: int = 256  # rows: sequences that run at once
     max_model_len: int | None = None  # prompt and output tokens of one sequence; None: the model's own

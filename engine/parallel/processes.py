@@ -130,6 +130,7 @@ class RankProcesses:
                 child.wait(max(0.0, until - time.monotonic()))
             child.kill()
             child.wait()
+        self.on_lost = None
         self._folder.cleanup()
 
     def __enter__(self) -> Self:

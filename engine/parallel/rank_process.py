@@ -10,15 +10,26 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from engine.build import load_follower
+import torch
+
+from engine.build import load_part, make_ready_runner
 from engine.errors import EngineDeadError, EngineError
+from engine.memory import CudaAllocator
+from engine.model_folder import find_model
+from engine.models.shard import shard_of
+from engine.models.transformers_config import read_model_config
+from engine.models.weights import load_weights
 from engine.parallel.messages import Connect, Done, Failed, Reset, Sleep, Start
 from engine.parallel.runner import FollowerRunner
+from engine.parallel.settings import device_of
 from engine.plan import StepPlan
 
 END_S = 5.0  # to give memory back once rank 0 is gone
@@ -45,17 +56,38 @@ def _serve(end: Connection[Any, Any], inbox: SimpleQueue[Any]) -> None:
     if start is None:
         return
     assert isinstance(start, Start), start
-    make_runner = load_follower(start.asked, start.config, start.rank)
+    meet = _load(start)
     end.send(Done())
     connect = inbox.get()
     if connect is None:
         return
     assert isinstance(connect, Connect), connect
-    runner = make_runner(connect.meeting)
-    del make_runner  # it knows the decoder, which a sleeping runner does not
+    runner = meet(connect.meeting)
+    del meet  # it knows the decoder, which a sleeping runner does not
     while (message := inbox.get()) is not None:
         _act(runner, message, end)
     runner.close()
+
+
+def _load(start: Start) -> Callable[[Path], FollowerRunner]:
+    """Load this rank's part; what comes back meets the other ranks by a file, and gives the runner."""
+    device = device_of(start.rank, torch.device(start.config.device))
+    config, folder = replace(start.config, device=str(device)), find_model(start.config.model)
+    model = read_model_config(folder, trust_remote_code=config.trust_remote_code)
+    shard = shard_of(model, start.rank, config.tensor_parallel_size)
+    loaded = load_part(start.asked, config, shard, folder, load_weights, _tell_nobody, has_front=False)
+    allocator = CudaAllocator(device) if device.type == "cuda" else None
+
+    def meet(meeting: Path) -> FollowerRunner:
+        assert loaded.ranks is not None
+        loaded.ranks.connect(meeting)
+        return FollowerRunner(make_ready_runner(loaded, allocator, _tell_nobody).runner, loaded.ranks)
+
+    return meet
+
+
+def _tell_nobody(message: str, share: float) -> None:
+    pass
 
 
 def _act(runner: FollowerRunner, message: object, end: Connection[Any, Any]) -> None:

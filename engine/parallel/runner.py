@@ -108,6 +108,7 @@ class TensorParallelRunner:
 
     def close(self) -> None:
         """End the other ranks and give rank 0's memory back. A second call does nothing."""
+        self.on_lost = None  # it leads back here
         self._processes.close()
         self._ranks.close()
         self._runner.close()

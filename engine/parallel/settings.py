@@ -6,13 +6,17 @@ Boundary: settings and devices. Whether a model can be split is ``engine.models.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.memory import DeviceMemory
+from engine.memory import DeviceMemory, kv_spec_of
+from engine.model_folder import is_gguf
+from engine.models.config import ModelConfig
+from engine.parallel.ranks import Ranks
 from engine.records import MemoryLedger
 
 # Each with what it has to be beside several ranks, and why.
@@ -48,6 +52,27 @@ def settle_for_ranks(config: EngineConfig, device: torch.device) -> EngineConfig
     if not (dist.is_available() and dist.is_gloo_available()):
         raise _no_way(size, f"this torch ({torch.__version__}) has no gloo", 1)
     return config
+
+
+def check_files(folder: Path, size: int) -> None:
+    """Refuse files of which no part can be read.
+
+    Raises:
+        ConfigError: a GGUF file.
+    """
+    if size > 1 and is_gguf(folder):
+        raise _no_way(size, f"{folder.name} is a GGUF file, which is not split", 1)
+
+
+def what_all_have(config: EngineConfig, model: ModelConfig, ranks: Ranks) -> EngineConfig:
+    """A config sized for this rank's device as it fits on those of all ranks; each of them asks."""
+    assert config.num_blocks is not None
+    assert config.max_model_len is not None
+    num_blocks = ranks.smallest(config.num_blocks)
+    return replace(
+        config, num_blocks=num_blocks, kv_memory_bytes=num_blocks * kv_spec_of(config, model).bytes_per_block,
+        max_model_len=ranks.smallest(config.max_model_len),
+    )  # fmt: skip
 
 
 def device_of(rank: int, first: torch.device) -> torch.device:

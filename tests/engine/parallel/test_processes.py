@@ -20,7 +20,7 @@ from engine.engine import Engine
 from engine.errors import ConfigError, CorruptWeightsError, EngineDeadError
 from engine.memory import DeviceMemory
 from engine.models.transformers_config import read_model_config
-from engine.parallel.settings import settle_for_ranks
+from engine.parallel.settings import check_files, settle_for_ranks
 from engine.sampling_params import SamplingParams
 from engine.worker import EngineWorker
 from tests.engine.models.conftest import Run, make_tiny, random_prompt, run_requests
@@ -93,6 +93,14 @@ def test_settings_that_several_ranks_do_not_have_are_refused_before_any_work(
         build_engine(config_of(folder, **{setting: value}))
     assert raised.value.param == setting
     assert rank_processes() == []
+
+
+def test_a_gguf_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    check_files(file, 1)
+    with pytest.raises(ConfigError, match=r"model.gguf is a GGUF file, which is not split"):
+        check_files(file, 2)
 
 
 def test_more_ranks_than_gpus_are_refused() -> None:
