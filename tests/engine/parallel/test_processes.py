@@ -17,7 +17,7 @@ import torch
 from engine.build import build_engine, resolve_config
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import ConfigError, CorruptWeightsError, EngineDeadError
+from engine.errors import ConfigError, CorruptWeightsError, EngineDeadError, ModelNotFoundError
 from engine.memory import DeviceMemory
 from engine.models.transformers_config import read_model_config
 from engine.parallel.settings import check_files, settle_for_ranks
@@ -194,6 +194,34 @@ def test_ranks_sleep_and_wake_together(folder: Path, level: int) -> None:
     finally:
         engine.close()
     assert rank_processes() == []
+
+
+@pytest.mark.full
+def test_ranks_that_cannot_wake_up_say_why_and_can_later(folder: Path, tmp_path: Path) -> None:
+    engine = build_engine(config_of(folder))
+    weights = folder / "model.safetensors"
+    away = tmp_path / "away.safetensors"
+    try:
+        engine.sleep(2)
+        weights.rename(away)
+        with pytest.raises(ModelNotFoundError, match="safetensors"):
+            engine.wake_up()
+        assert engine.is_sleeping
+        away.rename(weights)
+        engine.wake_up()
+        engine.add(engine.make_request(random_prompt(20), GREEDY))
+        tokens = [
+            t
+            for _ in range(200)
+            if engine.has_work
+            for delta in engine.step().deltas
+            for t in delta.token_ids
+        ]
+        assert len(tokens) == 16
+    finally:
+        engine.close()
+        if away.exists():
+            away.rename(weights)
 
 
 @pytest.mark.full
