@@ -11,12 +11,14 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from engine.attention.choice import resolve_attention
 from engine.attention.interface import AttentionBackend
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -49,9 +51,21 @@ from engine.models.quantized import (
     quantize_decoder,
     set_deterministic,
 )
+from engine.models.shard import Shard, shard_of
 from engine.models.transformers_config import TransformersConfig, read_model_config, settle_for
 from engine.models.weights import load_weights
 from engine.needle import find_needle
+from engine.parallel.processes import RankProcesses
+from engine.parallel.ranks import Ranks
+from engine.parallel.runner import TensorParallelRunner
+from engine.parallel.settings import (
+    check_files,
+    of_all_ranks,
+    settle_for_ranks,
+    share_of_memory,
+    what_all_have,
+)
+from engine.plan import KVSpec
 from engine.pool_size import Measured, PoolSizer, check_swap_space
 from engine.runner.model_runner import ModelRunner
 from engine.runner.profile_run import measure_steps
@@ -79,8 +93,10 @@ def resolve_config(
     if model is None:
         model = read_model_config(find_model(config.model), trust_remote_code=config.trust_remote_code)
     config = settle_for(config, model)
-    device = _resolve_device(config.device)
-    asked, config = config, replace(config, device=str(device), dtype=_resolve_dtype(config.dtype, device))
+    device, size = _resolve_device(config.device), config.tensor_parallel_size
+    model = shard_of(model, 0, size).share
+    asked, config = config, settle_for_ranks(config, device)
+    config = replace(config, device=str(device), dtype=_resolve_dtype(config.dtype, device))
     dtype = torch_dtype(config)
     check_checkpoint(config.quantization, model)
     if config.quantization is not None:
@@ -89,16 +105,17 @@ def resolve_config(
         )
     _check_parts(config, model, device)
     config = replace(config, kv_cache_dtype=_resolve_kv_cache(asked, config, model))
-    backend = _resolve_attention(config, model, dtype, device)
+    backend = resolve_attention(config, model, dtype, device)
     batched = config.max_batched_tokens
     if batched is None:
         batched = max(
             GPU_BATCHED_TOKENS if device.type == "cuda" else CPU_BATCHED_TOKENS, config.max_num_seqs
         )
-    threads = config.num_threads or available_cores()
+    threads = config.num_threads or max(1, available_cores() // (size if device.type == "cpu" else 1))
     config = replace(config, attention_backend=backend, max_batched_tokens=batched, num_threads=threads)
-    memory = memory or device_memory(device)
-    host = memory if device.type == "cpu" else device_memory(torch.device("cpu"))
+    memory = share_of_memory(memory or device_memory(device), device, size)
+    cpu = torch.device("cpu")
+    host = memory if device.type == "cpu" else share_of_memory(device_memory(cpu), cpu, size)
     check_swap_space(config, kv_spec_of(config, model), host)
     return PoolSizer(model, device, memory).resolve(config)
 
@@ -123,25 +140,18 @@ def build_engine(
     folder = find_model(config.model)
     model = read_model_config(folder, trust_remote_code=config.trust_remote_code)
     asked, config = config, resolve_config(config, model, None if allocator is None else allocator.memory())
-    device = torch.device(config.device)
-    if device.type == "cuda":
-        keep_triton_kernels()
-    if device.type == "cuda" and allocator is None:
-        allocator = CudaAllocator(device)
-    before = device_memory(device) if allocator is None else allocator.memory()
-    assert config.num_threads is not None
-    if device.type == "cpu":
-        torch.set_num_threads(config.num_threads)
-    eos_token_ids = model.eos_token_ids | generation_eos_ids(folder)
-    load_decoder = partial(_load_decoder, config, model, folder, load)
-    with ThreadPoolExecutor(1, "tokenizer") as beside:  # most of it is imports, while weights are copied
-        loading = beside.submit(_load_tokenizer, folder, config)
-        decoder = load_decoder(lambda message, share: tell(message, 0.05 + 0.85 * share))
-        tokenizer = loading.result()
-    if tokenizer is not None:
-        eos_token_ids |= tokenizer.eos_token_ids
-    loaded = _Loaded(asked, config, model, decoder, load_decoder, tokenizer, eos_token_ids)
-    engine = _assemble(loaded, allocator, before, tell)
+    shard = shard_of(model, 0, config.tensor_parallel_size)
+    check_files(folder, shard.size)
+    if allocator is None and torch.device(config.device).type == "cuda":
+        allocator = CudaAllocator(torch.device(config.device))
+    before = device_memory(torch.device(config.device)) if allocator is None else allocator.memory()
+    with ExitStack() as undo:
+        processes = undo.enter_context(RankProcesses(asked, config)) if shard.size > 1 else None
+        loaded = load_part(
+            asked, config, shard, folder, load, lambda message, share: tell(message, 0.05 + 0.85 * share)
+        )
+        engine = _assemble(loaded, allocator, before, tell, processes)
+        undo.pop_all()  # the engine ends them
     tell("ready", 1.0)
     return engine
 
@@ -166,8 +176,12 @@ def prepare_decoder(decoder: Decoder, config: EngineConfig) -> StepDecoder:
     unfused = ", ".join(decoder.config.unfused(torch.device(config.device).type))
     if unfused:
         log.info("%s has what no fused step computes (%s): torch's operations", config.model, unfused)
-    # fp8 rounds what the linear layers multiply, which the compiled step does not
-    elif config.attention_backend == "cpu" and config.quantization != "fp8":
+    # fp8 rounds what the linear layers multiply, which the compiled step does not; nor does it stop to sum over ranks
+    elif (
+        config.attention_backend == "cpu"
+        and config.quantization != "fp8"
+        and config.tensor_parallel_size == 1
+    ):
         library = cpu_library.load()
         assert library is not None, "the config was resolved where the compiled kernels work"
         return FusedCpuDecoder(decoder, library)
@@ -206,8 +220,8 @@ def _use_lora_slots(decoder: StepDecoder, slots: LoraSlots | None, config: Engin
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
-    """A model whose weights are in memory, with the config as it was asked for and as it was resolved."""
+class Loaded:
+    """A model whose weights are in memory, with the config as it was asked for and as it was resolved; of ranks, one's part."""
 
     asked: EngineConfig
     config: EngineConfig
@@ -216,14 +230,57 @@ class _Loaded:
     load_decoder: Callable[[Progress], StepDecoder]  # makes another one of it
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
+    ranks: Ranks | None  # whose parts make one model; None: this is the whole
 
 
-def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory, tell: Progress) -> Engine:
-    """The engine of a loaded model. `before`: the device's memory before the weights were read."""
-    config, model, eos_token_ids = loaded.config, loaded.model, loaded.eos_token_ids
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A runner that is ready for steps, and what it was made for."""
+
+    runner: ModelRunner
+    config: EngineConfig
+    kv_spec: KVSpec
+    demand: Demand
+
+
+def load_part(
+    asked: EngineConfig,
+    config: EngineConfig,
+    shard: Shard,
+    folder: Path,
+    load: Loader,
+    tell: Progress,
+    *,
+    has_front: bool = True,
+) -> Loaded:
+    """Load what a rank, or the only process, has of a model. `has_front`: with its tokenizer."""
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        keep_triton_kernels()
+    assert config.num_threads is not None
+    if device.type == "cpu":
+        torch.set_num_threads(config.num_threads)
+    ranks = None
+    if shard.size > 1:  # the others wait longer, so that it is rank 0 that says who hangs
+        ranks = Ranks(shard, device, timeout_s=config.distributed_timeout_seconds * (2 if shard.rank else 1))
+    load_decoder = partial(_load_decoder, config, shard.share, folder, load, ranks)
+    with ThreadPoolExecutor(1, "tokenizer") as beside:  # most of it is imports, while weights are copied
+        loading = beside.submit(_load_tokenizer, folder, config) if has_front else None
+        decoder = load_decoder(tell)
+        tokenizer = None if loading is None else loading.result()
+    eos_token_ids = shard.model.eos_token_ids | generation_eos_ids(folder)
+    if tokenizer is not None:
+        eos_token_ids |= tokenizer.eos_token_ids
+    return Loaded(asked, config, shard.share, decoder, load_decoder, tokenizer, eos_token_ids, ranks)
+
+
+def make_ready_runner(loaded: Loaded, allocator: Allocator | None, tell: Progress) -> Made:
+    """The runner of a loaded model, its cache sized by what the device tells, its steps captured."""
+    config, model = loaded.config, loaded.model
     device, dtype = torch.device(config.device), torch_dtype(config)
     kv_spec = kv_spec_of(config, model)
-    decoder, load_another = loaded.decoder, loaded.load_decoder
+    decoder, load_another, ranks = loaded.decoder, loaded.load_decoder, loaded.ranks
+    eos_token_ids = loaded.eos_token_ids
     lora_slots = _make_lora_slots(decoder, config)
 
     def load_decoder() -> StepDecoder:  # holds nothing of `loaded`, whose decoder must be able to go
@@ -234,11 +291,10 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     def make_runner(config: EngineConfig) -> ModelRunner:
         return ModelRunner(
             decoder, make_attention(config), config=config, kv_spec=kv_spec, eos_token_ids=eos_token_ids, device=device,
-            dtype=dtype, lora_slots=lora_slots, load_decoder=load_decoder,
+            dtype=dtype, lora_slots=lora_slots, load_decoder=load_decoder, ranks=ranks,
         )  # fmt: skip
 
     demand = Demand(decoder_bytes(decoder), workspace_bytes(config, model, dtype, device))
-    graphs_before = 0 if allocator is None else allocator.graph_bytes()  # of other engines
     if allocator is not None:
         tell("measuring the largest step", 0.91)
         step = measure_steps(make_runner, config, kv_spec, allocator, model.vocab_size)
@@ -247,20 +303,46 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     tell("allocating the KV cache", 0.92)
     runner = make_runner(config)
     runner.capture(lambda share: tell("capturing decode steps", 0.93 + 0.07 * share))
+    return Made(runner, config, kv_spec, demand)
+
+
+def _assemble(
+    loaded: Loaded,
+    allocator: Allocator | None,
+    before: DeviceMemory,
+    tell: Progress,
+    processes: RankProcesses | None,
+) -> Engine:
+    """The engine of a loaded model. `before`: the device's memory before the weights were read."""
+    graphs_before = 0 if allocator is None else allocator.graph_bytes()  # of other engines
+    if processes is not None and loaded.ranks is not None:
+        tell("waiting for the other ranks", 0.9)
+        loaded.ranks.connect(processes.connect())
+    made = make_ready_runner(loaded, allocator, tell)
+    config, model, kv_spec, demand = made.config, loaded.model, made.kv_spec, made.demand
+    device, dtype = torch.device(config.device), torch_dtype(config)
+    runner: ModelRunner | TensorParallelRunner = made.runner
+    if processes is not None and loaded.ranks is not None:
+        runner = TensorParallelRunner(made.runner, loaded.ranks, processes)
     ledger = make_ledger(
         config, model, kv_spec, dtype, device, demand=demand,
         graphs_bytes=0 if allocator is None else allocator.graph_bytes() - graphs_before,
         other_bytes=before.total_bytes - before.free_bytes,
     )  # fmt: skip
+    ledger = of_all_ranks(ledger, config.tensor_parallel_size)
 
     def make_engine(is_proven_deterministic: bool | None = None) -> Engine:
         return Engine(
-            config, runner, kv_spec=kv_spec, eos_token_ids=eos_token_ids, vocab_size=model.vocab_size,
-            tokenizer=loaded.tokenizer, memory=ledger, lora_store=runner.adapters, is_proven_deterministic=is_proven_deterministic,
+            config, runner, kv_spec=kv_spec, eos_token_ids=loaded.eos_token_ids, vocab_size=model.vocab_size,
+            tokenizer=loaded.tokenizer, memory=ledger, lora_store=made.runner.adapters,
+            is_proven_deterministic=is_proven_deterministic,
         )  # fmt: skip
 
     if not config.deterministic:
-        return make_engine()
+        engine = make_engine()
+        if isinstance(runner, TensorParallelRunner):
+            runner.on_lost = engine.lost
+        return engine
     tell("proving deterministic mode", 0.99)
     proof = find_needle(make_engine(), model.vocab_size)
     runner.reset_rows()
@@ -269,7 +351,7 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     return make_engine(proof.holds)
 
 
-def _size_again(loaded: _Loaded, demand: Demand, now: DeviceMemory) -> EngineConfig:
+def _size_again(loaded: Loaded, demand: Demand, now: DeviceMemory) -> EngineConfig:
     """The resolved config with its pool sized by what was measured. Its context, for which tables exist, only shrinks.
 
     Raises:
@@ -279,11 +361,17 @@ def _size_again(loaded: _Loaded, demand: Demand, now: DeviceMemory) -> EngineCon
     without_weights = DeviceMemory(now.total_bytes, now.free_bytes + demand.weights_bytes)
     sizer = PoolSizer(loaded.model, torch.device(config.device), without_weights, Measured(config, demand))
     reopened = replace(config, num_blocks=asked.num_blocks, kv_memory_bytes=asked.kv_memory_bytes)
-    return sizer.resolve(reopened, may_clip=asked.max_model_len is None)
+    sized = sizer.resolve(reopened, may_clip=asked.max_model_len is None)
+    return sized if loaded.ranks is None else what_all_have(sized, loaded.model, loaded.ranks)
 
 
 def _load_decoder(
-    config: EngineConfig, model: ModelConfig, folder: Path, load: Loader, progress: Progress
+    config: EngineConfig,
+    model: ModelConfig,
+    folder: Path,
+    load: Loader,
+    ranks: Ranks | None,
+    progress: Progress,
 ) -> StepDecoder:
     """The model of a folder in the form that runs."""
     assert config.max_model_len is not None
@@ -293,8 +381,11 @@ def _load_decoder(
     decoder = Decoder(
         model, dtype=dtype, device=device, max_positions=config.max_model_len,
         held_forms=held_forms(model, dtype=dtype, device=device, deterministic=config.deterministic),
+        shard=None if ranks is None else ranks.shard,
     )  # fmt: skip
     load(decoder, folder, progress)
+    if ranks is not None:
+        decoder.sum_over(ranks.all_reduce)
     set_deterministic(decoder, config.deterministic)
     if config.quantization is not None:
         quantize_decoder(decoder, config.quantization, deterministic=config.deterministic)
@@ -426,56 +517,3 @@ def available_cores() -> int:
     if quota.isdigit() and period.isdigit():
         cores = min(cores, max(1, int(quota) // int(period)))
     return cores
-
-
-def _resolve_attention(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> str:
-    name = config.attention_backend
-    wrong = (name == "triton" and device.type != "cuda") or (name == "cpu" and device.type != "cpu")
-    if wrong:
-        raise ConfigError(
-            f"attention_backend {name!r} does not run on {device}",
-            value=name,
-            limit="auto, reference",
-            param="attention_backend",
-        )
-    if name == "auto":
-        return _best_attention(model, dtype, device)
-    if name == "triton":
-        _check_triton(dtype, model.head_size)
-    if name == "cpu":
-        reason = _cpu_kernel_missing(dtype)
-        if reason is not None:
-            raise ConfigError(
-                f"the compiled CPU attention kernel is not available: {reason}",
-                value=name,
-                limit="auto, reference",
-                param="attention_backend",
-                remedy='Use attention_backend="reference", or install g++.',
-            )
-    return name
-
-
-def _best_attention(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
-    if device.type == "cuda":
-        try:
-            _check_triton(dtype, model.head_size)
-        except (ConfigError, ImportError):
-            return "reference"
-        return "triton"
-    return "cpu" if _cpu_kernel_missing(dtype) is None else "reference"
-
-
-def _check_triton(dtype: torch.dtype, head_size: int) -> None:
-    from engine.attention.triton_paged import TritonPagedAttention
-
-    TritonPagedAttention.check_supported(dtype, head_size)
-
-
-def _cpu_kernel_missing(dtype: torch.dtype) -> str | None:
-    """Why the compiled attention kernel cannot serve this dtype here; None where it can."""
-    from engine.attention.cpu import COMPILED_DTYPES
-    from engine.kernels.cpu_library import unavailable_reason
-
-    return unavailable_reason() if dtype in COMPILED_DTYPES else f"it has no {dtype} form"

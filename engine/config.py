@@ -90,7 +90,8 @@ class EngineConfig:
     block_size: int = 16  # tokens a KV block
     num_blocks: int | None = None  # KV blocks in the pool; None: from kv_memory_bytes or the free memory
     kv_memory_bytes: int | None = None
-    swap_space_bytes: int = 0  # host memory for cached KV blocks that the pool gave up (host tier); 0: none
+    # Host memory of each rank for cached KV blocks that the pool gave up (host tier); 0: none.
+    swap_space_bytes: int = 0
     max_batched_tokens: int | None = None  # token budget of one step
     max_num_seqs: int = 256  # rows: sequences that run at once
     max_model_len: int | None = None  # prompt and output tokens of one sequence; None: the model's own
@@ -106,7 +107,11 @@ class EngineConfig:
     attention_backend: str = "auto"
     enforce_eager: bool = False  # True: no captured graphs on a GPU
     async_scheduling: bool = True  # on a GPU the next step is planned and launched while one runs
-    num_threads: int | None = None  # CPU threads of the forward pass
+    tensor_parallel_size: int = (
+        1  # processes that each compute a part of every layer, each on a GPU of its own or the CPU
+    )
+    distributed_timeout_seconds: int = 60  # how long CPU ranks wait for one that takes no part in a step
+    num_threads: int | None = None  # CPU threads of the forward pass, of each rank
     seed: int = 0  # draws the seeds of requests that bring none
     tool_call_parser: str | None = None  # format of the model's tool calls; None: as its chat template shows
     reasoning_parser: str | None = (
@@ -135,7 +140,10 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _one_of(name, getattr(self, name), allowed)
         _one_of("max_lora_rank", self.max_lora_rank, LORA_RANKS)
-        for name in ("block_size", "max_num_seqs", "max_loras", "record_seconds"):
+        for name in (
+            "block_size", "max_num_seqs", "max_loras", "record_seconds", "tensor_parallel_size",
+            "distributed_timeout_seconds",
+        ):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
         _at_least("swap_space_bytes", self.swap_space_bytes, 0)
         if self.swap_space_bytes and not self.enable_prefix_cache:

@@ -133,6 +133,9 @@ class Engine:
         self._timings: deque[StepTiming] = deque()  # of the steps in flight
         self._submit_error: Exception | None = None  # of the newest step in flight
         self._dead: str | None = None
+        self.on_lost: Callable[[EngineDeadError], None] | None = (
+            None  # told of `lost`, on the thread that calls it
+        )
         self._sleep_level = 0  # 0: awake
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -356,6 +359,13 @@ class Engine:
             self._outbox.put_end(seq, FinishReason.ERROR, message, now_ns)
         finished = tuple(seq.request_id for seq in lost)
         return self._recorder.step(step, timing, now_ns, finished=finished, error=message)
+
+    def lost(self, error: EngineDeadError) -> None:
+        """To be called, from any thread, when the runner is gone while perhaps nothing runs: the next step raises."""
+        if self._dead is None:
+            self._die(error)
+            if self.on_lost is not None:
+                self.on_lost(error)
 
     def _die(self, error: Exception) -> None:
         self._dead = f"{type(error).__name__}: {error}"

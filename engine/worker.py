@@ -43,7 +43,7 @@ from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from engine.stream import RequestStream, StreamHub
 from engine.structured_outputs import StructuredOutputsParams
-from engine.worker_messages import Abort, Add, AddLora, Ask, Close, Message, RemoveLora, Sleep, Wish
+from engine.worker_messages import Abort, Add, AddLora, Ask, Close, Lost, Message, RemoveLora, Sleep, Wish
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -77,6 +77,7 @@ class EngineWorker:
         self._stats: EngineStats = engine.stats()
         self.records = RecordLog(engine.config.record_seconds, self._stats.num_blocks)
         self._engine: Engine | None = engine
+        engine.on_lost = lambda error: self._inbox.put(Lost(error))
         self._on_fatal = on_fatal
         self._stall_after_ns = int(stall_after_s * 1e9)
         self._hub = StreamHub()
@@ -435,6 +436,8 @@ class EngineWorker:
             engine.abort(message.request_id)
         elif isinstance(message, Ask):
             self._act(engine, message)
+        elif isinstance(message, Lost):
+            raise message.error
         else:
             return False
         return True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.errors import EngineDeadError
 from engine.lora import LoraWeights
 from engine.request import Request
 
@@ -55,4 +56,11 @@ class Close:
     pass
 
 
-Message = Add | Abort | Ask | Close
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The engine is gone, though perhaps nothing runs that would show it."""
+
+    error: EngineDeadError
+
+
+Message = Add | Abort | Ask | Close | Lost

@@ -21,6 +21,7 @@ BELOW_THE_LINE = (
     "engine.attention",
     "engine.kernels",
     "engine.models",
+    "engine.parallel",
     "engine.quantization",
     "engine.bench",
 )

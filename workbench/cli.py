@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--context", type=int, help="with --gpu-memory: tokens of one sequence (default 8192)"
     )
+    doctor.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        help="with --gpu-memory: GPUs of that size that share the model",
+    )
     doctor.add_argument("--dtype", help="with --gpu-memory: bfloat16 (default) or float16")
     doctor.add_argument("--json", action="store_true", help="print one JSON object at the end")
     doctor.set_defaults(run=_doctor)
@@ -105,6 +111,11 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="auto, float32, bfloat16, … (QUIRE_DTYPE)")
     parser.add_argument(
         "--kv-cache-dtype", help="auto, fp8 or int8 (QUIRE_KV_CACHE_DTYPE); default: as the model computes"
+    )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        help="GPUs that share each model (QUIRE_TENSOR_PARALLEL_SIZE); default: 1",
     )
     parser.add_argument("--threads", type=int, help="CPU threads of the forward pass (QUIRE_THREADS)")
     parser.add_argument("--json", action="store_true", help="print one JSON object when all is up")
@@ -150,7 +161,8 @@ def _server_settings(arguments: argparse.Namespace, **more: Any) -> Settings:
     """Settings, checked as far as files and folders tell: nothing has been started when this raises."""
     settings = settings_module.load(
         port=arguments.port, host=arguments.host, home_dir=arguments.home_dir, model=arguments.model,
-        dtype=arguments.dtype, kv_cache_dtype=arguments.kv_cache_dtype, threads=arguments.threads, **more,
+        dtype=arguments.dtype, kv_cache_dtype=arguments.kv_cache_dtype, threads=arguments.threads,
+        tensor_parallel_size=arguments.tensor_parallel_size, **more,
     )  # fmt: skip
     settings_module.prepare_home(settings)
     if not settings.fake:
@@ -201,6 +213,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         gpu_bytes=model_plan.parse_bytes(arguments.gpu_memory),
         context=arguments.context,
         dtype=arguments.dtype or "bfloat16",
+        tensor_parallel_size=arguments.tensor_parallel_size,
     )
     print(model_plan.render(plan), file=sys.stderr if arguments.json else sys.stdout)
     if arguments.json:

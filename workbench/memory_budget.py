@@ -64,11 +64,13 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     from engine.memory import device_memory, held_weight_bytes, kv_spec_of, torch_dtype, workspace_bytes
     from engine.model_folder import find_model
     from engine.models.lora import slots_bytes
+    from engine.models.shard import shard_of
     from engine.models.transformers_config import read_model_config
 
     model = read_model_config(find_model(config.model), trust_remote_code=config.trust_remote_code)
     probe = replace(config, num_blocks=1, kv_memory_bytes=None, max_model_len=None)
     resolved = resolve_config(probe, model)
+    model = shard_of(model, 0, config.tensor_parallel_size).share  # what each rank takes
     device, dtype = torch.device(resolved.device), torch_dtype(resolved)
     if not others and (device.type == "cpu" or config.num_blocks or config.kv_memory_bytes):
         return config
@@ -94,7 +96,7 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     if (
         device.type == "cpu"
     ):  # an allocation there takes memory only when it is written to: count what was promised
-        left = min(left, int(CPU_SHARE * memory.total_bytes) - reserved)
+        left = min(left, int(CPU_SHARE * memory.total_bytes) - reserved) // config.tensor_parallel_size
     asked = _further(config, needs, left, on_cpu=device.type == "cpu")
     fewest = min(asked, needs.blocks_a_context, -(-LEAST_TOKENS // config.block_size))
     num_blocks = min(asked, (left - needs.fixed) // needs.block)

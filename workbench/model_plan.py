@@ -59,6 +59,7 @@ class ModelPlan:
     gpu_bytes: int
     context: int
     rows: tuple[PlanRow, ...]
+    tensor_parallel_size: int = 1  # GPUs of this size; rows say what each of them holds
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,15 +81,24 @@ def parse_bytes(text: str) -> int:
     return num_bytes
 
 
-def make_plan(name: str, *, gpu_bytes: int, context: int | None = None, dtype: str = "bfloat16") -> ModelPlan:
-    """Weigh every quantization and KV cache dtype of a model, by its config.
+def make_plan(
+    name: str,
+    *,
+    gpu_bytes: int,
+    context: int | None = None,
+    dtype: str = "bfloat16",
+    tensor_parallel_size: int = 1,
+) -> ModelPlan:
+    """Weigh every quantization and KV cache dtype of a model, by its config, on each of so many GPUs.
 
     Raises:
         ModelNotFoundError, ModelLoadError, UnsupportedModelError: from the model's config.
-        SettingsError, ConfigError: a context beyond the model's, or a dtype that a GPU's kernels do not compute in.
+        SettingsError, ConfigError: a context beyond the model's, a dtype that a GPU's kernels do not compute in, or a model that
+            cannot be split over so many GPUs.
     """
     from engine.config import QUANTIZATIONS
     from engine.model_folder import find_config
+    from engine.models.shard import shard_of
     from engine.models.transformers_config import read_model_config
 
     if dtype not in DTYPES:
@@ -99,14 +109,16 @@ def make_plan(name: str, *, gpu_bytes: int, context: int | None = None, dtype: s
     model = read_model_config(find_config(name))
     context = context or min(DEFAULT_CONTEXT, model.max_context)
     stored = model.quantization
-    choices: tuple[str | None, ...] = (None, *QUANTIZATIONS) if stored is None else (None,)
+    share = shard_of(model, 0, tensor_parallel_size).share
+    may_quantize = stored is None and tensor_parallel_size == 1
+    choices: tuple[str | None, ...] = (None, *QUANTIZATIONS) if may_quantize else (None,)
     rows = [
-        _weigh(name, model, gpu_bytes, context, dtype, choice, kv) for choice in choices for kv in KV_CACHES
+        _weigh(name, share, gpu_bytes, context, dtype, choice, kv) for choice in choices for kv in KV_CACHES
     ]
     return ModelPlan(
         model=name, architecture=model.architecture, num_parameters=model.num_parameters,
         stored_as=stored.method if stored is not None else model.dtype or "unknown", dtype=dtype, gpu_bytes=gpu_bytes,
-        context=context, rows=tuple(rows),
+        context=context, rows=tuple(rows), tensor_parallel_size=tensor_parallel_size,
     )  # fmt: skip
 
 
@@ -148,9 +160,10 @@ def _weigh(
 
 def render(plan: ModelPlan) -> str:
     """The plan as a table for people."""
+    gpus = f"each of {plan.tensor_parallel_size} GPUs of " if plan.tensor_parallel_size > 1 else ""
     head = (
         f"{plan.model}: {plan.architecture}, {plan.num_parameters / 1e9:.3g} B parameters stored as {plan.stored_as}, "
-        f"on {in_units(plan.gpu_bytes)}, computed in {plan.dtype}"
+        f"on {gpus}{in_units(plan.gpu_bytes)}, computed in {plan.dtype}"
     )
     form = "{:<11}{:<11}{:>11}{:>12}{:>13}{:>13}{:>14}"
     lines = [

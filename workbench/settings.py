@@ -46,7 +46,8 @@ class Settings(BaseSettings):
     dtype: Dtype = "auto"
     kv_cache_dtype: KVCacheDtype = "auto"
     device: str = "auto"
-    threads: int | None = Field(default=None, ge=1)  # CPU threads of the forward pass
+    tensor_parallel_size: int = Field(default=1, ge=1)  # processes that each compute a part of every layer
+    threads: int | None = Field(default=None, ge=1)  # CPU threads of the forward pass, of each of them
     max_num_seqs: int = Field(default=256, ge=1)
     max_model_len: int | None = Field(default=None, ge=1)
     num_blocks: int | None = Field(default=None, ge=1)
@@ -119,6 +120,7 @@ class Settings(BaseSettings):
             dtype=self.dtype,
             kv_cache_dtype=self.kv_cache_dtype,
             device=self.device,
+            tensor_parallel_size=self.tensor_parallel_size,
             num_threads=self.threads,
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.max_model_len,

@@ -7,7 +7,7 @@ each checkpoint tensor belongs, ``engine.models.weights`` fills it. q, k, v are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -24,6 +24,7 @@ from engine.models.neox import NeoXLayer
 from engine.models.registry import TensorNames, family_of, parts_of
 from engine.models.rope import rotary_table
 from engine.models.rope_config import RopeConfig
+from engine.models.shard import Shard, Split
 
 HEAD_ROWS = 4096  # of a normalized head, at once: the copy stays small
 
@@ -221,7 +222,8 @@ class Decoder(nn.Module):
     """A causal LM without its cache. Weights are uninitialised until the loader has filled `weight_targets`.
 
     `held_forms`: what a quantized checkpoint's layers may stay ("int4", "int8", "fp8"); their weights have no memory before
-    the loader gives them some. None of them: it makes floats of all.
+    the loader gives them some. None of them: it makes floats of all. `shard`: which part of a model `config` is, where other
+    ranks have the others; what they compute together needs `sum_over`.
     """
 
     def __init__(
@@ -232,9 +234,11 @@ class Decoder(nn.Module):
         device: torch.device,
         max_positions: int,
         held_forms: frozenset[str] = frozenset(),
+        shard: Shard | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self._shard = shard
         self.names = family_of([config.architecture]).names
         # Blocks of another shape have no products with quantized weights.
         is_held = config.quantization is not None and config.block == "llama"
@@ -292,6 +296,18 @@ class Decoder(nn.Module):
             elif isinstance(module, DecoderLayer | NeoXLayer):
                 module.invariant = row_tile > 0
 
+    def sum_over(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Take `all_reduce` for the sums over all ranks, of which this decoder computes a part."""
+        assert self._shard is not None, "the decoder is a whole model"
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer | NeoXLayer)
+            layer.out.all_reduce = all_reduce
+            if isinstance(layer, DecoderLayer) and layer.alibi_slopes is not None:
+                slopes = alibi_slopes(self._shard.model.num_heads).to(layer.alibi_slopes.device)
+                layer.alibi_slopes = self._shard.of_heads(slopes)
+            mlp = layer.down if isinstance(layer, NeoXLayer) or layer.experts is None else layer.experts
+            mlp.all_reduce = all_reduce
+
     def forward(
         self,
         token_ids: Tensor,
@@ -340,6 +356,14 @@ class Decoder(nn.Module):
             assert isinstance(layer, DecoderLayer | NeoXLayer)
             for name, target in layer.weight_targets(names):
                 yield f"{names.layers}.{index}.{name}", target
+
+    def splits(self) -> dict[str, Split]:
+        """Of which checkpoint tensors it holds a part, and which."""
+        if self._shard is None:
+            return {}
+        each = dict(self._shard.layer_splits(self.names))
+        prefixes = [f"{self.names.layers}.{index}" for index in range(len(self.layers))]
+        return {f"{prefix}.{name}": split for prefix in prefixes for name, split in each.items()}
 
     def finish_loading(self) -> None:
         """To be called once all targets are filled: brings rows of a normalized head to length 1, as its training did."""

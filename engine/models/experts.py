@@ -11,7 +11,7 @@ Source: Mixtral (Jiang et al. 2024); Qwen1.5-MoE, whose shared MLP every token t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,9 @@ class SparseMlp(nn.Module):
         self.moe = moe
         self.row_tile = 0
         self.use_kernel = False
+        self.all_reduce: Callable[[Tensor], Tensor] | None = (
+            None  # as of Linear: other ranks hold parts of the experts
+        )
         self.router = linear(hidden_size, moe.num_experts)
         self.gate_up = experts(hidden_size, 2 * moe.intermediate_size)
         self.down = experts(moe.intermediate_size, hidden_size)
@@ -48,6 +51,10 @@ class SparseMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
+        mixed = self._mix(x)
+        return mixed if self.all_reduce is None else self.all_reduce(mixed)
+
+    def _mix(self, x: Tensor) -> Tensor:
         weights, chosen = self._route(x)
         out: Tensor = self._experts(x, weights, chosen)
         if self.shared_gate_up is None or self.shared_down is None or self.shared_gate is None:

@@ -29,6 +29,7 @@ class Linear(nn.Module):
     `row_tile` 0: one product of whatever shape. `row_tile` M: products of exactly M rows, the last one padded with
     zeros, so that every row meets the same kernel and the same order of summation over `in`. `use_invariant_kernel`: the same
     by one Triton kernel, whatever the number of rows. `weight_device`: "meta" where the loader decides what holds the weight.
+    `all_reduce`: where other ranks hold the other inputs, sums a tensor over all of them; the bias is added to the sum.
     """
 
     def __init__(
@@ -51,8 +52,12 @@ class Linear(nn.Module):
             )
         self.row_tile = 0
         self.use_invariant_kernel = False
+        self.all_reduce: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.all_reduce is not None:
+            total = self.all_reduce(F.linear(x, self.weight))
+            return total if self.bias is None else total.add_(self.bias)
         if self.use_invariant_kernel:
             from engine.kernels.invariant_linear import invariant_linear
 

@@ -32,14 +32,15 @@ class NeoXLayer(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.invariant = False
         hidden, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+        q = config.num_heads * config.head_size
 
         def linear(n_in: int, n_out: int, bias: bool) -> Linear:
             return Linear(n_in, n_out, bias=bias, dtype=dtype, device=device)
 
         self.input_norm = LayerNorm(hidden, eps, dtype=dtype, device=device)
         self.post_attention_norm = LayerNorm(hidden, eps, dtype=dtype, device=device)
-        self.qkv = linear(hidden, 3 * hidden, config.qkv_bias)
-        self.out = linear(hidden, hidden, config.out_bias)
+        self.qkv = linear(hidden, 3 * q, config.qkv_bias)
+        self.out = linear(q, hidden, config.out_bias)
         self.up = linear(hidden, inner, config.mlp_bias)
         self.down = linear(inner, hidden, config.mlp_bias)
 
@@ -72,7 +73,7 @@ class NeoXLayer(nn.Module):
     def weight_targets(self, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint tensor names within the layer, each with the tensor that it fills."""
         hidden, inner = self.down.weight.shape
-        yield from self.qkv.targets(((names.qkv[0], 3 * hidden),))
+        yield from self.qkv.targets(((names.qkv[0], self.qkv.weight.shape[0]),))
         yield from self.out.targets(((names.out, hidden),))
         yield from self.up.targets(((names.gate_up[0], inner),))
         yield from self.down.targets(((names.down, hidden),))

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from engine.errors import CorruptWeightsError, ModelNotFoundError, UnsupportedMo
 from engine.model_folder import is_gguf
 from engine.models.decoder import Decoder
 from engine.models.gguf_weights import load_gguf
+from engine.models.shard import Split
 from engine.models.stored_linears import StoredLinears
 from engine.models.weight_copies import WeightCopies
 
@@ -67,13 +69,14 @@ def load_weights(decoder: WeightedDecoder, folder: Path | str, progress: Progres
         return
     targets = dict(decoder.weight_targets())
     stored = StoredLinears(decoder, targets) if isinstance(decoder, Decoder) else None
+    splits = decoder.splits() if isinstance(decoder, Decoder) else {}
     if stored is not None:
         targets = {name: target for name, target in targets.items() if name not in stored.names}
     filled: dict[str, Path] = {}
     files = weight_files(Path(folder))
     with WeightCopies(decoder.embedding.device) as copies:
         for path in files:
-            _load_file(path, decoder, targets, stored, filled, copies, progress)
+            _load_file(path, decoder, targets, splits, stored, filled, copies, progress)
     missing = sorted((targets.keys() - filled.keys()) | set(stored.missing() if stored is not None else ()))
     if missing:
         raise CorruptWeightsError(
@@ -155,6 +158,7 @@ def _load_file(
     path: Path,
     decoder: WeightedDecoder,
     targets: dict[str, Tensor],
+    splits: dict[str, Split],
     linears: StoredLinears | None,
     filled: dict[str, Path],
     copies: WeightCopies,
@@ -169,9 +173,10 @@ def _load_file(
                 if linears is not None and linears.take(name, partial(file.get_tensor, stored)):
                     continue
                 _check_place(path, name, targets, filled)
-                source = file.get_tensor(stored)
-                _check_values(path, name, source, targets[name])
-                copies.copy(source, targets[name])
+                source, split = file.get_tensor(stored), splits.get(name)
+                held = targets[name].shape
+                _check_values(path, name, source, held if split is None else split.stored_shape(held))
+                copies.copy(source if split is None else split.part(source), targets[name])
                 filled[name] = path
                 if progress is not None:
                     progress(f"loading {path.name}", len(filled) / len(targets))
@@ -201,12 +206,12 @@ def _check_place(path: Path, name: str, targets: Iterable[str], filled: dict[str
         )
 
 
-def _check_values(path: Path, name: str, source: Tensor, target: Tensor) -> None:
-    if source.shape != target.shape:
+def _check_values(path: Path, name: str, source: Tensor, shape: torch.Size) -> None:
+    if source.shape != shape:
         raise CorruptWeightsError(
-            f"{path.name}: {name} has shape {tuple(source.shape)}, config.json asks for {tuple(target.shape)}",
+            f"{path.name}: {name} has shape {tuple(source.shape)}, config.json asks for {tuple(shape)}",
             value=tuple(source.shape),
-            limit=tuple(target.shape),
+            limit=tuple(shape),
             param="model",
             remedy="Check that config.json and the weight files belong together.",
         )

@@ -122,6 +122,10 @@ class RowBatch(ABC):
         """Sample a token from each of the logits [L, V] and put it behind its row's last token, for the next step to read."""
 
     @abstractmethod
+    def put_chosen(self, token_ids: Tensor, plan: StepPlan) -> None:
+        """What `choose` does with its tokens [L], for tokens that another rank chose."""
+
+    @abstractmethod
     def _admit(self, admission: RowAdmission) -> None:
         """Take over tokens, block table and sampling settings."""
 
@@ -241,6 +245,11 @@ class HostRowBatch(RowBatch):
             if marks is not None and marks[token := int(sampled.token_ids[i])] < FULL:
                 marks[token] += ONE_OUTPUT
         return sampled
+
+    def put_chosen(self, token_ids: Tensor, plan: StepPlan) -> None:
+        """What `choose` does with its tokens [L], for tokens that another rank chose."""
+        index, position = plan.choices()
+        self._tokens[plan.rows[index], position] = token_ids.numpy()
 
     def _edits(self, index: int, row: int, position: int) -> LogitEdits:
         """How the logits of `row` change at `position`."""

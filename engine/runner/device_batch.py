@@ -108,6 +108,12 @@ class DeviceRowBatch(RowBatch):
         )  # fmt: skip
         return self.sampled(raw, token_ids, plan, choice.wanted)
 
+    def put_chosen(self, token_ids: Tensor, plan: StepPlan) -> None:
+        """What `choose` does with its tokens [L], for tokens that another rank chose."""
+        assert self._choice is not None, "the step's inputs were not made"
+        choice, self._choice = self._choice, None
+        self.tokens[choice.rows, choice.positions] = token_ids
+
     def draw(
         self,
         logits: Tensor,

@@ -42,6 +42,7 @@ from engine.runner.structured import Followed
 from engine.sampling_params import ALL_LOGPROBS
 
 if TYPE_CHECKING:
+    from engine.parallel.ranks import Ranks
     from engine.runner.decode_graphs import DecodeGraphs, Replay
 
 # Rows of logits at once; a whole prompt's would be gigabytes with a large vocabulary.
@@ -83,9 +84,11 @@ class ModelRunner:
         lora_slots: LoraSlots | None = None,
         replay: Replay | None = None,
         load_decoder: Callable[[], StepDecoder] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """`lora_slots`: of the decoder, where it has them. `replay`: how decode steps are captured; None: as CUDA graphs on
-        a GPU, not at all elsewhere. `load_decoder` makes `decoder` anew, for waking up from a sleep that did not keep it."""
+        a GPU, not at all elsewhere. `load_decoder` makes `decoder` anew, for waking up from a sleep that did not keep it. `ranks`: with which
+        other runners this one computes its steps; rank 0 chooses for all."""
         assert config.num_blocks is not None, "the config is not resolved"
         assert config.max_model_len is not None, "the config is not resolved"
         on_device = device.type == "cuda" or replay is not None
@@ -95,6 +98,7 @@ class ModelRunner:
         self._parks_weights = on_device
         self._max_inflight = 2 if on_device and config.async_scheduling else 1
         self._load_decoder = load_decoder
+        self._ranks = ranks
         self._parked: ParkedWeights | None = None
         self._is_asleep = False
         shape = BatchShape(
@@ -334,11 +338,14 @@ class ModelRunner:
                 inputs.token_ids, inputs.positions, self._caches, inputs.meta, self._attention
             )
             sampled = Sampled(inputs.logit_index, None, ())
-            logits = decoder.logits(_rows_of(hidden, inputs.logit_index)) if len(plan.logit_rows) else None
+            chooses = len(plan.logit_rows) > 0 and (self._ranks is None or self._ranks.rank == 0)
+            logits = decoder.logits(_rows_of(hidden, inputs.logit_index)) if chooses else None
             clock.mark()
             if logits is not None:
                 self._limit(followed, batch)
                 sampled = batch.choose(logits, plan)
+            if self._ranks is not None and len(plan.logit_rows):
+                sampled = _agreed(self._ranks, sampled, batch, plan)
             prompt = self._prompt_logprobs(plan, decoder, batch, hidden)
         wanted = batch.num_logprobs[plan.rows[plan.choices().row_index]][list(sampled.logprob_rows)].tolist()
         if not isinstance(
@@ -399,6 +406,16 @@ def allocate_caches(
         LayerCache(layer[0], layer[1], scale[0], scale[1])
         for layer, scale in zip(memory, scales, strict=True)
     ]
+
+
+def _agreed(ranks: Ranks, sampled: Sampled, batch: RowBatch, plan: StepPlan) -> Sampled:
+    """What rank 0 sampled; on the other ranks its tokens alone, put behind their rows' last ones."""
+    if ranks.rank == 0:
+        ranks.from_first(sampled.token_ids.to(torch.int32, copy=True))
+        return sampled
+    token_ids = torch.empty(len(plan.choices().positions), dtype=torch.int32, device=batch.tokens.device)
+    batch.put_chosen(ranks.from_first(token_ids), plan)
+    return Sampled(token_ids, None, ())
 
 
 def _prompt_figures(logits: Tensor, token_ids: Tensor, num_top: int) -> LogprobTensors:

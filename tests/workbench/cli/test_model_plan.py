@@ -108,6 +108,32 @@ def test_the_command_prints_a_table_and_one_json_object(
     assert main([*command, "--gpu-memory", "4GiB"]) == exit_codes.FAILURE
 
 
+def test_each_gpu_of_several_holds_its_part(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = make_plan(str(folder), gpu_bytes=24 * GIB).rows[0]
+    command = [
+        "doctor",
+        "--model",
+        str(folder),
+        "--gpu-memory",
+        "24GiB",
+        "--home-dir",
+        str(folder / "home"),
+        "--json",
+    ]
+    assert main([*command, "--tensor-parallel-size", "4"]) == 0
+    out, err = capsys.readouterr()
+    plan = json.loads(out.splitlines()[-1])
+    assert "on each of 4 GPUs of 24 GiB" in err
+    assert {row["weights"] for row in plan["rows"]} == {"as stored"}
+    each = plan["rows"][0]
+    assert each["kv_bytes_per_token"] == one.kv_bytes_per_token // 4
+    # Embedding and output head are whole on rank 0.
+    whole = 2 * 2 * VALUES["vocab_size"] * VALUES["hidden_size"]
+    assert each["weights_bytes"] - whole == pytest.approx((one.weights_bytes - whole) / 4, rel=0.01)
+    assert main([*command, "--tensor-parallel-size", "3"]) == exit_codes.BAD_INPUT
+    assert "num_attention_heads 32 is not a multiple" in capsys.readouterr().err
+
+
 def test_quantizing_while_loading_needs_room_for_the_floats(folder: Path) -> None:
     plan = make_plan(str(folder), gpu_bytes=15 * GIB, context=2048)
     row = next(row for row in plan.rows if row.weights == "int4")
