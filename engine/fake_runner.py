@@ -3,8 +3,8 @@
 FakeRunner computes tokens that anybody can work out by hand (`next_token`), answers as late as a device does, and checks
 each plan as strictly as a device would punish it: tables must cover positions, slots must be written before they are read,
 nobody writes to a block that others use. Its KV cache and its host tier hold one number per slot that depends on the whole
-past, so that a wrongly shared, copied or reused block changes the tokens that follow. FakeTokenizer, whose tokens are bytes,
-goes with it.
+past, so that a wrongly shared, copied or reused block changes the tokens that follow. Its draft model has a cache of the same
+kind, and guesses two tokens of three rightly. FakeTokenizer, whose tokens are bytes, goes with it.
 
 Boundary: no torch, no randomness. Sampling parameters other than log-probabilities and grammars are ignored.
 """
@@ -22,7 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.fake_tokenizer import FakeTokenizer
-from engine.plan import NO_COPIES, BlockCopies, Int32, RowAdmission, StepPlan, StepResult, TokenLogprobs
+from engine.plan import (
+    NO_COPIES,
+    BlockCopies,
+    DraftPlan,
+    Int32,
+    RowAdmission,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from engine.sampling_params import ALL_LOGPROBS
 
 if TYPE_CHECKING:
@@ -144,6 +153,7 @@ class FakeRunner:
         self._max_inflight = max_inflight
         self._verify = verify
         self._kv = np.full(num_blocks * block_size if verify else 0, UNWRITTEN, np.int64)
+        self._draft_kv = self._kv.copy()
         self._host = np.full((num_host_blocks, block_size), UNWRITTEN, np.int64)
         self._rows: dict[int, _Row] = {}
         self._grammars: GrammarRows | None = None  # made for the first row that follows one
@@ -202,6 +212,9 @@ class FakeRunner:
             plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True
         ):
             self._kv[self._rows[row_id].slots[start : start + count]] = STATE_MODULUS
+        if plan.drafting is not None:
+            for row_id, start in zip(plan.drafting.rows.tolist(), plan.drafting.start.tolist(), strict=True):
+                self._draft_kv[self._rows[row_id].slots[start:]] = STATE_MODULUS
 
     def collect(self) -> StepResult:
         """The oldest step's result, not before the device is done with it."""
@@ -227,6 +240,7 @@ class FakeRunner:
         assert not self._inflight, "asleep with steps in flight"
         self.sleep_level = level
         self._kv[:] = UNWRITTEN
+        self._draft_kv[:] = UNWRITTEN
         self._host[:] = UNWRITTEN
 
     def wake_up(self) -> None:
@@ -235,18 +249,20 @@ class FakeRunner:
     def close(self) -> None:
         self.closed = True
         self.reset_rows()
-        self._kv = np.zeros(0, np.int64)
+        self._kv = self._draft_kv = np.zeros(0, np.int64)
 
     # ── the device ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _compute(self, plan: StepPlan) -> StepResult:
         if not self._verify:
             tokens = ((plan.choices().positions - 1) * 7 % self.vocab_size).tolist()
-            return self._obey_grammars(plan, StepResult(plan.step_id, tokens))
+            return self._obey_grammars(
+                plan, StepResult(plan.step_id, tokens, guesses=self._guess_unchecked(plan.drafting))
+            )
         self.plans.append(plan)
         self._apply_row_events(plan)
         self._check_shape(plan)
-        result = StepResult(plan.step_id, [])
+        result = StepResult(plan.step_id, [], guesses=self._guess(plan))
         sampling = set(plan.logit_rows.tolist())
         guesses = iter(plan.draft_token_ids.tolist())
         num_draft = plan.num_draft.tolist()
@@ -254,7 +270,9 @@ class FakeRunner:
             zip(plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True)
         ):
             row = self._rows[row_id]
-            row.tokens += (drafts := [next(guesses) for _ in range(num_draft[i])])
+            drafts = result.guesses.get(row_id) or [next(guesses) for _ in range(num_draft[i])]
+            self._check(len(drafts) == num_draft[i], f"row {row_id}: {len(drafts)} guesses of {num_draft[i]}")
+            row.tokens += drafts
             self._write(row, start, start + count)
             if row.admission.params.prompt_logprobs is not None:
                 result.prompt_logprobs[i] = self._score(row, start, count)
@@ -348,11 +366,60 @@ class FakeRunner:
             state = next_state(state, row.tokens[position])
             self._kv[row.slots[position]] = row.states[position] = state
 
+    def _guess(self, plan: StepPlan) -> dict[int, list[int]]:
+        """What the draft model guesses, by row; its own context is read and written as the target's is."""
+        guesses: dict[int, list[int]] = {}
+        drafting = plan.drafting
+        if drafting is None:
+            return guesses
+        counts = drafting.num_tokens.tolist()
+        several = [count > 1 for count in counts]
+        self._check(several == sorted(several), f"the draft model's one-token rows do not come first: {counts}")
+        for row_id, start, count, num_guesses in zip(
+            drafting.rows.tolist(), drafting.start.tolist(), counts, drafting.num_guesses.tolist(), strict=True
+        ):
+            row = self._rows[row_id]
+            found = self._draft(row, start, count, num_guesses)
+            if num_guesses:
+                guesses[row_id] = found
+        return guesses
+
+    def _draft(self, row: _Row, start: int, count: int, num_guesses: int) -> list[int]:
+        name, past = row.admission.request_id, 0
+        self._check(count > 0, f"{name}: the draft model computes nothing")
+        self._check(start + count <= len(row.tokens), f"{name}: the draft model has no token at {len(row.tokens)}")
+        context = self._draft_kv[row.slots[:start]].tolist()
+        for token, held in zip(row.tokens[:start], context, strict=True):
+            past = next_state(past, token)
+            self._check(held == past, f"{name}: the draft model's context at {start} is not its own past")
+        tokens = row.tokens[start : start + count]
+        found: list[int] = []
+        for position in range(start, start + count + max(0, num_guesses - 1)):
+            past = next_state(past, tokens[position - start])
+            self._draft_kv[row.slots[position]] = past
+            if position >= start + count - 1:
+                right = self._choose(row, position + 1, past)
+                found.append(right if position % 3 else (right + 1) % self.vocab_size)
+                tokens.append(found[-1])
+        return found[:num_guesses]
+
+    def _guess_unchecked(self, drafting: DraftPlan | None) -> dict[int, list[int]]:
+        """The right guesses of a runner that only counts."""
+        if drafting is None:
+            return {}
+        ends = (drafting.start + drafting.num_tokens).tolist()
+        rows = zip(drafting.rows.tolist(), ends, drafting.num_guesses.tolist(), strict=True)
+        return {
+            row: [(end - 1 + i) * 7 % self.vocab_size for i in range(count)] for row, end, count in rows if count
+        }
+
     def _sample(self, row: _Row, end: int, drafts: list[int], result: StepResult) -> None:
         """Choose a token behind the last known one and behind each guess; what was guessed wrongly goes."""
         name, params = row.admission.request_id, row.admission.params
         self._check(end == len(row.tokens), f"{name}: samples at {end} of {len(row.tokens)} tokens")
-        chosen = [self._choose(row, at) for at in range(end - len(drafts), end + 1)]
+        chosen = [
+            self._choose(row, at, int(self._kv[row.slots[at - 1]])) for at in range(end - len(drafts), end + 1)
+        ]
         for token in chosen:
             if params.logprobs is not None:
                 result.logprobs[len(result.token_ids)] = fake_logprobs(
@@ -363,13 +430,13 @@ class FakeRunner:
         del row.tokens[end - len(drafts) + num_right :]
         row.tokens.append(chosen[num_right])
 
-    def _choose(self, row: _Row, end: int) -> int:
-        """The token at position `end`."""
+    def _choose(self, row: _Row, end: int, state: int) -> int:
+        """The token at position `end`, behind a past of this state."""
         token = None
         if self.choose is not None:
             token = self.choose(row.admission.request_id, end - row.admission.num_prompt_tokens)
         if token is None:
-            token = next_token(int(self._kv[row.slots[end - 1]]), end - 1, self.vocab_size)
+            token = next_token(state, end - 1, self.vocab_size)
         return token
 
     def _obey_grammars(self, plan: StepPlan, result: StepResult) -> StepResult:

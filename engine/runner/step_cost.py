@@ -57,7 +57,7 @@ class StepCost:
             keys += layers * int(np.minimum(end, window + count - 1).sum())
             pairs += layers * int(np.dot(short, 2 * start + short + 1) // 2 + window * whole.sum())
         tokens = int(count.sum())
-        logits = len(plan.logit_rows) + len(plan.draft_token_ids) + num_prompt_logits
+        logits = len(plan.logit_rows) + int(plan.num_draft.sum()) + num_prompt_logits
         weights = self._weights
         return StepNeeds(
             weights.layers + tokens * weights.embedding_row + (weights.head if logits else 0),
