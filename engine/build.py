@@ -24,7 +24,7 @@ from engine.errors import ConfigError
 from engine.kernels import cpu_library
 from engine.kernels.cache_folder import keep_triton_kernels
 from engine.kernels.invariant import find_row_tile
-from engine.kernels.kv_quantization import QUANTIZED_DTYPES, SETTINGS
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES, SETTINGS, cache_dtype
 from engine.memory import (
     Allocator,
     CudaAllocator,
@@ -32,14 +32,15 @@ from engine.memory import (
     DeviceMemory,
     decoder_bytes,
     device_memory,
+    estimate_demand,
     kv_spec_of,
     make_ledger,
     torch_dtype,
-    workspace_bytes,
 )
 from engine.model_folder import find_model, generation_eos_ids, has_tokenizer
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, StepDecoder
+from engine.models.draft import Draft, check_tokenizers, find_draft
 from engine.models.fused_cpu import FusedCpuDecoder
 from engine.models.lora import LoraSlots
 from engine.models.quantized import (
@@ -53,7 +54,8 @@ from engine.models.transformers_config import TransformersConfig, read_model_con
 from engine.models.weights import load_weights
 from engine.needle import find_needle
 from engine.pool_size import Measured, PoolSizer, check_swap_space
-from engine.runner.model_runner import ModelRunner
+from engine.runner.draft import DraftModel
+from engine.runner.model_runner import ModelRunner, allocate_caches
 from engine.runner.profile_run import measure_steps
 from engine.tokenizer import Tokenizer
 
@@ -98,9 +100,10 @@ def resolve_config(
     threads = config.num_threads or available_cores()
     config = replace(config, attention_backend=backend, max_batched_tokens=batched, num_threads=threads)
     memory = memory or device_memory(device)
+    draft = find_draft(config, model, device)
     host = memory if device.type == "cpu" else device_memory(torch.device("cpu"))
     check_swap_space(config, kv_spec_of(config, model), host)
-    return PoolSizer(model, device, memory).resolve(config)
+    return PoolSizer(model, device, memory, draft=draft).resolve(config)
 
 
 def build_engine(
@@ -133,14 +136,18 @@ def build_engine(
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads)
     eos_token_ids = model.eos_token_ids | generation_eos_ids(folder)
+    draft = find_draft(config, model, device)
+    if draft is not None:
+        check_tokenizers(draft, folder)
     load_decoder = partial(_load_decoder, config, model, folder, load)
     with ThreadPoolExecutor(1, "tokenizer") as beside:  # most of it is imports, while weights are copied
         loading = beside.submit(_load_tokenizer, folder, config)
         decoder = load_decoder(lambda message, share: tell(message, 0.05 + 0.85 * share))
+        loaded_draft = None if draft is None else _load_draft(config, draft, load)
         tokenizer = loading.result()
     if tokenizer is not None:
         eos_token_ids |= tokenizer.eos_token_ids
-    loaded = _Loaded(asked, config, model, decoder, load_decoder, tokenizer, eos_token_ids)
+    loaded = _Loaded(asked, config, model, decoder, load_decoder, tokenizer, eos_token_ids, loaded_draft)
     engine = _assemble(loaded, allocator, before, tell)
     tell("ready", 1.0)
     return engine
@@ -216,6 +223,36 @@ class _Loaded:
     load_decoder: Callable[[Progress], StepDecoder]  # makes another one of it
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
+    draft: _LoadedDraft | None
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadedDraft:
+    """A draft model whose weights are in memory."""
+
+    draft: Draft
+    decoder: StepDecoder
+    load_decoder: Callable[[], StepDecoder]  # makes another one of it
+
+    def make(self, config: EngineConfig) -> DraftModel:
+        """What guesses for an engine of this resolved config."""
+        settings = self.draft.settings(config)
+        spec = kv_spec_of(settings, self.draft.model)
+        assert config.num_blocks is not None
+        return DraftModel(
+            self.decoder, make_attention(settings), kv_spec=spec, load_decoder=self.load_decoder,
+            make_caches=partial(
+                allocate_caches, spec, config.num_blocks, cache_dtype(config.kv_cache_dtype, torch_dtype(config)),
+                torch.device(config.device),
+            ),
+        )  # fmt: skip
+
+
+def _load_draft(config: EngineConfig, draft: Draft, load: Loader) -> _LoadedDraft:
+    load_decoder = partial(
+        _load_decoder, draft.settings(config), draft.model, draft.folder, load, _tell_nobody
+    )
+    return _LoadedDraft(draft, load_decoder(), load_decoder)
 
 
 def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory, tell: Progress) -> Engine:
@@ -223,7 +260,7 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     config, model, eos_token_ids = loaded.config, loaded.model, loaded.eos_token_ids
     device, dtype = torch.device(config.device), torch_dtype(config)
     kv_spec = kv_spec_of(config, model)
-    decoder, load_another = loaded.decoder, loaded.load_decoder
+    decoder, load_another, draft = loaded.decoder, loaded.load_decoder, loaded.draft
     lora_slots = _make_lora_slots(decoder, config)
 
     def load_decoder() -> StepDecoder:  # holds nothing of `loaded`, whose decoder must be able to go
@@ -234,10 +271,15 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     def make_runner(config: EngineConfig) -> ModelRunner:
         return ModelRunner(
             decoder, make_attention(config), config=config, kv_spec=kv_spec, eos_token_ids=eos_token_ids, device=device,
-            dtype=dtype, lora_slots=lora_slots, load_decoder=load_decoder,
+            dtype=dtype, lora_slots=lora_slots, load_decoder=load_decoder, draft=None if draft is None else draft.make(config),
         )  # fmt: skip
 
-    demand = Demand(decoder_bytes(decoder), workspace_bytes(config, model, dtype, device))
+    weights_bytes = sum(
+        decoder_bytes(each) for each in (decoder, *([draft.decoder] if draft is not None else []))
+    )
+    draft_config = None if draft is None else draft.draft
+    estimate = estimate_demand(config, model, dtype, device, draft_config)
+    demand = replace(estimate, weights_bytes=weights_bytes)
     graphs_before = 0 if allocator is None else allocator.graph_bytes()  # of other engines
     if allocator is not None:
         tell("measuring the largest step", 0.91)
@@ -250,7 +292,7 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     ledger = make_ledger(
         config, model, kv_spec, dtype, device, demand=demand,
         graphs_bytes=0 if allocator is None else allocator.graph_bytes() - graphs_before,
-        other_bytes=before.total_bytes - before.free_bytes,
+        other_bytes=before.total_bytes - before.free_bytes, draft=draft_config,
     )  # fmt: skip
 
     def make_engine(is_proven_deterministic: bool | None = None) -> Engine:
@@ -277,7 +319,10 @@ def _size_again(loaded: _Loaded, demand: Demand, now: DeviceMemory) -> EngineCon
     """
     asked, config = loaded.asked, loaded.config
     without_weights = DeviceMemory(now.total_bytes, now.free_bytes + demand.weights_bytes)
-    sizer = PoolSizer(loaded.model, torch.device(config.device), without_weights, Measured(config, demand))
+    sizer = PoolSizer(
+        loaded.model, torch.device(config.device), without_weights, Measured(config, demand),
+        None if loaded.draft is None else loaded.draft.draft,
+    )  # fmt: skip
     reopened = replace(config, num_blocks=asked.num_blocks, kv_memory_bytes=asked.kv_memory_bytes)
     return sizer.resolve(reopened, may_clip=asked.max_model_len is None)
 

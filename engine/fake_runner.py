@@ -374,9 +374,15 @@ class FakeRunner:
             return guesses
         counts = drafting.num_tokens.tolist()
         several = [count > 1 for count in counts]
-        self._check(several == sorted(several), f"the draft model's one-token rows do not come first: {counts}")
+        self._check(
+            several == sorted(several), f"the draft model's one-token rows do not come first: {counts}"
+        )
         for row_id, start, count, num_guesses in zip(
-            drafting.rows.tolist(), drafting.start.tolist(), counts, drafting.num_guesses.tolist(), strict=True
+            drafting.rows.tolist(),
+            drafting.start.tolist(),
+            counts,
+            drafting.num_guesses.tolist(),
+            strict=True,
         ):
             row = self._rows[row_id]
             found = self._draft(row, start, count, num_guesses)
@@ -387,7 +393,9 @@ class FakeRunner:
     def _draft(self, row: _Row, start: int, count: int, num_guesses: int) -> list[int]:
         name, past = row.admission.request_id, 0
         self._check(count > 0, f"{name}: the draft model computes nothing")
-        self._check(start + count <= len(row.tokens), f"{name}: the draft model has no token at {len(row.tokens)}")
+        self._check(
+            start + count <= len(row.tokens), f"{name}: the draft model has no token at {len(row.tokens)}"
+        )
         context = self._draft_kv[row.slots[:start]].tolist()
         for token, held in zip(row.tokens[:start], context, strict=True):
             past = next_state(past, token)
@@ -410,7 +418,9 @@ class FakeRunner:
         ends = (drafting.start + drafting.num_tokens).tolist()
         rows = zip(drafting.rows.tolist(), ends, drafting.num_guesses.tolist(), strict=True)
         return {
-            row: [(end - 1 + i) * 7 % self.vocab_size for i in range(count)] for row, end, count in rows if count
+            row: [(end - 1 + i) * 7 % self.vocab_size for i in range(count)]
+            for row, end, count in rows
+            if count
         }
 
     def _sample(self, row: _Row, end: int, drafts: list[int], result: StepResult) -> None:
@@ -418,7 +428,8 @@ class FakeRunner:
         name, params = row.admission.request_id, row.admission.params
         self._check(end == len(row.tokens), f"{name}: samples at {end} of {len(row.tokens)} tokens")
         chosen = [
-            self._choose(row, at, int(self._kv[row.slots[at - 1]])) for at in range(end - len(drafts), end + 1)
+            self._choose(row, at, int(self._kv[row.slots[at - 1]]))
+            for at in range(end - len(drafts), end + 1)
         ]
         for token in chosen:
             if params.logprobs is not None:

@@ -23,7 +23,9 @@ class Chunk:
     num_tokens: int
     samples: bool
     fresh: list[int]  # blocks appended to its table; empty with its admission, which names them all
-    drafts: list[int] = field(default_factory=list)  # guesses: its last tokens; of a draft model, places for them
+    drafts: list[int] = field(
+        default_factory=list
+    )  # guesses: its last tokens; of a draft model, places for them
     num_right: int = 0  # of the drafts, once they were taken in
 
     @property

@@ -29,6 +29,9 @@ class StepNeeds(NamedTuple):
     linear_flops: int  # with weights
     attention_flops: int  # with keys and values
 
+    def __add__(self, other: StepNeeds) -> StepNeeds:  # type: ignore[override]
+        return StepNeeds(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
 
 class StepCost:
     """The cost function of one model, its weights as they are held, and its KV layout."""
