@@ -24,7 +24,7 @@ from engine.errors import ConfigError
 from engine.kernels import cpu_library
 from engine.kernels.cache_folder import keep_triton_kernels
 from engine.kernels.invariant import find_row_tile
-from engine.kernels.kv_quantization import QUANTIZED_DTYPES, SETTINGS, cache_dtype
+from engine.kernels.kv_quantization import QUANTIZED_DTYPES, SETTINGS
 from engine.memory import (
     Allocator,
     CudaAllocator,
@@ -54,8 +54,8 @@ from engine.models.transformers_config import TransformersConfig, read_model_con
 from engine.models.weights import load_weights
 from engine.needle import find_needle
 from engine.pool_size import Measured, PoolSizer, check_swap_space
-from engine.runner.draft import DraftModel
-from engine.runner.model_runner import ModelRunner, allocate_caches
+from engine.runner.loaded_draft import LoadedDraft
+from engine.runner.model_runner import ModelRunner
 from engine.runner.profile_run import measure_steps
 from engine.tokenizer import Tokenizer
 
@@ -223,36 +223,14 @@ class _Loaded:
     load_decoder: Callable[[Progress], StepDecoder]  # makes another one of it
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
-    draft: _LoadedDraft | None
+    draft: LoadedDraft | None
 
 
-@dataclass(frozen=True, slots=True)
-class _LoadedDraft:
-    """A draft model whose weights are in memory."""
-
-    draft: Draft
-    decoder: StepDecoder
-    load_decoder: Callable[[], StepDecoder]  # makes another one of it
-
-    def make(self, config: EngineConfig) -> DraftModel:
-        """What guesses for an engine of this resolved config."""
-        settings = self.draft.settings(config)
-        spec = kv_spec_of(settings, self.draft.model)
-        assert config.num_blocks is not None
-        return DraftModel(
-            self.decoder, make_attention(settings), kv_spec=spec, load_decoder=self.load_decoder,
-            make_caches=partial(
-                allocate_caches, spec, config.num_blocks, cache_dtype(config.kv_cache_dtype, torch_dtype(config)),
-                torch.device(config.device),
-            ),
-        )  # fmt: skip
-
-
-def _load_draft(config: EngineConfig, draft: Draft, load: Loader) -> _LoadedDraft:
+def _load_draft(config: EngineConfig, draft: Draft, load: Loader) -> LoadedDraft:
     load_decoder = partial(
         _load_decoder, draft.settings(config), draft.model, draft.folder, load, _tell_nobody
     )
-    return _LoadedDraft(draft, load_decoder(), load_decoder)
+    return LoadedDraft(draft, load_decoder(), load_decoder, make_attention)
 
 
 def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory, tell: Progress) -> Engine:
@@ -271,15 +249,12 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     def make_runner(config: EngineConfig) -> ModelRunner:
         return ModelRunner(
             decoder, make_attention(config), config=config, kv_spec=kv_spec, eos_token_ids=eos_token_ids, device=device,
-            dtype=dtype, lora_slots=lora_slots, load_decoder=load_decoder, draft=None if draft is None else draft.make(config),
+            dtype=dtype, lora_slots=lora_slots, load_decoder=load_decoder, draft=None if draft is None else draft.beside(config),
         )  # fmt: skip
 
-    weights_bytes = sum(
-        decoder_bytes(each) for each in (decoder, *([draft.decoder] if draft is not None else []))
-    )
-    draft_config = None if draft is None else draft.draft
-    estimate = estimate_demand(config, model, dtype, device, draft_config)
-    demand = replace(estimate, weights_bytes=weights_bytes)
+    found_draft = None if draft is None else draft.draft
+    held = decoder_bytes(decoder) + (0 if draft is None else decoder_bytes(draft.decoder))
+    demand = replace(estimate_demand(config, model, dtype, device, found_draft), weights_bytes=held)
     graphs_before = 0 if allocator is None else allocator.graph_bytes()  # of other engines
     if allocator is not None:
         tell("measuring the largest step", 0.91)
@@ -292,7 +267,7 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
     ledger = make_ledger(
         config, model, kv_spec, dtype, device, demand=demand,
         graphs_bytes=0 if allocator is None else allocator.graph_bytes() - graphs_before,
-        other_bytes=before.total_bytes - before.free_bytes, draft=draft_config,
+        other_bytes=before.total_bytes - before.free_bytes, draft=found_draft,
     )  # fmt: skip
 
     def make_engine(is_proven_deterministic: bool | None = None) -> Engine:

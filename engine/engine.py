@@ -439,6 +439,7 @@ class Engine:
             num_cached_host_blocks=0 if pool.tier is None else pool.tier.num_cached,
             blocks_out=recorder.num_blocks_out,
             blocks_back=recorder.num_blocks_back,
+            speculation_method="" if config.speculative_config is None else config.speculative_config.method,
             draft_tokens=0 if self._speculator is None else self._speculator.num_draft_tokens,
             accepted_tokens=0 if self._speculator is None else self._speculator.num_accepted_tokens,
             speculation_gains={} if self._speculator is None else self._speculator.gains(),

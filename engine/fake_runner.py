@@ -3,8 +3,8 @@
 FakeRunner computes tokens that anybody can work out by hand (`next_token`), answers as late as a device does, and checks
 each plan as strictly as a device would punish it: tables must cover positions, slots must be written before they are read,
 nobody writes to a block that others use. Its KV cache and its host tier hold one number per slot that depends on the whole
-past, so that a wrongly shared, copied or reused block changes the tokens that follow. Its draft model has a cache of the same
-kind, and guesses two tokens of three rightly. FakeTokenizer, whose tokens are bytes, goes with it.
+past, so that a wrongly shared, copied or reused block changes the tokens that follow. FakeTokenizer, whose tokens are bytes,
+goes with it, and FakeDraft, which guesses.
 
 Boundary: no torch, no randomness. Sampling parameters other than log-probabilities and grammars are ignored.
 """
@@ -14,24 +14,17 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.fake_draft import FakeDraft
+from engine.fake_rule import STATE_MODULUS, UNWRITTEN, expected_tokens, next_state, next_token
 from engine.fake_tokenizer import FakeTokenizer
-from engine.plan import (
-    NO_COPIES,
-    BlockCopies,
-    DraftPlan,
-    Int32,
-    RowAdmission,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
+from engine.plan import NO_COPIES, BlockCopies, Int32, RowAdmission, StepPlan, StepResult, TokenLogprobs
 from engine.sampling_params import ALL_LOGPROBS
 
 if TYPE_CHECKING:
@@ -41,8 +34,6 @@ __all__ = [
     "FakeRunner", "FakeTokenizer", "PlanViolation", "expected_tokens", "fake_logprobs", "next_state", "next_token", "scripted",
 ]  # fmt: skip
 
-STATE_MODULUS = 65521
-UNWRITTEN = -1
 # Bytes that bring a JSON text to its end, first things first: inside of a string, and outside.
 ENDS_STRING = b'"}]:'
 ENDS_VALUE = b'}]":'
@@ -54,28 +45,6 @@ Choose = Callable[
 
 class PlanViolation(AssertionError):
     """A plan that would make a real device read garbage or overwrite what others need."""
-
-
-def next_state(state: int, token_id: int) -> int:
-    """What a slot holds: the past's state (0 before the first token) and this token."""
-    return (3 * state + token_id + 1) % STATE_MODULUS
-
-
-def next_token(state: int, position: int, vocab_size: int) -> int:
-    """The token that follows position `position`, whose slot holds `state`."""
-    return (state + 7 * position) % vocab_size
-
-
-def expected_tokens(prompt: Sequence[int], num_tokens: int, vocab_size: int) -> list[int]:
-    """The first `num_tokens` output tokens for `prompt`, worked out without engine, blocks or batches."""
-    state = 0
-    for token in prompt:
-        state = next_state(state, token)
-    output: list[int] = []
-    for position in range(len(prompt) - 1, len(prompt) - 1 + num_tokens):
-        output.append(next_token(state, position, vocab_size))
-        state = next_state(state, output[-1])
-    return output
 
 
 def fake_logprobs(token_id: int, num_top: int, vocab_size: int) -> TokenLogprobs:
@@ -121,6 +90,7 @@ class FakeRunner:
         vocab_size: output tokens are below it.
         max_inflight: steps that may be submitted before one is collected.
         delay_s: how long a step takes on this device, after the step before it.
+        draft_delay_s: how much longer, for each guess of a row that the draft model makes.
         choose: overrides the rule, for an end of sequence or a text of one's own.
         verify: check every plan and read the whole context; False costs less and only counts (`next_token` of state 0),
             for measuring the host side.
@@ -136,6 +106,7 @@ class FakeRunner:
         vocab_size: int = 256,
         max_inflight: int = 2,
         delay_s: float = 0.0,
+        draft_delay_s: float = 0.0,
         choose: Choose | None = None,
         verify: bool = True,
         fail_at: dict[int, Exception] | None = None,
@@ -144,6 +115,7 @@ class FakeRunner:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.delay_s = delay_s
+        self.draft_delay_s = draft_delay_s
         self.choose = choose
         self.fail_at = dict(fail_at or {})
         self.violations: list[str] = []
@@ -153,7 +125,7 @@ class FakeRunner:
         self._max_inflight = max_inflight
         self._verify = verify
         self._kv = np.full(num_blocks * block_size if verify else 0, UNWRITTEN, np.int64)
-        self._draft_kv = self._kv.copy()
+        self._draft = FakeDraft(len(self._kv), vocab_size, self._check, self._choose)
         self._host = np.full((num_host_blocks, block_size), UNWRITTEN, np.int64)
         self._rows: dict[int, _Row] = {}
         self._grammars: GrammarRows | None = None  # made for the first row that follows one
@@ -187,6 +159,8 @@ class FakeRunner:
             self._is_broken = True
             raise error
         self._device_free_at = max(self._device_free_at, time.monotonic()) + self.delay_s
+        if plan.drafting is not None:
+            self._device_free_at += self.draft_delay_s * int(plan.drafting.num_guesses.max())
         result = self._run(plan)
         self._inflight.append((self._device_free_at, result))
         self._copying.append(plan.copies)
@@ -212,9 +186,7 @@ class FakeRunner:
             plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True
         ):
             self._kv[self._rows[row_id].slots[start : start + count]] = STATE_MODULUS
-        if plan.drafting is not None:
-            for row_id, start in zip(plan.drafting.rows.tolist(), plan.drafting.start.tolist(), strict=True):
-                self._draft_kv[self._rows[row_id].slots[start:]] = STATE_MODULUS
+        self._draft.scribble(plan.drafting, self._rows)
 
     def collect(self) -> StepResult:
         """The oldest step's result, not before the device is done with it."""
@@ -240,7 +212,7 @@ class FakeRunner:
         assert not self._inflight, "asleep with steps in flight"
         self.sleep_level = level
         self._kv[:] = UNWRITTEN
-        self._draft_kv[:] = UNWRITTEN
+        self._draft.forget()
         self._host[:] = UNWRITTEN
 
     def wake_up(self) -> None:
@@ -249,7 +221,7 @@ class FakeRunner:
     def close(self) -> None:
         self.closed = True
         self.reset_rows()
-        self._kv = self._draft_kv = np.zeros(0, np.int64)
+        self._kv = np.zeros(0, np.int64)
 
     # ── the device ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -257,12 +229,12 @@ class FakeRunner:
         if not self._verify:
             tokens = ((plan.choices().positions - 1) * 7 % self.vocab_size).tolist()
             return self._obey_grammars(
-                plan, StepResult(plan.step_id, tokens, guesses=self._guess_unchecked(plan.drafting))
+                plan, StepResult(plan.step_id, tokens, guesses=self._draft.count(plan.drafting))
             )
         self.plans.append(plan)
         self._apply_row_events(plan)
         self._check_shape(plan)
-        result = StepResult(plan.step_id, [], guesses=self._guess(plan))
+        result = StepResult(plan.step_id, [], guesses=self._draft.guess(plan.drafting, self._rows))
         sampling = set(plan.logit_rows.tolist())
         guesses = iter(plan.draft_token_ids.tolist())
         num_draft = plan.num_draft.tolist()
@@ -365,63 +337,6 @@ class FakeRunner:
         for position in range(start, end):
             state = next_state(state, row.tokens[position])
             self._kv[row.slots[position]] = row.states[position] = state
-
-    def _guess(self, plan: StepPlan) -> dict[int, list[int]]:
-        """What the draft model guesses, by row; its own context is read and written as the target's is."""
-        guesses: dict[int, list[int]] = {}
-        drafting = plan.drafting
-        if drafting is None:
-            return guesses
-        counts = drafting.num_tokens.tolist()
-        several = [count > 1 for count in counts]
-        self._check(
-            several == sorted(several), f"the draft model's one-token rows do not come first: {counts}"
-        )
-        for row_id, start, count, num_guesses in zip(
-            drafting.rows.tolist(),
-            drafting.start.tolist(),
-            counts,
-            drafting.num_guesses.tolist(),
-            strict=True,
-        ):
-            row = self._rows[row_id]
-            found = self._draft(row, start, count, num_guesses)
-            if num_guesses:
-                guesses[row_id] = found
-        return guesses
-
-    def _draft(self, row: _Row, start: int, count: int, num_guesses: int) -> list[int]:
-        name, past = row.admission.request_id, 0
-        self._check(count > 0, f"{name}: the draft model computes nothing")
-        self._check(
-            start + count <= len(row.tokens), f"{name}: the draft model has no token at {len(row.tokens)}"
-        )
-        context = self._draft_kv[row.slots[:start]].tolist()
-        for token, held in zip(row.tokens[:start], context, strict=True):
-            past = next_state(past, token)
-            self._check(held == past, f"{name}: the draft model's context at {start} is not its own past")
-        tokens = row.tokens[start : start + count]
-        found: list[int] = []
-        for position in range(start, start + count + max(0, num_guesses - 1)):
-            past = next_state(past, tokens[position - start])
-            self._draft_kv[row.slots[position]] = past
-            if position >= start + count - 1:
-                right = self._choose(row, position + 1, past)
-                found.append(right if position % 3 else (right + 1) % self.vocab_size)
-                tokens.append(found[-1])
-        return found[:num_guesses]
-
-    def _guess_unchecked(self, drafting: DraftPlan | None) -> dict[int, list[int]]:
-        """The right guesses of a runner that only counts."""
-        if drafting is None:
-            return {}
-        ends = (drafting.start + drafting.num_tokens).tolist()
-        rows = zip(drafting.rows.tolist(), ends, drafting.num_guesses.tolist(), strict=True)
-        return {
-            row: [(end - 1 + i) * 7 % self.vocab_size for i in range(count)]
-            for row, end, count in rows
-            if count
-        }
 
     def _sample(self, row: _Row, end: int, drafts: list[int], result: StepResult) -> None:
         """Choose a token behind the last known one and behind each guess; what was guessed wrongly goes."""

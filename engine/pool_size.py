@@ -29,7 +29,7 @@ from engine.memory import (
     workspace_bytes,
 )
 from engine.models.config import ModelConfig
-from engine.models.draft import Draft
+from engine.models.draft import Draft, max_context
 from engine.plan import KVSpec
 
 CPU_KV_BYTES = 1 << 30  # default KV cache on a CPU: this much,
@@ -104,8 +104,7 @@ class PoolSizer:
         self._memory = memory
         self._measured = measured
         self._draft = draft
-        contexts = [model.max_context] if draft is None else [model.max_context, draft.model.max_context]
-        self._max_context = min(contexts)
+        self._max_context = max_context(model, draft)
 
     def resolve(self, config: EngineConfig, *, may_clip: bool = False) -> EngineConfig:
         """`config` with `num_blocks`, `kv_memory_bytes` and `max_model_len` set. Its dtype and token budget are resolved.

@@ -34,6 +34,11 @@ class Draft:
         )  # fmt: skip
 
 
+def max_context(model: ModelConfig, draft: Draft | None) -> int:
+    """Tokens of a sequence that the model and its draft model can both follow."""
+    return model.max_context if draft is None else min(model.max_context, draft.model.max_context)
+
+
 def find_draft(config: EngineConfig, target: ModelConfig, device: torch.device) -> Draft | None:
     """The draft model that the config names; None where it names none.
 
