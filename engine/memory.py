@@ -277,7 +277,8 @@ def make_ledger(
 ) -> MemoryLedger:
     """The ledger of a resolved config. `demand`: what was counted or measured; None: the estimate.
 
-    `draft`: its draft model, whose weights are among the weights and whose keys and values are among the KV cache. `other_bytes`: what was taken of the device before this engine was built.
+    `other_bytes`: what was taken of the device before this engine was built. `draft`: its draft model, counted with the
+    weights and the KV cache.
     """
     assert config.num_blocks is not None
     demand = demand or estimate_demand(config, model, dtype, device, draft)

@@ -144,7 +144,7 @@ class Scheduler:
         self._next_step_id += 1
         self._preempted = []
         if self._speculator is not None:
-            step.drafting = self._speculator.drafting(step, self.max_batched_tokens)
+            step.drafting = self._speculator.drafting(step)
         step.copies = self.blocks.take_copies()
         self.inflight.append(step)
         finished_rows, self._finished_rows = self._finished_rows, []
@@ -158,7 +158,9 @@ class Scheduler:
         """
         speculator, pool = self._speculator, self.blocks.pool
         decoding = [seq for seq in self.running if seq.is_decoding]
-        if speculator is None or self.inflight or not speculator.wants(len(decoding)):
+        if speculator is None or self.inflight:
+            return 0
+        if not speculator.begin(len(decoding), self.max_batched_tokens):
             return 0
         # Of what the decoding ones leave, half is for those that wait.
         spare = (self.max_batched_tokens - len(decoding)) // 2

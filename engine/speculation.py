@@ -44,6 +44,7 @@ class Speculator:
     def __init__(self, config: SpeculativeConfig, block_size: int) -> None:
         self._config = config
         self._progress = DraftProgress(block_size) if config.method == "draft_model" else None
+        self._left = 0  # known tokens that the draft model may still compute in the step that is planned
         self._indices: dict[Sequence, NgramIndex] = {}
         self._gains: dict[int, GainMeter] = {}  # by the number of rows, rounded up to a power of two
         self.num_draft_tokens = 0
@@ -54,15 +55,21 @@ class Speculator:
         """Guesses for one sequence in one step at most."""
         return self._config.num_speculative_tokens
 
-    def wants(self, num_rows: int) -> bool:
-        """Whether a step in which so many sequences decode should compute guesses."""
-        return self._meter(num_rows).wants()
+    def begin(self, num_rows: int, max_tokens: int) -> bool:
+        """Whether a step in which so many sequences decode should compute guesses; for them, a draft model computes at most
+        `max_tokens` known tokens."""
+        wants = self._meter(num_rows).wants()
+        self._left = max_tokens if wants else 0
+        return wants
 
     def guess(self, seq: Sequence, limit: int) -> list[int]:
         """At most `limit` tokens that may follow those of `seq`; places for them where a draft model makes the guesses."""
         if self._progress is not None:
-            is_behind = not can_be_guessed(seq.request.params) or self._lag(seq) > MOST_BEHIND
-            return [] if is_behind else [UNKNOWN] * min(limit, self.num_tokens)
+            lag = self._lag(seq)
+            if not can_be_guessed(seq.request.params) or lag > min(MOST_BEHIND, self._left):
+                return []
+            self._left -= lag
+            return [UNKNOWN] * min(limit, self.num_tokens)
         index = self._indices.get(seq)
         if index is None:
             if not can_be_guessed(seq.request.params):
@@ -72,22 +79,20 @@ class Speculator:
             )
         return index.guess(seq.token_ids, min(limit, self.num_tokens))
 
-    def drafting(self, step: PlannedStep, max_tokens: int) -> Drafting | None:
-        """What a draft model computes before `step`: of the sequences that it guesses, and of those that are too far behind, as
-        far as the step's token budget goes."""
+    def drafting(self, step: PlannedStep) -> Drafting | None:
+        """What a draft model computes before `step`: of the sequences that it guesses, and of those that are too far behind."""
         progress = self._progress
         if progress is None:
             return None
         guessed = [chunk for chunk in step.chunks if chunk.drafts]
         rows = [progress.row(chunk.seq, self._lag(chunk.seq), len(chunk.drafts)) for chunk in guessed]
-        left = max_tokens - sum(row.num_tokens for row in rows)
-        if self.wants(len(step.decoding) + len(guessed)):
-            for seq in step.decoding.sequences:
-                if left <= 0:
+        for seq in step.decoding.sequences if self._left else ():
+            if can_be_guessed(seq.request.params) and (lag := self._lag(seq)) > MOST_BEHIND:
+                rows.append(progress.row(seq, min(lag, self._left), 0))
+                self._left -= rows[-1].num_tokens
+                if not self._left:
                     break
-                if can_be_guessed(seq.request.params) and (lag := self._lag(seq)) > MOST_BEHIND:
-                    rows.append(progress.row(seq, min(lag, left), 0))
-                    left -= rows[-1].num_tokens
+        self._left = 0
         return Drafting(rows) if rows else None
 
     def take_in(self, step: PlannedStep) -> None:

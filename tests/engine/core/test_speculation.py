@@ -189,6 +189,17 @@ def test_a_draft_model_catches_up_within_the_token_budget_and_then_guesses(make_
     assert rig.engine.stats().speculation_method == "draft_model"
 
 
+def test_a_draft_model_computes_no_more_known_tokens_than_the_budget(make_rig) -> None:
+    rig = make_rig(speculative_config=BY_DRAFT_MODEL, max_batched_tokens=40, block_size=4)
+    prompts = {name: [place] * 12 for place, name in enumerate("abcdef")}
+    for name, prompt in prompts.items():
+        rig.add(name, prompt, max_tokens=16, ignore_eos=True)
+    rig.run()
+    assert all(rig.tokens(name) == expected_tokens(prompt, 16, 256) for name, prompt in prompts.items())
+    totals = [int(plan.drafting.num_tokens.sum()) for plan in rig.runner.plans if plan.drafting is not None]
+    assert 36 < max(totals) <= 40, "all six at once would be 78 and more"
+
+
 def test_what_a_draft_model_computed_is_found_in_the_prefix_cache(make_rig) -> None:
     rig = make_rig(speculative_config=BY_DRAFT_MODEL, block_size=4)
     prompt = list(range(40))
