@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, ModelLoadError
 from engine.model_folder import find_model, has_tokenizer
 from engine.models.config import ModelConfig
 from engine.models.transformers_config import TransformersConfig, read_model_config
@@ -54,8 +54,12 @@ def find_draft(config: EngineConfig, target: ModelConfig, device: torch.device) 
             f"draft models do not run on {device} yet",
             value=speculative.model, limit="cpu", param=PARAM, remedy='Use method="ngram", or device="cpu".',
         )  # fmt: skip
-    folder = find_model(speculative.model)
-    model = read_model_config(folder)
+    try:
+        folder = find_model(speculative.model)
+        model = read_model_config(folder)
+    except ModelLoadError as error:
+        error.param = PARAM  # not the engine's own model
+        raise
     if isinstance(model, TransformersConfig):
         raise ConfigError(
             f"the draft model's architecture {model.architecture} runs through transformers, whose code computes no guesses",

@@ -212,8 +212,9 @@ def test_a_draft_model_that_does_not_fit_is_refused_before_anything_is_loaded(
         resolve_config(config_of(target.folder, shorter, max_model_len=65))
     assert (caught.value.param, caught.value.value, caught.value.limit) == ("max_model_len", 65, 64)
     assert resolve_config(config_of(target.folder, shorter)).max_model_len == 64
-    with pytest.raises(ModelNotFoundError):
+    with pytest.raises(ModelNotFoundError) as missing:
         resolve_config(config_of(target.folder, tmp_path / "nothing"))
+    assert missing.value.param == "speculative_config.model"
     config = config_of(target.folder, target.folder)
     with pytest.raises(ConfigError, match="do not run on cuda:0 yet") as caught:
         find_draft(config, ModelConfig.from_folder(target.folder), torch.device("cuda:0"))
