@@ -34,14 +34,15 @@ from engine.memory import (
     DeviceMemory,
     decoder_bytes,
     device_memory,
+    estimate_demand,
     kv_spec_of,
     make_ledger,
     torch_dtype,
-    workspace_bytes,
 )
 from engine.model_folder import find_model, generation_eos_ids, has_tokenizer
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, StepDecoder
+from engine.models.draft import Draft, check_tokenizers, find_draft
 from engine.models.fused_cpu import FusedCpuDecoder
 from engine.models.lora import LoraSlots
 from engine.models.quantized import (
@@ -67,6 +68,7 @@ from engine.parallel.settings import (
 )
 from engine.plan import KVSpec
 from engine.pool_size import Measured, PoolSizer, check_swap_space
+from engine.runner.loaded_draft import LoadedDraft
 from engine.runner.model_runner import ModelRunner
 from engine.runner.profile_run import measure_steps
 from engine.tokenizer import Tokenizer
@@ -114,10 +116,11 @@ def resolve_config(
     threads = config.num_threads or max(1, available_cores() // (size if device.type == "cpu" else 1))
     config = replace(config, attention_backend=backend, max_batched_tokens=batched, num_threads=threads)
     memory = share_of_memory(memory or device_memory(device), device, size)
+    draft = find_draft(config, model, device)
     cpu = torch.device("cpu")
     host = memory if device.type == "cpu" else share_of_memory(device_memory(cpu), cpu, size)
     check_swap_space(config, kv_spec_of(config, model), host)
-    return PoolSizer(model, device, memory).resolve(config)
+    return PoolSizer(model, device, memory, draft=draft).resolve(config)
 
 
 def build_engine(
@@ -142,13 +145,22 @@ def build_engine(
     asked, config = config, resolve_config(config, model, None if allocator is None else allocator.memory())
     shard = shard_of(model, 0, config.tensor_parallel_size)
     check_files(folder, shard.size)
+    draft = find_draft(config, model, torch.device(config.device))
+    if draft is not None:
+        check_tokenizers(draft, folder)
     if allocator is None and torch.device(config.device).type == "cuda":
         allocator = CudaAllocator(torch.device(config.device))
     before = device_memory(torch.device(config.device)) if allocator is None else allocator.memory()
     with ExitStack() as undo:
         processes = undo.enter_context(RankProcesses(asked, config)) if shard.size > 1 else None
         loaded = load_part(
-            asked, config, shard, folder, load, lambda message, share: tell(message, 0.05 + 0.85 * share)
+            asked,
+            config,
+            shard,
+            folder,
+            load,
+            lambda message, share: tell(message, 0.05 + 0.85 * share),
+            draft=draft,
         )
         engine = _assemble(loaded, allocator, before, tell, processes)
         undo.pop_all()  # the engine ends them
@@ -231,6 +243,18 @@ class Loaded:
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
     ranks: Ranks | None  # whose parts make one model; None: this is the whole
+    draft: LoadedDraft | None
+
+    @property
+    def found_draft(self) -> Draft | None:
+        return None if self.draft is None else self.draft.draft
+
+
+def _load_draft(config: EngineConfig, draft: Draft, load: Loader) -> LoadedDraft:
+    load_decoder = partial(
+        _load_decoder, draft.settings(config), draft.model, draft.folder, load, None, _tell_nobody
+    )
+    return LoadedDraft(draft, load_decoder(), load_decoder, make_attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +275,7 @@ def load_part(
     load: Loader,
     tell: Progress,
     *,
+    draft: Draft | None = None,
     has_front: bool = True,
 ) -> Loaded:
     """Load what a rank, or the only process, has of a model. `has_front`: with its tokenizer."""
@@ -267,11 +292,14 @@ def load_part(
     with ThreadPoolExecutor(1, "tokenizer") as beside:  # most of it is imports, while weights are copied
         loading = beside.submit(_load_tokenizer, folder, config) if has_front else None
         decoder = load_decoder(tell)
+        loaded_draft = None if draft is None else _load_draft(config, draft, load)
         tokenizer = None if loading is None else loading.result()
     eos_token_ids = shard.model.eos_token_ids | generation_eos_ids(folder)
     if tokenizer is not None:
         eos_token_ids |= tokenizer.eos_token_ids
-    return Loaded(asked, config, shard.share, decoder, load_decoder, tokenizer, eos_token_ids, ranks)
+    return Loaded(
+        asked, config, shard.share, decoder, load_decoder, tokenizer, eos_token_ids, ranks, loaded_draft
+    )
 
 
 def make_ready_runner(loaded: Loaded, allocator: Allocator | None, tell: Progress) -> Made:
@@ -279,7 +307,7 @@ def make_ready_runner(loaded: Loaded, allocator: Allocator | None, tell: Progres
     config, model = loaded.config, loaded.model
     device, dtype = torch.device(config.device), torch_dtype(config)
     kv_spec = kv_spec_of(config, model)
-    decoder, load_another, ranks = loaded.decoder, loaded.load_decoder, loaded.ranks
+    decoder, load_another, ranks, draft = loaded.decoder, loaded.load_decoder, loaded.ranks, loaded.draft
     eos_token_ids = loaded.eos_token_ids
     lora_slots = _make_lora_slots(decoder, config)
 
@@ -292,9 +320,11 @@ def make_ready_runner(loaded: Loaded, allocator: Allocator | None, tell: Progres
         return ModelRunner(
             decoder, make_attention(config), config=config, kv_spec=kv_spec, eos_token_ids=eos_token_ids, device=device,
             dtype=dtype, lora_slots=lora_slots, load_decoder=load_decoder, ranks=ranks,
+            draft=None if draft is None else draft.beside(config),
         )  # fmt: skip
 
-    demand = Demand(decoder_bytes(decoder), workspace_bytes(config, model, dtype, device))
+    held = decoder_bytes(decoder) + (0 if draft is None else decoder_bytes(draft.decoder))
+    demand = replace(estimate_demand(config, model, dtype, device, loaded.found_draft), weights_bytes=held)
     if allocator is not None:
         tell("measuring the largest step", 0.91)
         step = measure_steps(make_runner, config, kv_spec, allocator, model.vocab_size)
@@ -327,7 +357,7 @@ def _assemble(
     ledger = make_ledger(
         config, model, kv_spec, dtype, device, demand=demand,
         graphs_bytes=0 if allocator is None else allocator.graph_bytes() - graphs_before,
-        other_bytes=before.total_bytes - before.free_bytes,
+        other_bytes=before.total_bytes - before.free_bytes, draft=loaded.found_draft,
     )  # fmt: skip
     ledger = of_all_ranks(ledger, config.tensor_parallel_size)
 
@@ -359,7 +389,10 @@ def _size_again(loaded: Loaded, demand: Demand, now: DeviceMemory) -> EngineConf
     """
     asked, config = loaded.asked, loaded.config
     without_weights = DeviceMemory(now.total_bytes, now.free_bytes + demand.weights_bytes)
-    sizer = PoolSizer(loaded.model, torch.device(config.device), without_weights, Measured(config, demand))
+    sizer = PoolSizer(
+        loaded.model, torch.device(config.device), without_weights, Measured(config, demand),
+        loaded.found_draft,
+    )  # fmt: skip
     reopened = replace(config, num_blocks=asked.num_blocks, kv_memory_bytes=asked.kv_memory_bytes)
     sized = sizer.resolve(reopened, may_clip=asked.max_model_len is None)
     return sized if loaded.ranks is None else what_all_have(sized, loaded.model, loaded.ranks)

@@ -19,7 +19,7 @@ KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")
 TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral", "pythonic", "quire", "qwen3_coder")
 REASONING_PARSERS = ("deepseek_r1", "mistral", "none", "qwen3")
 LORA_RANKS = (8, 16, 32, 64, 128, 256)
-SPECULATION_METHODS = ("ngram",)
+SPECULATION_METHODS = ("ngram", "draft_model")
 MAX_SPECULATIVE_TOKENS = 32
 
 
@@ -31,7 +31,11 @@ class SpeculativeConfig:
         ConfigError: naming the setting, its value and what is accepted.
     """
 
-    method: str = "ngram"  # what followed the same tokens before, in the prompt or the output
+    # "ngram": what followed the same tokens before, in the prompt or the output; "draft_model": what a smaller model draws.
+    method: str = "ngram"
+    model: str | None = (
+        None  # of "draft_model": a folder or a hub id, with the tokenizer of the engine's model
+    )
     num_speculative_tokens: int = 4  # guesses for a sequence in a step, at most
     prompt_lookup_min: int = 2  # tokens that have to occur again
     prompt_lookup_max: int = 4  # the longest run of them that is looked for
@@ -41,6 +45,14 @@ class SpeculativeConfig:
 
     def __post_init__(self) -> None:
         _one_of("speculative_config.method", self.method, SPECULATION_METHODS)
+        if (self.method == "draft_model") != bool(self.model):
+            raise ConfigError(
+                f"speculative_config.model is {self.model!r} beside method {self.method!r}",
+                value=self.model,
+                limit="a model with method draft_model, none with the others",
+                param="speculative_config.model",
+                remedy='Name the draft model, or use method="ngram" without one.',
+            )
         for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max"):
             _at_least(f"speculative_config.{name}", getattr(self, name), 1)
         if self.num_speculative_tokens > MAX_SPECULATIVE_TOKENS:

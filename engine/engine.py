@@ -116,7 +116,7 @@ class Engine:
             enable_prefix_cache=config.enable_prefix_cache,
         )
         speculative = config.speculative_config
-        self._speculator = Speculator(speculative) if speculative is not None else None
+        self._speculator = Speculator(speculative, config.block_size) if speculative is not None else None
         # What follows wrong guesses is known only when a step was taken in.
         self._max_inflight = runner.max_inflight if speculative is None else 1
         self._scheduler = Scheduler(
@@ -305,11 +305,8 @@ class Engine:
         commit = self._scheduler.commit(result)
         now_ns = time.monotonic_ns()
         timing.schedule_ns += now_ns - collected_ns
-        if self._speculator is not None and step.num_decode_tokens == step.num_tokens:
-            self._speculator.observe(
-                step.num_tokens - step.num_draft_tokens, len(commit.token_ids), (collected_ns - timing.started_ns) / 1e9,
-                guessed=bool(step.num_draft_tokens),
-            )  # fmt: skip
+        if self._speculator is not None:
+            self._speculator.observe(step, len(commit.token_ids), (collected_ns - timing.started_ns) / 1e9)
         stopped = self._outbox.put_commit(commit, now_ns)
         for seq in stopped:
             self._scheduler.finish(seq, FinishReason.STOP)
@@ -410,6 +407,8 @@ class Engine:
         if not self._sleep_level:
             self._on_device(lambda: self._runner.sleep(level))
             self._scheduler.blocks.forget()
+            if self._speculator is not None:
+                self._speculator.forget_blocks()
             self._sleep_level = level
 
     def wake_up(self) -> None:
@@ -450,6 +449,7 @@ class Engine:
             num_cached_host_blocks=0 if pool.tier is None else pool.tier.num_cached,
             blocks_out=recorder.num_blocks_out,
             blocks_back=recorder.num_blocks_back,
+            speculation_method="" if config.speculative_config is None else config.speculative_config.method,
             draft_tokens=0 if self._speculator is None else self._speculator.num_draft_tokens,
             accepted_tokens=0 if self._speculator is None else self._speculator.num_accepted_tokens,
             speculation_gains={} if self._speculator is None else self._speculator.gains(),

@@ -4,7 +4,7 @@ FakeRunner computes tokens that anybody can work out by hand (`next_token`), ans
 each plan as strictly as a device would punish it: tables must cover positions, slots must be written before they are read,
 nobody writes to a block that others use. Its KV cache and its host tier hold one number per slot that depends on the whole
 past, so that a wrongly shared, copied or reused block changes the tokens that follow. FakeTokenizer, whose tokens are bytes,
-goes with it.
+goes with it, and FakeDraft, which guesses.
 
 Boundary: no torch, no randomness. Sampling parameters other than log-probabilities and grammars are ignored.
 """
@@ -14,13 +14,15 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.fake_draft import FakeDraft
+from engine.fake_rule import STATE_MODULUS, UNWRITTEN, expected_tokens, next_state, next_token
 from engine.fake_tokenizer import FakeTokenizer
 from engine.plan import NO_COPIES, BlockCopies, Int32, RowAdmission, StepPlan, StepResult, TokenLogprobs
 from engine.sampling_params import ALL_LOGPROBS
@@ -32,8 +34,6 @@ __all__ = [
     "FakeRunner", "FakeTokenizer", "PlanViolation", "expected_tokens", "fake_logprobs", "next_state", "next_token", "scripted",
 ]  # fmt: skip
 
-STATE_MODULUS = 65521
-UNWRITTEN = -1
 # Bytes that bring a JSON text to its end, first things first: inside of a string, and outside.
 ENDS_STRING = b'"}]:'
 ENDS_VALUE = b'}]":'
@@ -45,28 +45,6 @@ Choose = Callable[
 
 class PlanViolation(AssertionError):
     """A plan that would make a real device read garbage or overwrite what others need."""
-
-
-def next_state(state: int, token_id: int) -> int:
-    """What a slot holds: the past's state (0 before the first token) and this token."""
-    return (3 * state + token_id + 1) % STATE_MODULUS
-
-
-def next_token(state: int, position: int, vocab_size: int) -> int:
-    """The token that follows position `position`, whose slot holds `state`."""
-    return (state + 7 * position) % vocab_size
-
-
-def expected_tokens(prompt: Sequence[int], num_tokens: int, vocab_size: int) -> list[int]:
-    """The first `num_tokens` output tokens for `prompt`, worked out without engine, blocks or batches."""
-    state = 0
-    for token in prompt:
-        state = next_state(state, token)
-    output: list[int] = []
-    for position in range(len(prompt) - 1, len(prompt) - 1 + num_tokens):
-        output.append(next_token(state, position, vocab_size))
-        state = next_state(state, output[-1])
-    return output
 
 
 def fake_logprobs(token_id: int, num_top: int, vocab_size: int) -> TokenLogprobs:
@@ -112,6 +90,7 @@ class FakeRunner:
         vocab_size: output tokens are below it.
         max_inflight: steps that may be submitted before one is collected.
         delay_s: how long a step takes on this device, after the step before it.
+        draft_delay_s: how much longer, for each guess of a row that the draft model makes.
         choose: overrides the rule, for an end of sequence or a text of one's own.
         verify: check every plan and read the whole context; False costs less and only counts (`next_token` of state 0),
             for measuring the host side.
@@ -127,6 +106,7 @@ class FakeRunner:
         vocab_size: int = 256,
         max_inflight: int = 2,
         delay_s: float = 0.0,
+        draft_delay_s: float = 0.0,
         choose: Choose | None = None,
         verify: bool = True,
         fail_at: dict[int, Exception] | None = None,
@@ -135,6 +115,7 @@ class FakeRunner:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.delay_s = delay_s
+        self.draft_delay_s = draft_delay_s
         self.choose = choose
         self.fail_at = dict(fail_at or {})
         self.violations: list[str] = []
@@ -144,6 +125,7 @@ class FakeRunner:
         self._max_inflight = max_inflight
         self._verify = verify
         self._kv = np.full(num_blocks * block_size if verify else 0, UNWRITTEN, np.int64)
+        self._draft = FakeDraft(len(self._kv), vocab_size, self._check, self._choose)
         self._host = np.full((num_host_blocks, block_size), UNWRITTEN, np.int64)
         self._rows: dict[int, _Row] = {}
         self._grammars: GrammarRows | None = None  # made for the first row that follows one
@@ -177,6 +159,8 @@ class FakeRunner:
             self._is_broken = True
             raise error
         self._device_free_at = max(self._device_free_at, time.monotonic()) + self.delay_s
+        if plan.drafting is not None:
+            self._device_free_at += self.draft_delay_s * int(plan.drafting.num_guesses.max())
         result = self._run(plan)
         self._inflight.append((self._device_free_at, result))
         self._copying.append(plan.copies)
@@ -202,6 +186,7 @@ class FakeRunner:
             plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True
         ):
             self._kv[self._rows[row_id].slots[start : start + count]] = STATE_MODULUS
+        self._draft.scribble(plan.drafting, self._rows)
 
     def collect(self) -> StepResult:
         """The oldest step's result, not before the device is done with it."""
@@ -227,6 +212,7 @@ class FakeRunner:
         assert not self._inflight, "asleep with steps in flight"
         self.sleep_level = level
         self._kv[:] = UNWRITTEN
+        self._draft.forget()
         self._host[:] = UNWRITTEN
 
     def wake_up(self) -> None:
@@ -242,11 +228,13 @@ class FakeRunner:
     def _compute(self, plan: StepPlan) -> StepResult:
         if not self._verify:
             tokens = ((plan.choices().positions - 1) * 7 % self.vocab_size).tolist()
-            return self._obey_grammars(plan, StepResult(plan.step_id, tokens))
+            return self._obey_grammars(
+                plan, StepResult(plan.step_id, tokens, guesses=self._draft.count(plan.drafting))
+            )
         self.plans.append(plan)
         self._apply_row_events(plan)
         self._check_shape(plan)
-        result = StepResult(plan.step_id, [])
+        result = StepResult(plan.step_id, [], guesses=self._draft.guess(plan.drafting, self._rows))
         sampling = set(plan.logit_rows.tolist())
         guesses = iter(plan.draft_token_ids.tolist())
         num_draft = plan.num_draft.tolist()
@@ -254,7 +242,9 @@ class FakeRunner:
             zip(plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True)
         ):
             row = self._rows[row_id]
-            row.tokens += (drafts := [next(guesses) for _ in range(num_draft[i])])
+            drafts = result.guesses.get(row_id) or [next(guesses) for _ in range(num_draft[i])]
+            self._check(len(drafts) == num_draft[i], f"row {row_id}: {len(drafts)} guesses of {num_draft[i]}")
+            row.tokens += drafts
             self._write(row, start, start + count)
             if row.admission.params.prompt_logprobs is not None:
                 result.prompt_logprobs[i] = self._score(row, start, count)
@@ -352,7 +342,10 @@ class FakeRunner:
         """Choose a token behind the last known one and behind each guess; what was guessed wrongly goes."""
         name, params = row.admission.request_id, row.admission.params
         self._check(end == len(row.tokens), f"{name}: samples at {end} of {len(row.tokens)} tokens")
-        chosen = [self._choose(row, at) for at in range(end - len(drafts), end + 1)]
+        chosen = [
+            self._choose(row, at, int(self._kv[row.slots[at - 1]]))
+            for at in range(end - len(drafts), end + 1)
+        ]
         for token in chosen:
             if params.logprobs is not None:
                 result.logprobs[len(result.token_ids)] = fake_logprobs(
@@ -363,13 +356,13 @@ class FakeRunner:
         del row.tokens[end - len(drafts) + num_right :]
         row.tokens.append(chosen[num_right])
 
-    def _choose(self, row: _Row, end: int) -> int:
-        """The token at position `end`."""
+    def _choose(self, row: _Row, end: int, state: int) -> int:
+        """The token at position `end`, behind a past of this state."""
         token = None
         if self.choose is not None:
             token = self.choose(row.admission.request_id, end - row.admission.num_prompt_tokens)
         if token is None:
-            token = next_token(int(self._kv[row.slots[end - 1]]), end - 1, self.vocab_size)
+            token = next_token(state, end - 1, self.vocab_size)
         return token
 
     def _obey_grammars(self, plan: StepPlan, result: StepResult) -> StepResult:

@@ -23,6 +23,7 @@ from engine.kernels.kv_quantization import QUANTIZED_DTYPES, cache_dtype
 from engine.kernels.quantized_weight import GROUP
 from engine.models.config import ModelConfig
 from engine.models.decoder import StepDecoder
+from engine.models.draft import Draft
 from engine.models.fused_cpu import FusedCpuDecoder
 from engine.models.lora import slots_bytes
 from engine.plan import KVSpec
@@ -62,6 +63,14 @@ class Demand:
     @property
     def num_bytes(self) -> int:
         return self.weights_bytes + self.workspace_bytes + self.graphs_bytes
+
+    def beside(self, draft: Demand) -> Demand:
+        """With a draft model, whose steps come before the target's and use the same workspace."""
+        return replace(
+            self,
+            weights_bytes=self.weights_bytes + draft.weights_bytes,
+            workspace_bytes=max(self.workspace_bytes, draft.workspace_bytes),
+        )
 
 
 class Allocator(Protocol):
@@ -155,6 +164,12 @@ def make_kv_spec(model: ModelConfig, block_size: int, dtype: torch.dtype) -> KVS
     )
 
 
+def kv_specs(config: EngineConfig, model: ModelConfig, draft: Draft | None) -> tuple[KVSpec, ...]:
+    """The KV caches that share the blocks of a resolved config: the model's, then its draft model's."""
+    own = kv_spec_of(config, model)
+    return (own,) if draft is None else (own, kv_spec_of(draft.settings(config), draft.model))
+
+
 def workspace_bytes(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> int:
@@ -219,9 +234,13 @@ def held_demand(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, de
 
 
 def estimate_demand(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    draft: Draft | None = None,
 ) -> Demand:
-    """What an engine of this config will take beside its KV cache, before anything is loaded.
+    """What an engine of this config will take beside its KV cache, before anything is loaded; with its draft model.
 
     Weights that are quantized while they are loaded count as floats, which they all are for a moment.
     """
@@ -230,7 +249,10 @@ def estimate_demand(
     weights = held_weight_bytes(model, dtype, device) + rotary
     if config.enable_lora:
         weights += slots_bytes(model, dtype, max_loras=config.max_loras, max_rank=config.max_lora_rank)
-    return Demand(weights, workspace_bytes(config, model, dtype, device))
+    demand = Demand(weights, workspace_bytes(config, model, dtype, device))
+    if draft is None:
+        return demand
+    return demand.beside(estimate_demand(draft.settings(config), draft.model, dtype, device))
 
 
 def decoder_bytes(decoder: StepDecoder) -> int:
@@ -251,16 +273,19 @@ def make_ledger(
     demand: Demand | None = None,
     graphs_bytes: int = 0,
     other_bytes: int = 0,
+    draft: Draft | None = None,
 ) -> MemoryLedger:
     """The ledger of a resolved config. `demand`: what was counted or measured; None: the estimate.
 
-    `other_bytes`: what was taken of the device before this engine was built.
+    `other_bytes`: what was taken of the device before this engine was built. `draft`: its draft model, counted with the
+    weights and the KV cache.
     """
     assert config.num_blocks is not None
-    demand = demand or estimate_demand(config, model, dtype, device)
+    demand = demand or estimate_demand(config, model, dtype, device, draft)
+    specs = (kv_spec, *kv_specs(config, model, draft)[1:])
     return MemoryLedger(
         weights_bytes=demand.weights_bytes,
-        kv_bytes=kv_spec.pool_bytes(config.num_blocks),
+        kv_bytes=sum(spec.pool_bytes(config.num_blocks) for spec in specs),
         workspace_bytes=demand.workspace_bytes,
         total_bytes=device_memory(device).total_bytes,
         device=str(device),

@@ -109,6 +109,21 @@ _NO_TOKENS.flags.writeable = False
 
 
 @dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """What the draft model computes before the step that it belongs to. D rows, those of one token first.
+
+    Row ``rows[i]`` computes tokens at positions ``start[i] … start[i] + num_tokens[i] - 1``, all of them known, in the blocks
+    of its table: the draft model has KV of its own there. Then it guesses `num_guesses[i]` tokens, the last of which it does
+    not compute; a row without guesses only catches up.
+    """
+
+    rows: Int32  # [D]
+    start: Int32  # [D]
+    num_tokens: Int32  # [D]
+    num_guesses: Int32  # [D]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """What one step computes. S scheduled rows.
 
@@ -118,9 +133,9 @@ class StepPlan:
     `new_block_ids`, compute.
     Rows that compute one token (decode) come first, rows that compute several (prefill, or guesses) after them.
 
-    The last ``num_draft[i]`` tokens of a row are guesses, which come with the plan. Such a row chooses a token behind its last
-    known one and behind each guess, all written by the runner; those behind the first wrong guess are of no use, and a later
-    step computes their positions again.
+    The last ``num_draft[i]`` tokens of a row are guesses, which come with the plan or, with `drafting`, from the draft model.
+    Such a row chooses a token behind its last known one and behind each guess, all written by the runner; those behind the
+    first wrong guess are of no use, and a later step computes their positions again.
     """
 
     step_id: int
@@ -136,8 +151,9 @@ class StepPlan:
     admitted: tuple[RowAdmission, ...] = ()
     finished: tuple[int, ...] = ()  # rows given back before this step; their buffers may be reused
     copies: BlockCopies = NO_COPIES
-    # All rows' guesses, one row after the other.
+    # All rows' guesses, one row after the other; none where the draft model makes them.
     draft_token_ids: Int32 = field(default_factory=lambda: _NO_TOKENS)
+    drafting: DraftPlan | None = None
 
     @property
     def num_rows(self) -> int:
@@ -151,7 +167,7 @@ class StepPlan:
         """Of each token that is chosen, its row and position, in the order of ``StepResult.token_ids``."""
         picked = self.logit_rows
         end = (self.start[picked] + self.num_tokens[picked]).astype(np.int64)
-        if not len(self.draft_token_ids):
+        if not len(self.draft_token_ids) and self.drafting is None:
             return Choices(picked.astype(np.intp), end)
         count = self.num_draft[picked] + 1
         last = np.cumsum(count)
@@ -187,6 +203,7 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     dead_ends: dict[int, str] = field(default_factory=dict)
+    guesses: dict[int, list[int]] = field(default_factory=dict)  # by row: what the draft model guessed
     prepare_ms: float = 0.0
     forward_ms: float = 0.0
     sample_ms: float = 0.0

@@ -43,6 +43,7 @@ class PlanBuilder:
             if step.num_draft_tokens:
                 num_draft = num_draft.copy()
                 num_draft[num_decoding:] = [len(chunk.drafts) for chunk in chunks]
+            if step.num_draft_tokens and step.drafting is None:
                 drafts = np.array([token for chunk in chunks for token in chunk.drafts], np.int32)
         offsets, block_ids = self._block_arrays(step, num_rows)
         return StepPlan(
@@ -58,6 +59,7 @@ class PlanBuilder:
             finished=tuple(finished_rows),
             copies=step.copies,
             draft_token_ids=drafts,
+            drafting=None if step.drafting is None else step.drafting.plan(),
         )
 
     def _block_arrays(self, step: PlannedStep, num_rows: int) -> tuple[Int32, Int32]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from engine.decode_rows import NO_ROWS, DecodeRows
+from engine.draft_progress import Drafting
 from engine.plan import NO_COPIES, BlockCopies, Int32, TokenLogprobs
 from engine.request import FinishReason, Sequence
 
@@ -22,7 +23,10 @@ class Chunk:
     num_tokens: int
     samples: bool
     fresh: list[int]  # blocks appended to its table; empty with its admission, which names them all
-    drafts: list[int] = field(default_factory=list)  # guesses: its last tokens
+    drafts: list[int] = field(
+        default_factory=list
+    )  # guesses: its last tokens; of a draft model, places for them
+    num_right: int = 0  # of the drafts, once they were taken in
 
     @property
     def num_choices(self) -> int:
@@ -44,6 +48,7 @@ class PlannedStep:
     # (row index, blocks appended to its table), ascending.
     growth: list[tuple[int, list[int]]] = field(default_factory=list)
     copies: BlockCopies = NO_COPIES
+    drafting: Drafting | None = None  # what a draft model computes first
     num_decode_tokens: int = 0  # tokens behind the prompt, one a row
     preempted: list[Sequence] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)

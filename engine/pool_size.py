@@ -24,11 +24,12 @@ from engine.memory import (
     DeviceMemory,
     estimate_demand,
     in_units,
-    kv_spec_of,
+    kv_specs,
     torch_dtype,
     workspace_bytes,
 )
 from engine.models.config import ModelConfig
+from engine.models.draft import Draft, max_context
 from engine.plan import KVSpec
 
 CPU_KV_BYTES = 1 << 30  # default KV cache on a CPU: this much,
@@ -87,7 +88,7 @@ class _Fit:
 class PoolSizer:
     """Weighs configs of one model on one device. `memory`: the device before the weights are loaded.
 
-    `measured`: what was found out by loading; None: everything is estimated.
+    `measured`: what was found out by loading; None: everything is estimated. `draft`: the model that guesses beside it.
     """
 
     def __init__(
@@ -96,11 +97,14 @@ class PoolSizer:
         device: torch.device,
         memory: DeviceMemory,
         measured: Measured | None = None,
+        draft: Draft | None = None,
     ) -> None:
         self._model = model
         self._device = device
         self._memory = memory
         self._measured = measured
+        self._draft = draft
+        self._max_context = max_context(model, draft)
 
     def resolve(self, config: EngineConfig, *, may_clip: bool = False) -> EngineConfig:
         """`config` with `num_blocks`, `kv_memory_bytes` and `max_model_len` set. Its dtype and token budget are resolved.
@@ -111,7 +115,7 @@ class PoolSizer:
             ConfigError: `max_model_len` is beyond the model's context.
             OutOfMemoryError: weights, workspace and KV cache do not fit, or the pool cannot hold one sequence.
         """
-        most = self._model.max_context
+        most = self._max_context
         if config.max_model_len is not None and config.max_model_len > most:
             raise ConfigError(
                 f"max_model_len {config.max_model_len} is more than the model's context of {most}",
@@ -138,10 +142,11 @@ class PoolSizer:
 
     def _weigh(self, config: EngineConfig, free_bytes: int) -> _Fit:
         demand = self._demand(config)
-        kv_spec = kv_spec_of(config, self._model)
-        block_bytes = kv_spec.bytes_per_block
+        specs = kv_specs(config, self._model, self._draft)
+        block_bytes = sum(spec.bytes_per_block for spec in specs)
+        scale_bytes = sum(spec.shared_scale_bytes for spec in specs)
         host_tier_bytes = config.swap_space_bytes if self._device.type == "cpu" else 0
-        left = free_bytes - demand.num_bytes - kv_spec.shared_scale_bytes - host_tier_bytes
+        left = free_bytes - demand.num_bytes - scale_bytes - host_tier_bytes
         needed = 1 if config.max_model_len is None else -(-config.max_model_len // config.block_size)
         num_blocks = self._num_blocks(config, left, block_bytes)
         return _Fit(demand, left, block_bytes, host_tier_bytes, num_blocks, needed)
@@ -153,13 +158,13 @@ class PoolSizer:
             return config.kv_memory_bytes // block_bytes
         share = GPU_SHARE if self._measured is None else GPU_MEASURED_SHARE
         budget = share * left if self._device.type == "cuda" else min(CPU_KV_BYTES, CPU_KV_SHARE * left)
-        longest = config.max_model_len or self._model.max_context
+        longest = config.max_model_len or self._max_context
         most = config.max_num_seqs * -(-longest // config.block_size)  # more could never be used at once
         return min(int(budget) // block_bytes, most)
 
     def _demand(self, config: EngineConfig) -> Demand:
         """What was measured, for the settings that it was measured with; else the estimate, raised by what it was short."""
-        estimate = estimate_demand(config, self._model, torch_dtype(config), self._device)
+        estimate = estimate_demand(config, self._model, torch_dtype(config), self._device, self._draft)
         if self._measured is None:
             return estimate
         known, demand = self._measured.config, self._measured.demand
@@ -196,7 +201,7 @@ class PoolSizer:
     def _setting_remedies(self, config: EngineConfig) -> Iterator[Remedy]:
         assert config.max_batched_tokens is not None
         for setting, low, now in (
-            ("max_model_len", config.block_size, config.max_model_len or self._model.max_context),
+            ("max_model_len", config.block_size, config.max_model_len or self._max_context),
             ("max_num_seqs", 1, config.max_num_seqs),
             ("max_batched_tokens", config.block_size, config.max_batched_tokens),
             *([("max_loras", 1, config.max_loras)] if config.enable_lora else []),

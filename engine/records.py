@@ -277,6 +277,7 @@ class EngineStats:
     num_cached_host_blocks: int = 0  # that it keeps: matchable
     blocks_out: int = 0  # copied to the host tier
     blocks_back: int = 0  # copied from it
+    speculation_method: str = ""  # where guesses come from: "ngram", "draft_model"; empty: nothing is guessed
     draft_tokens: int = 0  # guesses that were computed
     accepted_tokens: int = 0  # those of them that were right
     # Tokens a second with guesses over those without, by the number of rows (a power of two), where both were measured.

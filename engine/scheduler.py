@@ -143,6 +143,8 @@ class Scheduler:
             return None
         self._next_step_id += 1
         self._preempted = []
+        if self._speculator is not None:
+            step.drafting = self._speculator.drafting(step)
         step.copies = self.blocks.take_copies()
         self.inflight.append(step)
         finished_rows, self._finished_rows = self._finished_rows, []
@@ -156,7 +158,9 @@ class Scheduler:
         """
         speculator, pool = self._speculator, self.blocks.pool
         decoding = [seq for seq in self.running if seq.is_decoding]
-        if speculator is None or self.inflight or not speculator.wants(len(decoding)):
+        if speculator is None or self.inflight:
+            return 0
+        if not speculator.begin(len(decoding), self.max_batched_tokens):
             return 0
         # Of what the decoding ones leave, half is for those that wait.
         spare = (self.max_batched_tokens - len(decoding)) // 2
@@ -349,9 +353,14 @@ class Scheduler:
         assert len(token_ids) == expected, f"{len(token_ids)} tokens for {expected} choices"
         self.blocks.release_copies(step.copies)
         commit = Commit(step)
+        for chunk in step.chunks if step.drafting is not None else ():
+            if chunk.drafts and chunk.seq not in step.dropped:
+                chunk.drafts = result.guesses[chunk.seq.row]
         self._commit_decoding(commit, token_ids[:num_decoding] if num_choices else token_ids)
         if step.chunks:
             self._commit_chunks(commit, token_ids[num_decoding:])
+        if self._speculator is not None:
+            self._speculator.take_in(step)
         if result.logprobs:
             sampled = step.sampling()
             for j, entry in result.logprobs.items():
@@ -413,6 +422,7 @@ class Scheduler:
             num_right += 1
         assert self._speculator is not None, "guesses without a speculator"
         self._speculator.count(seq, len(chunk.drafts), num_right)
+        chunk.num_right = num_right
         commit.num_accepted_tokens += num_right
         self._num_scheduled[seq.row] = chunk.start + 1 + num_right
         seq.is_decoding = True

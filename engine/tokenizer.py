@@ -116,6 +116,10 @@ class Tokenizer:
         _require_tokenizer_files(folder)
         return cls(_load_wrapper(folder, trust_remote_code), _configured_eos_ids(folder))
 
+    def tokens(self) -> dict[int, str]:
+        """Each id with its token, as the vocabulary spells it."""
+        return {i: token for token, i in self._backend.get_vocab(with_added_tokens=True).items()}
+
     @property
     def has_chat_template(self) -> bool:
         return self._wrapper.chat_template is not None

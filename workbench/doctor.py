@@ -50,7 +50,13 @@ def examine(*, home_dir: Path | None = None, model: str | None = None) -> list[F
     except SettingsError as error:
         findings.append(Finding("settings", "error", error.message, error.remedy))
         return findings
-    findings += [_home(settings), _disk(settings), *_ports(settings), _model(settings)]
+    findings += [
+        _home(settings),
+        _disk(settings),
+        *_ports(settings),
+        _model(settings),
+        *_draft_model(settings),
+    ]
     return findings
 
 
@@ -202,3 +208,36 @@ def _model(settings: Settings) -> Finding:
     card = read_model_card(settings.model_path)
     digest = f", digest {card.digest[:8]}" if card.digest else ", not downloaded yet"
     return Finding("model", "ok", f"{card.title}{digest}")
+
+
+def _draft_model(settings: Settings) -> Iterator[Finding]:
+    """Whether the draft model goes with the model, and what it takes beside it."""
+    if (settings.speculative_config or {}).get("method") != "draft_model":
+        return
+    import torch
+
+    from engine.build import resolve_config
+    from engine.errors import EngineError
+    from engine.memory import held_weight_bytes, kv_specs, torch_dtype
+    from engine.model_folder import find_model
+    from engine.models.draft import check_tokenizers, find_draft
+    from engine.models.transformers_config import read_model_config
+    from workbench.memory_budget import in_units
+
+    try:
+        folder = find_model(settings.model_path)
+        model = read_model_config(folder)
+        config = resolve_config(settings.engine_config(), model)
+        device = torch.device(config.device)
+        draft = find_draft(config, model, device)
+        assert draft is not None, "the settings name a draft model"
+        check_tokenizers(draft, folder)
+    except EngineError as error:
+        yield Finding("draft model", "error", error.message, error.remedy)
+        return
+    weights = held_weight_bytes(draft.model, torch_dtype(config), device)
+    own, drafts = (spec.bytes_per_token for spec in kv_specs(config, model, draft))
+    yield Finding(
+        "draft model", "ok",
+        f"{draft.folder.name}: weights {in_units(weights)}, KV {in_units(drafts)} a token beside the model's {in_units(own)}",
+    )  # fmt: skip

@@ -61,8 +61,9 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     import torch
 
     from engine.build import resolve_config
-    from engine.memory import device_memory, held_weight_bytes, kv_spec_of, torch_dtype, workspace_bytes
+    from engine.memory import device_memory, held_weight_bytes, kv_specs, torch_dtype, workspace_bytes
     from engine.model_folder import find_model
+    from engine.models.draft import find_draft, max_context
     from engine.models.lora import slots_bytes
     from engine.models.shard import shard_of
     from engine.models.transformers_config import read_model_config
@@ -74,15 +75,17 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     device, dtype = torch.device(resolved.device), torch_dtype(resolved)
     if not others and (device.type == "cpu" or config.num_blocks or config.kv_memory_bytes):
         return config
-    spec = kv_spec_of(resolved, model)
+    draft = find_draft(config, model, device)
+    guessing = 0 if draft is None else held_weight_bytes(draft.model, dtype, device)
     sizes = {"max_loras": config.max_loras, "max_rank": config.max_lora_rank}
     adapters = slots_bytes(model, dtype, **sizes) if config.enable_lora else 0
-    context = min(config.max_model_len or model.max_context, model.max_context)
+    most = max_context(model, draft)
+    context = min(config.max_model_len or most, most)
     blocks = -(-context // config.block_size)
     needs = _Needs(
-        held_weight_bytes(model, dtype, device) + adapters,
+        held_weight_bytes(model, dtype, device) + adapters + guessing,
         workspace_bytes(replace(resolved, max_model_len=context), model, dtype, device),
-        spec.bytes_per_block,
+        sum(spec.bytes_per_block for spec in kv_specs(resolved, model, draft)),
         blocks,
         config.max_num_seqs * blocks,
         context,

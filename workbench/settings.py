@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     deterministic: bool = False
     enable_prefix_cache: bool = True
     speculative_config: dict[str, Any] | None = (
-        None  # JSON: {"method": "ngram", "num_speculative_tokens": 4, …}
+        None  # JSON: {"method": "ngram", …} or {"method": "draft_model", "model": "org/small", …}
     )
     # Whether adapters are served over an engine of their base. None: every engine on a CPU takes adapters, which costs
     # nothing until one is loaded; on a GPU one that was loaded for an adapter does. False: adapters are merged.

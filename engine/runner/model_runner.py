@@ -11,7 +11,6 @@ Boundary: implements ``engine.plan.Runner``; no scheduling, no block accounting,
 from __future__ import annotations
 
 import gc
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -32,6 +31,7 @@ from engine.models.lora import LoraSlots
 from engine.plan import KVSpec, StepPlan, StepResult, TokenLogprobs
 from engine.runner.adapters import Adapters
 from engine.runner.batch import BatchShape, HostRowBatch, RowBatch
+from engine.runner.draft import NO_GUESSES, DraftModel, Guesses
 from engine.runner.host_blocks import HostBlocks, by_block
 from engine.runner.host_zeros import host_zeros
 from engine.runner.parked_weights import ParkedWeights
@@ -61,9 +61,9 @@ class _Started:
     num_logprobs: list[int]  # of ``sampled.logprob_rows``
     # (row index, number of most likely tokens or ALL_LOGPROBS, figures)
     prompt: tuple[tuple[int, int, LogprobTensors], ...]
-    prepare_ms: float
     clock: StepClock
     needs: StepNeeds
+    guesses: Guesses
     graph_size: int
     followed: Followed | None  # rows of it that follow a grammar
 
@@ -85,10 +85,12 @@ class ModelRunner:
         replay: Replay | None = None,
         load_decoder: Callable[[], StepDecoder] | None = None,
         ranks: Ranks | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         """`lora_slots`: of the decoder, where it has them. `replay`: how decode steps are captured; None: as CUDA graphs on
-        a GPU, not at all elsewhere. `load_decoder` makes `decoder` anew, for waking up from a sleep that did not keep it. `ranks`: with which
-        other runners this one computes its steps; rank 0 chooses for all."""
+        a GPU, not at all elsewhere. `load_decoder` makes `decoder` anew, for waking up from a sleep that did not keep it.
+        `ranks`: with which other runners this one computes its steps; rank 0 chooses for all. `draft`: what guesses tokens for
+        plans that ask for it."""
         assert config.num_blocks is not None, "the config is not resolved"
         assert config.max_model_len is not None, "the config is not resolved"
         on_device = device.type == "cuda" or replay is not None
@@ -99,6 +101,7 @@ class ModelRunner:
         self._max_inflight = 2 if on_device and config.async_scheduling else 1
         self._load_decoder = load_decoder
         self._ranks = ranks
+        self._draft = draft
         self._parked: ParkedWeights | None = None
         self._is_asleep = False
         shape = BatchShape(
@@ -219,6 +222,8 @@ class ModelRunner:
                 self._parked = ParkedWeights(self._decoder)
             self._is_asleep = True
             self._drop_steps()
+            if self._draft is not None:
+                self._draft.sleep(level)
             if level == 2:
                 self._decoder = None
             self._give_back()
@@ -243,11 +248,15 @@ class ModelRunner:
             if self._parked is not None:
                 self._parked.restore()
                 self._parked = None
+            if self._draft is not None:
+                self._draft.wake_up()
             self._graphs = self._make_graphs()  # the captured ones hold addresses that are no more
             self.capture()
         except Exception as error:
             with suppress(RuntimeError):  # a broken context has nothing left to give back
                 self._drop_steps()
+                if self._draft is not None:
+                    self._draft.sleep(1)
                 self._give_back()
             raise _as_engine_error(error) from error
         self._is_asleep = False
@@ -262,6 +271,7 @@ class ModelRunner:
         if self.adapters is not None:
             self.adapters.close()
         self._decoder, self._batch, self._parked, self._is_asleep = None, None, None, False
+        self._draft = None
         del self._attention  # and with it the workspace of its kernels
         with suppress(RuntimeError):
             self._give_back()
@@ -310,20 +320,23 @@ class ModelRunner:
             yield
 
     def _start(self, plan: StepPlan, decoder: StepDecoder, batch: RowBatch) -> _Started:
-        began = time.perf_counter()
         clock = StepClock(self._device)
         if self._host is not None:
             self._host.copy(plan.copies)
         batch.apply(plan)
         if self.adapters is not None:
             self.adapters.apply(plan)
+        guesses, needs = NO_GUESSES, StepNeeds(0, 0, 0, 0)
+        if plan.drafting is not None:
+            assert self._draft is not None, "a step for a draft model that is not there"
+            clock.begin()
+            guesses, needs = self._draft.guess(plan.drafting, batch)
         size = self._graphs.size_for(plan) if self._graphs is not None else 0
         prompt: tuple[tuple[int, int, LogprobTensors], ...] = ()
         followed = batch.grammars.followed(plan)
         if size and self._graphs is not None:
             self._graphs.send(plan, size)
-            clock.mark()
-            prepare_ms = (time.perf_counter() - began) * 1e3
+            clock.begin()
             self._graphs.forward(plan, size)
             clock.mark()
             self._limit(followed, batch)
@@ -332,8 +345,7 @@ class ModelRunner:
             inputs = batch.step_inputs(plan)
             if self.adapters is not None:
                 self.adapters.use(plan)
-            clock.mark()
-            prepare_ms = (time.perf_counter() - began) * 1e3
+            clock.begin()
             hidden = decoder.forward(
                 inputs.token_ids, inputs.positions, self._caches, inputs.meta, self._attention
             )
@@ -353,8 +365,8 @@ class ModelRunner:
         ):  # there is nothing to copy there, and asking would let other threads in
             sampled = sampled.to_host()
         clock.mark()
-        needs = self._cost.of(plan, sum(len(figures.token_ids) for _, _, figures in prompt))
-        return _Started(plan, sampled, wanted, prompt, prepare_ms, clock, needs, size, followed)
+        needs += self._cost.of(plan, sum(len(figures.token_ids) for _, _, figures in prompt))
+        return _Started(plan, sampled, wanted, prompt, clock, needs, guesses, size, followed)
 
     def _limit(self, followed: Followed | None, batch: RowBatch) -> None:
         """Mask what the sampler will choose from, as far as grammars say; they need the tokens of the steps in flight."""
@@ -449,8 +461,9 @@ def _result(started: _Started) -> StepResult:
         token_ids=sampled.token_ids.tolist(),
         logprobs=logprobs,
         prompt_logprobs=prompt,
+        guesses=started.guesses.by_row(),
         dead_ends={} if started.followed is None else started.followed.dead_ends,
-        prepare_ms=started.prepare_ms,
+        prepare_ms=started.clock.prepare_ms,
         forward_ms=started.clock.elapsed_ms(0),
         sample_ms=started.clock.elapsed_ms(1),
         graph_size=started.graph_size,

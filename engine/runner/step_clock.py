@@ -16,6 +16,14 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._marks: list[torch.cuda.Event | float] = []
+        self._made = time.perf_counter()
+        self.prepare_ms = 0.0  # of the host, until the device's first work
+
+    def begin(self) -> None:
+        """The first mark: what was prepared goes to the device. Made already, it stays."""
+        if not self._marks:
+            self.prepare_ms = (time.perf_counter() - self._made) * 1e3
+            self.mark()
 
     def mark(self) -> None:
         if self._on_gpu:

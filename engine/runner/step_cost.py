@@ -29,6 +29,9 @@ class StepNeeds(NamedTuple):
     linear_flops: int  # with weights
     attention_flops: int  # with keys and values
 
+    def __add__(self, other: StepNeeds) -> StepNeeds:  # type: ignore[override]
+        return StepNeeds(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
 
 class StepCost:
     """The cost function of one model, its weights as they are held, and its KV layout."""
@@ -57,7 +60,7 @@ class StepCost:
             keys += layers * int(np.minimum(end, window + count - 1).sum())
             pairs += layers * int(np.dot(short, 2 * start + short + 1) // 2 + window * whole.sum())
         tokens = int(count.sum())
-        logits = len(plan.logit_rows) + len(plan.draft_token_ids) + num_prompt_logits
+        logits = len(plan.logit_rows) + int(plan.num_draft.sum()) + num_prompt_logits
         weights = self._weights
         return StepNeeds(
             weights.layers + tokens * weights.embedding_row + (weights.head if logits else 0),

@@ -13,7 +13,7 @@ TERMS = {
     "KV block": "A fixed number of tokens' keys and values; the unit in which cache memory is handed out.",
     "prefix cache": "Blocks of finished or running prompts that a later request with the same beginning can share.",
     "preemption": "A running sequence gave its blocks back because memory ran out; it is computed again later.",
-    "speculation": "Tokens guessed from what followed the same words before: one step computes several, the choice stays the same.",
+    "speculation": "Tokens guessed from what followed the same words before, or by a smaller model: one step computes several, the choice stays the same.",
     "queue": "Requests that have arrived and are not running yet.",
     "temperature": "Spread of the choice: 0 always takes the most likely token, 1 samples the model's own distribution.",
     "top_k": "Keep only the k most likely tokens; 0 keeps all.",

@@ -43,6 +43,7 @@ class Shape:
     enable_prefix_cache: bool = True
     num_host_blocks: int = 0
     num_guesses: int = 0  # speculative tokens; 0: none
+    has_draft_model: bool = False  # that guesses them
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,14 @@ def first_stop(text: str, params: SamplingParams, num_tokens: int) -> tuple[str,
     return stop, text[: at + len(stop)] if params.include_stop_str_in_output else text[:at]
 
 
-def _guesses(num_tokens: int) -> SpeculativeConfig | None:
-    """Guess whatever followed the last token before; the fake model's texts hardly ever repeat more."""
+def _guesses(num_tokens: int, has_draft_model: bool) -> SpeculativeConfig | None:
+    """By a draft model, or guess whatever followed the last token before; the fake model's texts hardly ever repeat more."""
     if not num_tokens:
         return None
+    if has_draft_model:
+        return SpeculativeConfig(
+            method="draft_model", model="fake draft", num_speculative_tokens=num_tokens, min_gain=0
+        )
     return SpeculativeConfig(
         num_speculative_tokens=num_tokens, prompt_lookup_min=1, prompt_lookup_max=2, min_gain=0
     )
@@ -131,7 +136,7 @@ class Harness:
             max_num_seqs=shape.max_num_seqs,
             max_model_len=MAX_MODEL_LEN,
             enable_prefix_cache=shape.enable_prefix_cache,
-            speculative_config=_guesses(shape.num_guesses),
+            speculative_config=_guesses(shape.num_guesses, shape.has_draft_model),
         )
         self.engine = Engine(
             config,
@@ -286,6 +291,11 @@ class Harness:
             self.seen.add("right guess")
         if record.num_accepted_tokens < record.num_draft_tokens:
             self.seen.add("wrong guess")
+        drafting = self.runner.plans[-1].drafting if self.runner.plans else None
+        if drafting is not None:
+            self.seen.add("draft model" if drafting.num_guesses.all() else "draft model behind")
+        if drafting is not None and drafting.start.any():
+            self.seen.add("draft model goes on")
         if record.num_prefill_tokens and record.num_decode_tokens:
             self.seen.add("mixed step")
         assert record.num_prefill_tokens + record.num_decode_tokens == sum(n for _, n in record.rows)
@@ -333,6 +343,7 @@ SHAPES = st.builds(
     num_blocks=st.integers(2, 14),
     num_host_blocks=st.sampled_from([0, 0, 1, 2, 5, 20]),
     num_guesses=st.sampled_from([0, 0, 1, 3]),
+    has_draft_model=st.booleans(),
     block_size=st.sampled_from([1, 2, 4]),
     max_batched_tokens=st.integers(1, 16),
     max_num_seqs=st.integers(1, 5),
@@ -471,6 +482,7 @@ def drive(
                 enable_prefix_cache=rng.random() < 0.85 or with_tier,
                 num_host_blocks=rng.randint(1, 24) if with_tier else 0,
                 num_guesses=rng.randint(1, 4) if with_guesses else 0,
+                has_draft_model=with_guesses and rng.random() < 0.5,
             )
         )
         for _ in range(operations_per_engine):
@@ -505,7 +517,9 @@ EVERYTHING = {
 }
 
 
-WITH_TIER_AND_GUESSES = {"host tier hit", "right guess", "wrong guess"}
+WITH_TIER_AND_GUESSES = {
+    "host tier hit", "right guess", "wrong guess", "draft model", "draft model behind", "draft model goes on",
+}  # fmt: skip
 
 
 def test_random_operations_reach_every_kind_of_event() -> None:

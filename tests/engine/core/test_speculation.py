@@ -158,6 +158,8 @@ def test_where_it_pays_a_step_without_guesses_comes_now_and_then() -> None:
         ({"prompt_lookup_min": 5}, "prompt_lookup_max"),
         ({"min_gain": -1}, "min_gain"),
         ({"draft": "x"}, "draft"),
+        ({"method": "draft_model"}, "model"),
+        ({"model": "small"}, "model"),
     ],
 )
 def test_bad_settings_are_named(given: dict[str, object], param: str) -> None:
@@ -165,3 +167,87 @@ def test_bad_settings_are_named(given: dict[str, object], param: str) -> None:
         EngineConfig(model="m", speculative_config=given)
     assert caught.value.param == f"speculative_config.{param}"
     assert caught.value.limit is not None
+
+
+BY_DRAFT_MODEL = SpeculativeConfig(method="draft_model", model="small", num_speculative_tokens=2, min_gain=0)
+
+
+def test_a_draft_model_catches_up_within_the_token_budget_and_then_guesses(make_rig) -> None:
+    rig = make_rig(speculative_config=BY_DRAFT_MODEL, max_batched_tokens=24, block_size=4)
+    prompt = list(range(60))
+    rig.add("a", prompt, max_tokens=20, ignore_eos=True)
+    rig.run()
+    assert rig.tokens("a") == expected_tokens(prompt, 20, 256)
+    drafting = [plan.drafting for plan in rig.runner.plans if plan.drafting is not None]
+    # 61 tokens are known when the first was chosen; beside a token of the target's each, in pieces of 24.
+    assert [plan.num_tokens.tolist() for plan in drafting[:3]] == [[24], [24], [15]]
+    assert [plan.num_guesses.tolist() for plan in drafting[:4]] == [[0], [0], [2], [2]]
+    # From then on what is computed again is what followed a wrong guess, or a last guess that was right.
+    assert all(plan.num_tokens.max() <= 2 for plan in drafting[3:])
+    record = rig.requests["a"]
+    assert 0 < record.num_accepted_tokens < record.num_draft_tokens
+    assert rig.engine.stats().speculation_method == "draft_model"
+
+
+def test_a_draft_model_computes_no_more_known_tokens_than_the_budget(make_rig) -> None:
+    rig = make_rig(speculative_config=BY_DRAFT_MODEL, max_batched_tokens=40, block_size=4)
+    prompts = {name: [place] * 12 for place, name in enumerate("abcdef")}
+    for name, prompt in prompts.items():
+        rig.add(name, prompt, max_tokens=16, ignore_eos=True)
+    rig.run()
+    assert all(rig.tokens(name) == expected_tokens(prompt, 16, 256) for name, prompt in prompts.items())
+    totals = [int(plan.drafting.num_tokens.sum()) for plan in rig.runner.plans if plan.drafting is not None]
+    assert 36 < max(totals) <= 40, "all six at once would be 78 and more"
+
+
+def test_what_a_draft_model_computed_is_found_in_the_prefix_cache(make_rig) -> None:
+    rig = make_rig(speculative_config=BY_DRAFT_MODEL, block_size=4)
+    prompt = list(range(40))
+    for name, ending in (("a", [1, 2]), ("b", [3, 4])):
+        rig.add(name, prompt + ending, max_tokens=8, ignore_eos=True)
+        rig.run()
+        assert rig.tokens(name) == expected_tokens(prompt + ending, 8, 256)
+    firsts = {int(plan.drafting.start[0]) for plan in rig.runner.plans if plan.drafting is not None}
+    assert 40 in firsts, "the second one's draft goes on behind the shared blocks"
+    rig.engine.sleep()
+    rig.engine.wake_up()
+    rig.add("c", [*prompt, 5], max_tokens=8, ignore_eos=True)
+    rig.run()
+    assert rig.tokens("c") == expected_tokens([*prompt, 5], 8, 256)
+
+
+def test_a_draft_model_that_costs_more_than_it_brings_is_left_alone(make_rig) -> None:
+    """Its guesses take twice the time that they save: it computes nothing while it pauses."""
+    slow = SpeculativeConfig(method="draft_model", model="small", num_speculative_tokens=2)
+    rig = make_rig(speculative_config=slow, runner={"delay_s": 0.002, "draft_delay_s": 0.005})
+    rig.add("a", [1, 2, 3], max_tokens=70, ignore_eos=True)
+    rig.run()
+    assert rig.tokens("a") == expected_tokens([1, 2, 3], 70, 256)
+    drafted = [plan.drafting is not None for plan in rig.runner.plans]
+    assert sum(drafted) == FIRST_GUESSED_STEPS
+    assert not any(drafted[-20:])
+    assert rig.engine.stats().speculation_gains[1] < 1.0
+
+
+def test_catching_up_is_spread_over_the_steps_that_it_serves() -> None:
+    meter = GainMeter(min_gain=1.0)
+    play(meter, FIRST_PLAIN_STEPS + 20, plain_s=1.0, guessed_s=1.5, tokens=3.0)
+    assert meter.gain == pytest.approx(2.0)
+    # Prompts that a draft model computes every 32 steps, for as long as 32 steps: each step costs one more.
+    for step in range(600):
+        if step % 32 == 0:
+            assert meter.put_off(33.5, guessed=True) == pytest.approx(meter.guessed_s)
+        if meter.wants():
+            meter.observe(3.0, 1.5, guessed=True)
+        else:
+            meter.observe(1.0, 1.0, guessed=False)
+    assert meter.gain == pytest.approx(3.0 / 2.5, rel=0.15)  # the seconds put off ebb away between prompts
+
+
+def test_a_pause_is_long_beside_what_was_caught_up_in_vain() -> None:
+    meter = GainMeter(min_gain=1.0)
+    play(meter, FIRST_PLAIN_STEPS, plain_s=1.0, guessed_s=2.0, tokens=1.5)
+    assert meter.put_off(101.0, guessed=False) == pytest.approx(1.0)
+    play(meter, FIRST_GUESSED_STEPS, plain_s=1.0, guessed_s=2.0, tokens=1.5)
+    assert meter.pause > 25 * 100
+    assert meter.put_off_s == 0.0

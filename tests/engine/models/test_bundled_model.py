@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.build import build_engine
 from engine.config import EngineConfig
+from engine.llm import LLM
 from engine.sampling_params import SamplingParams
 
 QUESTIONS = (
@@ -57,3 +58,20 @@ def test_greedy_answers_equal_transformers(deterministic: bool) -> None:
         chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
         # In float32 two tokens may be equal to within rounding; then either is the greedy one.
         assert (logits.amax(-1) - chosen).max() < 1e-3, engine.tokenizer.decode(answer)
+
+
+@pytest.mark.skipif(
+    not (FOLDER / "model.safetensors").is_file(), reason="data/models/chat-base has no weights"
+)
+def test_it_can_guess_for_itself_through_the_compiled_step() -> None:
+    """A row's bits depend on nothing beside it there: as its own draft model it is always right, and no token changes."""
+    answers: list[list[list[int]]] = []
+    for speculative in (None, {"method": "draft_model", "model": str(FOLDER), "min_gain": 0}):
+        with LLM(
+            str(FOLDER), device="cpu", num_threads=1, max_model_len=512, speculative_config=speculative
+        ) as llm:
+            params = SamplingParams(max_tokens=24, temperature=0.8, seed=5, ignore_eos=True)
+            answers.append([list(answer.token_ids) for answer in llm.generate(list(QUESTIONS), params)])
+            stats = llm.stats()
+    assert answers[0] == answers[1]
+    assert stats.draft_tokens == stats.accepted_tokens > 40

@@ -30,7 +30,8 @@ from engine.records import StepRecord
 from engine.request import FinishReason
 from engine.runner import device_batch
 from engine.runner.decode_graphs import captured_sizes
-from engine.runner.model_runner import ModelRunner
+from engine.runner.draft import DraftModel
+from engine.runner.model_runner import ModelRunner, allocate_caches
 from engine.runner.profile_run import measure_steps
 from engine.sampling_params import SamplingParams
 from engine.structured_outputs import StructuredOutputsParams
@@ -272,9 +273,15 @@ def run(tiny_decoder: Callable[..., Decoder]) -> Callable[..., Ran]:
         decoder = tiny_decoder(dtype)
         stored = cache_dtype(config.kv_cache_dtype, dtype)
         kv_spec = make_kv_spec(decoder.config, config.block_size, stored)
+        draft = None
+        if config.speculative_config is not None:  # the same weights guess
+            draft = DraftModel(
+                tiny_decoder(dtype), ReferenceAttention(), kv_spec=kv_spec, load_decoder=lambda: tiny_decoder(dtype),
+                make_caches=lambda: allocate_caches(kv_spec, config.num_blocks or 0, stored, torch.device("cpu")),
+            )  # fmt: skip
         runner = ModelRunner(
             prepare_decoder(decoder, config), ReferenceAttention(deterministic=config.deterministic), config=config, kv_spec=kv_spec,
-            eos_token_ids=frozenset({60}), device=torch.device("cpu"), dtype=dtype, replay=replay,
+            eos_token_ids=frozenset({60}), device=torch.device("cpu"), dtype=dtype, replay=replay, draft=draft,
         )  # fmt: skip
         runner.capture()
         engine = Engine(
@@ -364,6 +371,18 @@ def test_late_results_and_captured_steps_give_the_same_tokens(
         sizes = {key[1] for key in replay.captured if key[0] == "sampler" and key[3]}
         assert len(sizes) >= 2, "rows with controls decode in captured steps too"
         assert any(key[4] for key in replay.captured if key[0] == "sampler"), "and so do rows with typical_p"
+
+
+def test_a_draft_model_guesses_in_device_rows(run: Callable[..., Ran], alone: Ran) -> None:
+    """Beside captured steps, in a pool that is too small for all; the same weights guess nearly everything rightly."""
+    replay, requests = GuardedReplay(), workload()
+    guessing = {"method": "draft_model", "model": "tiny", "num_speculative_tokens": 3, "min_gain": 0}
+    ran = run(requests, replay, num_blocks=20, speculative_config=guessing)
+    assert_same(requests, ran, alone)
+    guessed = sum(record.num_draft_tokens for record in ran.records)
+    assert 0.9 * guessed < sum(record.num_accepted_tokens for record in ran.records)
+    assert any(record.preempted for record in ran.records)
+    assert max(ran.graph_sizes) > 0
 
 
 @pytest.mark.parametrize("stored", ["int8", pytest.param("fp8", marks=pytest.mark.full)])

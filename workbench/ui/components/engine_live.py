@@ -97,7 +97,8 @@ def _tiles(stats: EngineStats) -> list[Tile]:
         Tile(term("step", "Steps"), f"{stats.steps:,}", f"{stats.step_errors:,} failed"),
     ]  # fmt: skip
     if stats.draft_tokens:
-        right = f"{stats.accepted_tokens:,} of {stats.draft_tokens:,} guessed tokens"
+        source = "a draft model" if stats.speculation_method == "draft_model" else "n-grams"
+        right = f"{stats.accepted_tokens:,} of {stats.draft_tokens:,} tokens guessed by {source}"
         tiles.append(
             Tile(
                 term("speculation", "Guesses right"),
