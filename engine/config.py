@@ -33,9 +33,8 @@ class SpeculativeConfig:
 
     # "ngram": what followed the same tokens before, in the prompt or the output; "draft_model": what a smaller model draws.
     method: str = "ngram"
-    model: str | None = (
-        None  # of "draft_model": a folder or a hub id, with the tokenizer of the engine's model
-    )
+    # Of "draft_model": a folder or a hub id, with the tokenizer of the engine's model.
+    model: str | None = None
     num_speculative_tokens: int = 4  # guesses for a sequence in a step, at most
     prompt_lookup_min: int = 2  # tokens that have to occur again
     prompt_lookup_max: int = 4  # the longest run of them that is looked for

@@ -23,9 +23,8 @@ class Chunk:
     num_tokens: int
     samples: bool
     fresh: list[int]  # blocks appended to its table; empty with its admission, which names them all
-    drafts: list[int] = field(
-        default_factory=list
-    )  # guesses: its last tokens; of a draft model, places for them
+    # Guesses, its last tokens; of a draft model places for them, until the step is taken in.
+    drafts: list[int] = field(default_factory=list)
     num_right: int = 0  # of the drafts, once they were taken in
 
     @property

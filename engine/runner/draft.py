@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention.interface import AttentionBackend
@@ -107,11 +108,13 @@ class DraftModel:
         )
         if not len(step.logit_rows):
             return None
-        logits = self._decoder.logits(hidden.index_select(0, inputs.logit_index))
+        if len(step.logit_rows) < len(hidden):
+            hidden = hidden.index_select(0, inputs.logit_index)
+        logits = self._decoder.logits(hidden)
         return batch.choose(logits, step).token_ids.to("cpu", non_blocking=True)
 
 
-def _step(rows: Int32, start: Int32, num_tokens: Int32, sampling: np.ndarray) -> StepPlan:
+def _step(rows: Int32, start: Int32, num_tokens: Int32, sampling: NDArray[np.intp]) -> StepPlan:
     """The step of these rows alone, of which those at the indices `sampling` sample."""
     nothing = np.zeros(len(rows) + 1, np.int32)
     return StepPlan(
