@@ -19,6 +19,7 @@ import torch
 
 from engine.attention.interface import AttentionBackend
 from engine.config import EngineConfig
+from engine.encoder.config import is_encoder
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.kernels import cpu_library
@@ -53,6 +54,8 @@ from engine.models.transformers_config import TransformersConfig, read_model_con
 from engine.models.weights import load_weights
 from engine.needle import find_needle
 from engine.pool_size import Measured, PoolSizer, check_swap_space
+from engine.pooling import ModelPooling
+from engine.pooling_files import read_pooling
 from engine.runner.model_runner import ModelRunner
 from engine.runner.profile_run import measure_steps
 from engine.tokenizer import Tokenizer
@@ -103,6 +106,15 @@ def resolve_config(
     return PoolSizer(model, device, memory).resolve(config)
 
 
+def resolve_device(config: EngineConfig) -> EngineConfig:
+    """`config` with device, dtype and threads resolved: all that does not depend on the model. On a CPU torch takes the threads."""
+    device = _resolve_device(config.device)
+    threads = config.num_threads or available_cores()
+    return replace(
+        config, device=str(device), dtype=_resolve_dtype(config.dtype, device), num_threads=threads
+    )
+
+
 def build_engine(
     config: EngineConfig,
     *,
@@ -121,6 +133,10 @@ def build_engine(
     tell: Progress = progress or _tell_nobody
     tell("reading the model's config", 0.0)
     folder = find_model(config.model)
+    if is_encoder(folder):
+        from engine.encoder.build import build_encoder  # transformers, which native models do not need
+
+        return build_encoder(resolve_device(config), folder, tell)
     model = read_model_config(folder, trust_remote_code=config.trust_remote_code)
     asked, config = config, resolve_config(config, model, None if allocator is None else allocator.memory())
     device = torch.device(config.device)
@@ -133,6 +149,7 @@ def build_engine(
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads)
     eos_token_ids = model.eos_token_ids | generation_eos_ids(folder)
+    pooling = read_pooling(folder, ModelPooling())
     load_decoder = partial(_load_decoder, config, model, folder, load)
     with ThreadPoolExecutor(1, "tokenizer") as beside:  # most of it is imports, while weights are copied
         loading = beside.submit(_load_tokenizer, folder, config)
@@ -140,7 +157,7 @@ def build_engine(
         tokenizer = loading.result()
     if tokenizer is not None:
         eos_token_ids |= tokenizer.eos_token_ids
-    loaded = _Loaded(asked, config, model, decoder, load_decoder, tokenizer, eos_token_ids)
+    loaded = _Loaded(asked, config, model, decoder, load_decoder, tokenizer, eos_token_ids, pooling)
     engine = _assemble(loaded, allocator, before, tell)
     tell("ready", 1.0)
     return engine
@@ -216,6 +233,7 @@ class _Loaded:
     load_decoder: Callable[[Progress], StepDecoder]  # makes another one of it
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
+    pooling: ModelPooling
 
 
 def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory, tell: Progress) -> Engine:
@@ -257,6 +275,7 @@ def _assemble(loaded: _Loaded, allocator: Allocator | None, before: DeviceMemory
         return Engine(
             config, runner, kv_spec=kv_spec, eos_token_ids=eos_token_ids, vocab_size=model.vocab_size,
             tokenizer=loaded.tokenizer, memory=ledger, lora_store=runner.adapters, is_proven_deterministic=is_proven_deterministic,
+            pooling=loaded.pooling,
         )  # fmt: skip
 
     if not config.deterministic:

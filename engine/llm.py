@@ -17,12 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-from engine import scoring
+from engine import embedding, scoring
 from engine.best_of import choose_best
 from engine.chat_messages import Message
 from engine.config import EngineConfig
+from engine.embedding import Embedding, Relevance
 from engine.errors import EngineDeadError, InvalidRequestError
 from engine.lora import Lora
+from engine.pooling import PoolingParams
 from engine.records import Completion, EngineStats, HealthState
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
@@ -151,6 +153,39 @@ class LLM:
         many = _as_prompts(texts_or_token_ids)
         done = self._run(many, [scoring.scoring_params()] * len(many), use_tqdm)
         return [_score(completion) for completion in done]
+
+    def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        params: PoolingParams | None = None,
+        *,
+        lora: str | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Embedding]:
+        """One vector for each text: of a model that generates, or of an encoder, pooled as it was trained unless `params` say how.
+
+        Raises:
+            InvalidRequestError: the model has no embeddings, or a text does not fit; nothing ran.
+            StepFailedError: a step failed on the way.
+            EngineDeadError: the engine died or is closed.
+        """
+        return embedding.embed(self.worker, _as_prompts(texts), params, lora=lora, use_tqdm=use_tqdm)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[Relevance]:
+        """Documents by how well they fit the query, the best first: rated by a cross-encoder, else by the cosine of embeddings.
+
+        Raises:
+            InvalidRequestError: a classifier of several labels, or a text that does not fit; nothing ran.
+            StepFailedError, EngineDeadError: as `embed`.
+        """
+        return embedding.rerank(self.worker, query, documents, params, use_tqdm=use_tqdm)
 
     def perplexity(
         self,

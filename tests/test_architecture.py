@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BELOW_THE_LINE = (
     "engine.build",
     "engine.device_limits",
+    "engine.encoder.build",
+    "engine.encoder.model",
     "engine.memory",
     "engine.pool_size",
     "engine.runner",

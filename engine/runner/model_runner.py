@@ -35,6 +35,7 @@ from engine.runner.batch import BatchShape, HostRowBatch, RowBatch
 from engine.runner.host_blocks import HostBlocks, by_block
 from engine.runner.host_zeros import host_zeros
 from engine.runner.parked_weights import ParkedWeights
+from engine.runner.pooled import pool_rows
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
 from engine.runner.step_clock import StepClock
 from engine.runner.step_cost import StepCost, StepNeeds
@@ -60,6 +61,7 @@ class _Started:
     num_logprobs: list[int]  # of ``sampled.logprob_rows``
     # (row index, number of most likely tokens or ALL_LOGPROBS, figures)
     prompt: tuple[tuple[int, int, LogprobTensors], ...]
+    pooled: tuple[tuple[int, Tensor], ...]  # (row index, vector)
     prepare_ms: float
     clock: StepClock
     needs: StepNeeds
@@ -315,6 +317,7 @@ class ModelRunner:
             self.adapters.apply(plan)
         size = self._graphs.size_for(plan) if self._graphs is not None else 0
         prompt: tuple[tuple[int, int, LogprobTensors], ...] = ()
+        pooled: tuple[tuple[int, Tensor], ...] = ()
         followed = batch.grammars.followed(plan)
         if size and self._graphs is not None:
             self._graphs.send(plan, size)
@@ -340,6 +343,8 @@ class ModelRunner:
                 self._limit(followed, batch)
                 sampled = batch.choose(logits, plan)
             prompt = self._prompt_logprobs(plan, decoder, batch, hidden)
+            if batch.pooling:
+                pooled = pool_rows(plan, batch, decoder, hidden)
         wanted = batch.num_logprobs[plan.rows[plan.choices().row_index]][list(sampled.logprob_rows)].tolist()
         if not isinstance(
             batch, HostRowBatch
@@ -347,7 +352,7 @@ class ModelRunner:
             sampled = sampled.to_host()
         clock.mark()
         needs = self._cost.of(plan, sum(len(figures.token_ids) for _, _, figures in prompt))
-        return _Started(plan, sampled, wanted, prompt, prepare_ms, clock, needs, size, followed)
+        return _Started(plan, sampled, wanted, prompt, pooled, prepare_ms, clock, needs, size, followed)
 
     def _limit(self, followed: Followed | None, batch: RowBatch) -> None:
         """Mask what the sampler will choose from, as far as grammars say; they need the tokens of the steps in flight."""
@@ -432,6 +437,7 @@ def _result(started: _Started) -> StepResult:
         token_ids=sampled.token_ids.tolist(),
         logprobs=logprobs,
         prompt_logprobs=prompt,
+        pooled={i: vector.numpy() for i, vector in started.pooled},
         dead_ends={} if started.followed is None else started.followed.dead_ends,
         prepare_ms=started.prepare_ms,
         forward_ms=started.clock.elapsed_ms(0),
