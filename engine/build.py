@@ -149,7 +149,7 @@ def build_engine(
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads)
     eos_token_ids = model.eos_token_ids | generation_eos_ids(folder)
-    pooling = read_pooling(folder, ModelPooling())
+    pooling = read_pooling(folder, ModelPooling(size=model.hidden_size))
     load_decoder = partial(_load_decoder, config, model, folder, load)
     with ThreadPoolExecutor(1, "tokenizer") as beside:  # most of it is imports, while weights are copied
         loading = beside.submit(_load_tokenizer, folder, config)

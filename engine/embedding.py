@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from engine.worker import EngineWorker
 
 Text = str | Sequence[int]
+QUERY_PROMPT, DOCUMENT_PROMPTS = "query", ("document", "passage", "corpus")  # sentence-transformers' names
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,10 @@ def embedding_requests(worker: EngineWorker, texts: Sequence[Text], params: Pool
     """
     worker.pooling.require_embeddings()
     sampling = SamplingParams(max_tokens=0, pooling=Pooling(worker.pooling.kind_for(params)))
-    limit = _limit(worker)
-    prompts = [_ids_of(worker, text, params, limit) for text in texts]
+    limit, prompt = _limit(worker), worker.pooling.prompt_for(params)
+    prompts = [
+        _ids_of(worker, prompt + text if isinstance(text, str) else text, params, limit) for text in texts
+    ]
     return PooledRequests(prompts, [sampling] * len(prompts))
 
 
@@ -148,9 +151,19 @@ def rerank(
     use_tqdm: bool = False,
 ) -> list[Relevance]:
     """As `LLM.rerank`."""
-    asked, pairs = params or PoolingParams(), [(query, document) for document in documents]
+    asked, pairs = params or PoolingParams(), search_pairs(worker, query, documents)
     completions = _run(worker, pair_requests(worker, pairs, asked), None, use_tqdm)
     return ranked(relevances_of(worker, pairs, completions, asked))
+
+
+def search_pairs(worker: EngineWorker, query: str, documents: Sequence[str]) -> list[tuple[str, str]]:
+    """The query with each document; for embeddings, each behind the prompt that the model was trained with, where it has one."""
+    if worker.pooling.task != SCORE:
+        prompts = worker.pooling.prompts
+        query = prompts.get(QUERY_PROMPT, "") + query
+        before = next((prompts[name] for name in DOCUMENT_PROMPTS if name in prompts), "")
+        documents = [before + document for document in documents]
+    return [(query, document) for document in documents]
 
 
 def ranked(relevances: Sequence[Relevance]) -> list[Relevance]:

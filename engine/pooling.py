@@ -46,6 +46,7 @@ class PoolingParams:
     dimensions: int | None = (
         None  # keep the first so many, for models trained so (Matryoshka); before normalizing
     )
+    prompt_name: str | None = None  # of the model's own prompts, such as "query": it stands before the text
     truncate_prompt_tokens: int | None = None  # the first so many tokens; -1: as many as the model takes
 
     def __post_init__(self) -> None:
@@ -74,13 +75,16 @@ class ModelPooling:
         default_factory=dict, hash=False
     )  # texts to put before others, by what these are
     num_labels: int = 1
+    size: int | None = None  # of its vectors, where it is known
 
     @property
     def can_embed(self) -> bool:
         return self.task in EMBED_TASKS
 
     def kind_for(self, params: PoolingParams) -> str:
-        """Raises InvalidRequestError: this model does not pool so."""
+        """Raises InvalidRequestError: this model does not pool so, or has fewer dimensions."""
+        if self.size is not None:
+            _check_dimensions(params, self.size)
         kind = params.pooling or self.kind
         if kind not in self.poolings:
             raise InvalidRequestError(
@@ -88,6 +92,17 @@ class ModelPooling:
                 remedy=f"Use {', '.join(self.poolings)}.",
             )  # fmt: skip
         return kind
+
+    def prompt_for(self, params: PoolingParams) -> str:
+        """Raises InvalidRequestError: the model has no such prompt."""
+        if params.prompt_name is None:
+            return ""
+        if params.prompt_name not in self.prompts:
+            raise InvalidRequestError(
+                f"this model has no prompt {params.prompt_name!r}", value=params.prompt_name, limit=sorted(self.prompts),
+                param="prompt_name", remedy="Write it before the text, or use one of these." if self.prompts else "Leave it out.",
+            )  # fmt: skip
+        return self.prompts[params.prompt_name]
 
     def require_generation(self) -> None:
         """Raises InvalidRequestError: the model generates nothing."""
@@ -125,17 +140,21 @@ def finish(vector: Vector, params: PoolingParams, model: ModelPooling) -> Vector
         InvalidRequestError: more dimensions than the model has.
     """
     if params.dimensions is not None:
-        if params.dimensions > len(vector):
-            raise InvalidRequestError(
-                f"{params.dimensions} dimensions were asked for, the model has {len(vector)}", value=params.dimensions,
-                limit=len(vector), param="dimensions", remedy="Ask for at most as many as the model has.",
-            )  # fmt: skip
+        _check_dimensions(params, len(vector))
         vector = vector[: params.dimensions]
     if model.normalize if params.normalize is None else params.normalize:
         vector = vector / max(
             float(np.linalg.norm(vector)), 1e-12
         )  # the least length is torch.nn.functional.normalize's
     return vector
+
+
+def _check_dimensions(params: PoolingParams, size: int) -> None:
+    if params.dimensions is not None and params.dimensions > size:
+        raise InvalidRequestError(
+            f"{params.dimensions} dimensions were asked for, the model has {size}", value=params.dimensions, limit=size,
+            param="dimensions", remedy="Ask for at most as many as the model has.",
+        )  # fmt: skip
 
 
 def _is_count(value: Any) -> bool:

@@ -58,11 +58,16 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     """
     if config.model == FAKE_MODEL:
         return config
+    from engine.encoder.config import is_encoder
+    from engine.model_folder import find_model
+
+    if is_encoder(find_model(config.model)):
+        _check_encoder(config, others)
+        return config
     import torch
 
     from engine.build import resolve_config
     from engine.memory import device_memory, held_weight_bytes, kv_spec_of, torch_dtype, workspace_bytes
-    from engine.model_folder import find_model
     from engine.models.lora import slots_bytes
     from engine.models.transformers_config import read_model_config
 
@@ -102,6 +107,31 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
         raise _no_room(config, needs.fixed + fewest * needs.block, needs, left, others)
     length = min(context, num_blocks * config.block_size)
     return replace(config, num_blocks=num_blocks, kv_memory_bytes=None, max_model_len=length)
+
+
+def _check_encoder(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> None:
+    """Refuse an encoder, which has no KV pool to be made smaller, that does not fit beside `others`."""
+    import torch
+
+    from engine.build import resolve_device
+    from engine.encoder.build import demand_of
+    from engine.errors import OutOfMemoryError
+    from engine.memory import device_memory
+    from engine.model_folder import find_model
+
+    config = resolve_device(config)
+    memory = device_memory(torch.device(config.device))
+    left = memory.free_bytes
+    if config.device == "cpu":
+        reserved = sum(ledger.engine_bytes for ledger in others.values())
+        left = max(0, min(left, int(CPU_SHARE * memory.total_bytes) - reserved))
+    needed = demand_of(config, find_model(config.model)).num_bytes
+    if needed > left:
+        raise OutOfMemoryError(
+            f"{config.model} does not fit beside what is resident: it needs {needed} bytes ({in_units(needed)}), {left} "
+            f"({in_units(left)}) are left. Resident: {_holders(others)}",
+            value=needed, limit=left, param="model", remedy="Unload another model, or choose a narrower QUIRE_DTYPE.",
+        )  # fmt: skip
 
 
 def check_wake(

@@ -88,8 +88,9 @@ def read_encoder_config(folder: Path) -> EncoderConfig:
 
 
 def _pooling_of(folder: Path, values: Mapping[str, Any], architecture: str) -> ModelPooling:
+    size = _size(values, "hidden_size", "dim")
     if not architecture.endswith(_CLASSIFIER):
-        return read_pooling(folder, ModelPooling("embed", "cls", poolings=ENCODER_POOLINGS))
+        return read_pooling(folder, ModelPooling("embed", "cls", poolings=ENCODER_POOLINGS, size=size))
     labels = values.get("id2label")
     num_labels = len(labels) if isinstance(labels, Mapping) else int(values.get("num_labels") or 2)
     task = SCORE if num_labels == 1 else "classify"
