@@ -184,6 +184,7 @@ class Endpoints:
             "aliases": list(resident.aliases),
             "parent": resident.parent,
             "deterministic": resident.deterministic,
+            "task": resident.task,
         }
 
 

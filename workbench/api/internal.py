@@ -289,6 +289,7 @@ def resident_to_json(resident: Resident) -> dict[str, Any]:
         "memory_bytes": resident.memory_bytes,
         "parent": resident.parent,
         "merged_because": resident.merged_because,
+        "task": resident.task,
     }
 
 
