@@ -14,6 +14,8 @@ from engine.models.decoder import StepDecoder
 from engine.plan import StepPlan
 from engine.runner.batch import RowBatch
 
+ROWS_AT_ONCE = 1024  # that are normalized together: bounds what a step holds beside its hidden states
+
 
 def pool_rows(
     plan: StepPlan, batch: RowBatch, decoder: StepDecoder, hidden: Tensor
@@ -33,6 +35,10 @@ def pool_rows(
             if int(plan.start[i]) + end - first < int(batch.num_prompt_tokens[row]):
                 continue
             first = end - 1
-        states = decoder.final_hidden(hidden[first:end])
-        found.append((i, states.sum(0, dtype=torch.float64).to("cpu", non_blocking=True)))
+        parts = torch.split(hidden[first:end], ROWS_AT_ONCE)
+        pooled = sum(
+            (decoder.final_hidden(part).sum(0, dtype=torch.float64) for part in parts),
+            hidden.new_zeros(hidden.shape[1], dtype=torch.float64),
+        )
+        found.append((i, pooled.to("cpu", non_blocking=True)))
     return tuple(found)
