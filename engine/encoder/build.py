@@ -25,7 +25,9 @@ from engine.tokenizer import Tokenizer
 Progress = Callable[[str, float], None]
 BATCHED_TOKENS = {"cpu": 4096, "cuda": 32768}
 HELD_STATES = 12  # hidden states of a batch that a layer holds at once: inputs, projections, the wide MLP
-HELD_SCORES = 3  # copies of attention scores, where all of a batch are made at once
+HELD_SCORES = (
+    3  # copies of a batch's attention scores, where its code makes them; else one mask for all heads
+)
 
 
 def build_encoder(config: EngineConfig, folder: Path, progress: Progress) -> EncoderEngine:
@@ -109,6 +111,6 @@ def demand_of(config: EngineConfig, folder: Path) -> Demand:
     width = torch_dtype(config).itemsize
     tokens = max(config.max_batched_tokens, config.max_model_len)
     states = HELD_STATES * tokens * encoder.hidden_size
-    scores = HELD_SCORES * tokens * config.max_model_len * encoder.num_heads
+    scores = tokens * config.max_model_len * (HELD_SCORES * encoder.num_heads if encoder.holds_scores else 1)
     weights = sum(path.stat().st_size for path in weight_files(folder))
     return Demand(weights * width // 4 if width > 4 else weights, (states + scores) * width)

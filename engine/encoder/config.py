@@ -22,6 +22,8 @@ MODEL_TYPES = (
 )  # fmt: skip
 # Their positions begin behind the padding's id, and so do the rows of their position table.
 _SHIFTED = ("camembert", "mpnet", "roberta", "xlm-roberta")
+# Their code makes the attention scores of all pairs of tokens at once; that of the others leaves it to torch's fused attention.
+_HOLD_SCORES = ("deberta", "deberta-v2", "mpnet")
 _CLASSIFIER = "ForSequenceClassification"
 _BODIES = ("Model", "ForMaskedLM", "ForPreTraining")  # checkpoints whose head, if any, is left out
 
@@ -38,6 +40,7 @@ class EncoderConfig:
     max_context: int  # tokens of a text, with those that the tokenizer puts around it
     pad_token_id: int
     num_segments: int  # kinds of tokens: of the first and second text of a pair
+    holds_scores: bool
     pooling: ModelPooling
 
     @property
@@ -83,6 +86,7 @@ def read_encoder_config(folder: Path) -> EncoderConfig:
         max_context=min(positions, pooling.max_length or positions),
         pad_token_id=pad,
         num_segments=int(values.get("type_vocab_size") or 1),
+        holds_scores=kind in _HOLD_SCORES,
         pooling=pooling,
     )
 

@@ -71,11 +71,6 @@ class EncoderModel:
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
 
-    @property
-    def holds_scores(self) -> bool:
-        """Whether its attention makes the scores of all pairs of tokens at once."""
-        return bool(self.model.config._attn_implementation == "eager")
-
     def weight_targets(self) -> Iterator[tuple[str, Tensor]]:
         """Names in the model, each with the parameter or stored buffer that it fills; of tied ones the first name."""
         seen: set[int] = set()
