@@ -8,7 +8,6 @@ and hands both to the Engine. The only module that knows all parts; nothing belo
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import torch
 
 from engine.attention.interface import AttentionBackend
 from engine.config import EngineConfig
+from engine.device_choice import available_cores, choose_device, choose_dtype, resolve_device
 from engine.encoder.config import is_encoder
 from engine.engine import Engine
 from engine.errors import ConfigError
@@ -82,8 +82,8 @@ def resolve_config(
     if model is None:
         model = read_model_config(find_model(config.model), trust_remote_code=config.trust_remote_code)
     config = settle_for(config, model)
-    device = _resolve_device(config.device)
-    asked, config = config, replace(config, device=str(device), dtype=_resolve_dtype(config.dtype, device))
+    device = choose_device(config.device)
+    asked, config = config, replace(config, device=str(device), dtype=choose_dtype(config.dtype, device))
     dtype = torch_dtype(config)
     check_checkpoint(config.quantization, model)
     if config.quantization is not None:
@@ -104,15 +104,6 @@ def resolve_config(
     host = memory if device.type == "cpu" else device_memory(torch.device("cpu"))
     check_swap_space(config, kv_spec_of(config, model), host)
     return PoolSizer(model, device, memory).resolve(config)
-
-
-def resolve_device(config: EngineConfig) -> EngineConfig:
-    """`config` with device, dtype and threads resolved: all that does not depend on the model. On a CPU torch takes the threads."""
-    device = _resolve_device(config.device)
-    threads = config.num_threads or available_cores()
-    return replace(
-        config, device=str(device), dtype=_resolve_dtype(config.dtype, device), num_threads=threads
-    )
 
 
 def build_engine(
@@ -344,37 +335,6 @@ def _load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:
     return Tokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
 
 
-def _resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"unknown device {name!r}", value=name, limit="cpu, cuda, cuda:N", param="device"
-        ) from error
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count() if device.type == "cuda" else 0
-    if (device.index or 0) >= count:
-        raise ConfigError(
-            f"device {name!r} is not there",
-            value=name,
-            limit=f"{count} CUDA devices",
-            param="device",
-            remedy='Use device="cpu" or "auto".',
-        )
-    return torch.device("cuda", device.index or 0)
-
-
-def _resolve_dtype(name: str, device: torch.device) -> str:
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    return "bfloat16" if cpu_multiplies_bfloat16() else "float32"
-
-
 def _check_parts(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
     """Refuse what a GPU does not compute of a model's parts.
 
@@ -423,28 +383,6 @@ def _resolve_kv_cache(asked: EngineConfig, config: EngineConfig, model: ModelCon
             remedy='Set kv_cache_dtype="auto", "int8" or "fp8".',
         )
     return config.dtype
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 products of its own (AVX512-BF16 or AMX); elsewhere float32 is faster."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if capabilities:
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text(encoding="ascii", errors="replace") if flags.is_file() else ""
-    return "avx512_bf16" in text or "amx_bf16" in text
-
-
-def available_cores() -> int:
-    """CPU cores that this process may keep busy: those it is bound to, within its container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    path = Path("/sys/fs/cgroup/cpu.max")
-    quota, _, period = (
-        path.read_text(encoding="ascii").strip().partition(" ") if path.is_file() else ("max", "", "")
-    )
-    if quota.isdigit() and period.isdigit():
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
 
 
 def _resolve_attention(

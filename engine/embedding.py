@@ -17,6 +17,7 @@ import numpy as np
 
 from engine.errors import InvalidRequestError, PromptTooLongError, StepFailedError
 from engine.pooling import SCORE, Pooling, PoolingParams, Vector, finish
+from engine.prompts import Prompt
 from engine.records import Completion
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from engine.tokenizer import TokenizerLike
     from engine.worker import EngineWorker
 
-Text = str | Sequence[int]
 QUERY_PROMPT, DOCUMENT_PROMPTS = "query", ("document", "passage", "corpus")  # sentence-transformers' names
 
 
@@ -55,7 +55,9 @@ class PooledRequests:
     params: list[SamplingParams]
 
 
-def embedding_requests(worker: EngineWorker, texts: Sequence[Text], params: PoolingParams) -> PooledRequests:
+def embedding_requests(
+    worker: EngineWorker, texts: Sequence[Prompt], params: PoolingParams
+) -> PooledRequests:
     """The requests that embed these texts. Tokenizes: not for an event loop, where texts are long.
 
     Raises:
@@ -130,7 +132,7 @@ def relevances_of(
 
 def embed(
     worker: EngineWorker,
-    texts: Sequence[Text],
+    texts: Sequence[Prompt],
     params: PoolingParams | None = None,
     *,
     lora: str | None = None,
@@ -194,7 +196,7 @@ def _texts_of(pairs: Sequence[tuple[str, str]]) -> list[str]:
     return list(dict.fromkeys(text for pair in pairs for text in pair))
 
 
-def _ids_of(worker: EngineWorker, text: Text, params: PoolingParams, limit: int) -> Sequence[int]:
+def _ids_of(worker: EngineWorker, text: Prompt, params: PoolingParams, limit: int) -> Sequence[int]:
     most = _most(params, limit)
     if isinstance(text, str):
         ids: Sequence[int] = _tokenizer(worker).encode_texts(text, None, most).ids

@@ -112,7 +112,7 @@ def _fit_encoder(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> En
     """`config` without what concerns models that generate; an encoder has no KV pool that could be made smaller."""
     import torch
 
-    from engine.build import resolve_device
+    from engine.device_choice import resolve_device
     from engine.encoder.build import demand_of
     from engine.encoder.config import read_encoder_config
     from engine.errors import OutOfMemoryError

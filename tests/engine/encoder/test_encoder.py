@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ Make = Callable[..., PreTrainedModel]
 Words = Callable[..., str]
 
 
+def by_default(*names: str, of: Iterable[str]) -> list[Any]:
+    """All of them as parameters; but for `names` they belong to the long proofs."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.full) for name in of]
+
+
 def states_of(model: PreTrainedModel, ids: list[int]) -> NDArray[np.float64]:
     """transformers' last hidden states [n, hidden] of one text alone, without padding."""
     with torch.no_grad():
@@ -54,7 +59,7 @@ def configure(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
-@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("family", by_default("bert", "roberta", of=ENCODERS))
 def test_embeddings_are_those_of_transformers_alone_and_unpadded(
     family: str, encoder: Make, words: Words, tmp_path: Path
 ) -> None:
@@ -70,6 +75,7 @@ def test_embeddings_are_those_of_transformers_alone_and_unpadded(
         assert max(widths) == len(texts), "no batch held texts of several lengths: nothing is proven"
 
 
+@pytest.mark.full
 def test_batches_keep_to_the_budget_and_the_oldest_is_never_passed_by(
     encoder: Make, words: Words, tmp_path: Path
 ) -> None:
@@ -99,7 +105,8 @@ def test_batches_keep_to_the_budget_and_the_oldest_is_never_passed_by(
 
 
 @pytest.mark.parametrize(
-    "family", ["bert", "electra", "xlm-roberta", "deberta", "modernbert", "distilbert", "mpnet"]
+    "family",
+    by_default("bert", of=("bert", "electra", "xlm-roberta", "deberta", "modernbert", "distilbert", "mpnet")),
 )
 def test_rerank_is_the_sigmoid_of_the_one_logit(
     family: str, encoder: Make, words: Words, tmp_path: Path
@@ -127,6 +134,7 @@ def test_rerank_is_the_sigmoid_of_the_one_logit(
     assert len({round(each.score, 6) for each in found}) > 1, "all the same: nothing is proven"
 
 
+@pytest.mark.full
 def test_embedding_model_reranks_by_cosine(encoder: Make, words: Words, tmp_path: Path) -> None:
     encoder("mpnet", tmp_path)
     query, documents = words(6, 1), [words(9, 3), words(6, 1), words(20, 4)]
@@ -198,6 +206,7 @@ def test_folder_of_sentence_transformers_says_pooling_length_and_norm(
         LLM(tmp_path, **SETTINGS)
 
 
+@pytest.mark.full
 def test_positions_of_the_roberta_family_begin_behind_the_padding(
     encoder: Make, words: Words, tmp_path: Path
 ) -> None:

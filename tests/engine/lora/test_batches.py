@@ -262,6 +262,7 @@ def test_slots_are_counted_among_the_weights(build: Build, base: Path) -> None:
     assert with_slots - without >= slots_bytes(model, torch.float64, max_loras=5, max_rank=8) - 5 * 14 * 8
 
 
+@pytest.mark.full
 def test_embeddings_are_those_of_the_adapter(
     base: Path, adapter: Adapter, merge: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -43,7 +43,16 @@ def pooled(states: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
     return states[-1] if kind == "last" else states.mean(0)
 
 
-@pytest.mark.parametrize("family", ["llama3_gqa_tied", "mistral_window", "qwen3_norm_window", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama3_gqa_tied",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("mistral_window", "qwen3_norm_window", "gpt2")
+        ),
+    ],
+)
 def test_pooled_states_are_those_of_transformers(
     family: str, tiny_models: Callable[..., Any], prompt_of: Callable[..., list[int]], tmp_path: Path
 ) -> None:
@@ -66,6 +75,7 @@ def test_pooled_states_are_those_of_transformers(
         assert max(step.num_prefill_tokens for step in steps) == 16
 
 
+@pytest.mark.full
 def test_embedding_does_not_depend_on_chunks_cache_or_what_else_runs(
     tiny_models: Callable[..., Any], prompt_of: Callable[..., list[int]]
 ) -> None:
@@ -114,6 +124,7 @@ def test_preempted_text_is_pooled_anew(
     np.testing.assert_allclose(found, states_of(tiny.reference, text).mean(0), rtol=CLOSE, atol=CLOSE)
 
 
+@pytest.mark.full
 def test_float32_step_of_the_compiled_decoder_pools_the_same(
     tiny_models: Callable[..., Any], prompt_of: Callable[..., list[int]]
 ) -> None:
@@ -125,6 +136,7 @@ def test_float32_step_of_the_compiled_decoder_pools_the_same(
     np.testing.assert_allclose(found.vector, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
 def test_vector_is_cut_then_normalized(
     tiny_models: Callable[..., Any], prompt_of: Callable[..., list[int]]
 ) -> None:
@@ -168,6 +180,7 @@ def test_files_of_sentence_transformers_say_how_it_is_pooled(
         LLM(folder, **SETTINGS)
 
 
+@pytest.mark.full
 def test_what_no_decoder_pools_is_refused(
     tiny_models: Callable[..., Any], prompt_of: Callable[..., list[int]]
 ) -> None:

@@ -176,6 +176,7 @@ def test_texts_of_several_clients_share_batches_and_are_counted(pooling_server: 
     assert sum(s.value for s in prompts) >= 6 * 3 * len(texts)
 
 
+@pytest.mark.full
 def test_backend_of_the_running_app_embeds_and_reranks_without_loss(
     pooling_server: Any, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -197,6 +198,7 @@ def test_backend_of_the_running_app_embeds_and_reranks_without_loss(
         assert one.num_prompt_tokens == other.num_prompt_tokens
 
 
+@pytest.mark.full
 def test_chat_model_embeds_and_reranks_by_cosine(real_server: Any) -> None:
     found = real_server.openai.embeddings.create(
         model=real_server.model, input=["the cat", "the cat", "a dog"]

@@ -34,6 +34,7 @@ def vectors(host: EngineHost, model: str) -> list[Any]:
     return [each.vector for each in embed(host.worker(model), TEXTS)]
 
 
+@pytest.mark.full
 def test_encoders_come_move_and_go_beside_a_chat_model(
     hosted: Callable[..., Any], encoders: dict[int, Path], versions: Any, eventually: Callable[..., bool]
 ) -> None:
@@ -67,6 +68,7 @@ def test_encoders_come_move_and_go_beside_a_chat_model(
         assert len(stream.result(120).token_ids) == 400
 
 
+@pytest.mark.full
 def test_encoder_that_does_not_fit_or_cannot_be_read_leaves_the_others_serving(
     hosted: Callable[..., Any], encoders: dict[int, Path], tmp_path: Path
 ) -> None:
