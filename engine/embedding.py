@@ -40,7 +40,8 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Relevance:
-    """How well one document fits the query: a cross-encoder's sigmoid in 0 … 1, else a cosine in -1 … 1."""
+    """How well one document fits the query: a cross-encoder's sigmoid in 0 … 1, or its logit where the model's files ask for that;
+    else a cosine in -1 … 1."""
 
     index: int  # of the document as it was given
     score: float
@@ -120,7 +121,8 @@ def relevances_of(
         logits = [float(_pooled(each)[0]) for each in completions]
         counts = [each.num_prompt_tokens for each in completions]
         return [
-            Relevance(i, _sigmoid(z), count) for i, (z, count) in enumerate(zip(logits, counts, strict=True))
+            Relevance(i, _sigmoid(z) if worker.pooling.has_sigmoid else z, count)
+            for i, (z, count) in enumerate(zip(logits, counts, strict=True))
         ]
     embedded = dict(zip(_texts_of(pairs), embeddings_of(worker, completions, params), strict=True))
     found = []
@@ -199,6 +201,7 @@ def _texts_of(pairs: Sequence[tuple[str, str]]) -> list[str]:
 def _ids_of(worker: EngineWorker, text: Prompt, params: PoolingParams, limit: int) -> Sequence[int]:
     most = _most(params, limit)
     if isinstance(text, str):
+        text = text.lower() if worker.pooling.lower_case else text
         ids: Sequence[int] = _tokenizer(worker).encode_texts(text, None, most).ids
     else:
         ids = text if most is None else text[:most]

@@ -74,7 +74,11 @@ class ModelPooling:
     prompts: Mapping[str, str] = field(
         default_factory=dict, hash=False
     )  # texts to put before others, by what these are
+    lower_case: bool = False  # texts are read so
     num_labels: int = 1
+    has_sigmoid: bool = (
+        True  # a pair's score is the logit's sigmoid; False: the logit, as the model was trained
+    )
     size: int | None = None  # of its vectors, where it is known
 
     @property

@@ -42,8 +42,13 @@ def read_pooling(folder: Path, default: ModelPooling) -> ModelPooling:
     for module in modules:
         kind, where = str(module.get("type", "")).rpartition(".")[2], folder / str(module.get("path", ""))
         if kind == "Transformer":
-            length = _mapping(_read(folder / "sentence_bert_config.json")).get("max_seq_length")
-            found = replace(found, max_length=length if isinstance(length, int) else None)
+            read = _mapping(_read(folder / "sentence_bert_config.json"))
+            length = read.get("max_seq_length")
+            found = replace(
+                found,
+                max_length=length if isinstance(length, int) else None,
+                lower_case=bool(read.get("do_lower_case")),
+            )
         elif kind == "Pooling":
             found = replace(found, kind=_pooling_of(_mapping(_read(where / "config.json")), default))
         elif kind == "Normalize":
@@ -58,6 +63,11 @@ def read_pooling(folder: Path, default: ModelPooling) -> ModelPooling:
 
 
 def _pooling_of(config: Mapping[str, Any], default: ModelPooling) -> str:
+    if config.get("include_prompt") is False:
+        raise UnsupportedModelError(
+            "its pooling leaves the prompt's tokens out (include_prompt), which is not computed here", value=False, limit=True,
+            param="model", remedy="Use a model without it.",
+        )  # fmt: skip
     named = config.get("pooling_mode")
     asked = [flag for flag in config if flag.startswith("pooling_mode_") and config[flag] is True]
     kinds = [_FLAGS.get(flag, flag) for flag in asked] or [_NAMES.get(str(named), str(named))]

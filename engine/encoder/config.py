@@ -98,7 +98,33 @@ def _pooling_of(folder: Path, values: Mapping[str, Any], architecture: str) -> M
     labels = values.get("id2label")
     num_labels = len(labels) if isinstance(labels, Mapping) else int(values.get("num_labels") or 2)
     task = SCORE if num_labels == 1 else "classify"
-    return ModelPooling(task, SCORE, normalize=False, poolings=(SCORE,), num_labels=num_labels)
+    return ModelPooling(
+        task,
+        SCORE,
+        normalize=False,
+        poolings=(SCORE,),
+        num_labels=num_labels,
+        has_sigmoid=_has_sigmoid(values),
+    )
+
+
+def _has_sigmoid(values: Mapping[str, Any]) -> bool:
+    """What sentence-transformers' CrossEncoder does with the one logit, in either spelling of its config.
+
+    Raises:
+        UnsupportedModelError: another function.
+    """
+    own = values.get("sentence_transformers")
+    asked = (own.get("activation_fn") if isinstance(own, Mapping) else None) or values.get(
+        "sbert_ce_default_activation_function"
+    )
+    name = str(asked or "Sigmoid").rpartition(".")[2]
+    if name not in ("Identity", "Sigmoid"):
+        raise UnsupportedModelError(
+            f"its scores go through {name}, which is not computed here", value=asked, limit=("Identity", "Sigmoid"),
+            param="model", remedy="Use a cross-encoder with one of these.",
+        )  # fmt: skip
+    return name == "Sigmoid"
 
 
 def _size(values: Mapping[str, Any], *names: str) -> int:

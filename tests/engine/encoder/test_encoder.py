@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from engine.embedding import cosine
 from engine.errors import (
     ConfigError,
     CorruptWeightsError,
@@ -134,6 +135,22 @@ def test_rerank_is_the_sigmoid_of_the_one_logit(
     assert len({round(each.score, 6) for each in found}) > 1, "all the same: nothing is proven"
 
 
+def test_cross_encoder_says_in_its_config_what_becomes_of_the_logit(
+    encoder: Make, words: Words, tmp_path: Path
+) -> None:
+    encoder("bert", tmp_path, "ForSequenceClassification", num_labels=1)
+    documents = [words(4), words(9)]
+    with LLM(tmp_path, **SETTINGS) as llm:
+        scores = {each.index: each.score for each in llm.rerank("w1", documents, use_tqdm=False)}
+    configure(tmp_path, sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"})
+    with LLM(tmp_path, **SETTINGS) as llm:
+        for each in llm.rerank("w1", documents, use_tqdm=False):
+            assert 1 / (1 + np.exp(-each.score)) == pytest.approx(scores[each.index], abs=EXACT)
+    configure(tmp_path, sentence_transformers={"activation_fn": "torch.nn.modules.activation.Tanh"})
+    with pytest.raises(UnsupportedModelError, match="Tanh"):
+        LLM(tmp_path, **SETTINGS)
+
+
 @pytest.mark.full
 def test_embedding_model_reranks_by_cosine(encoder: Make, words: Words, tmp_path: Path) -> None:
     encoder("mpnet", tmp_path)
@@ -185,10 +202,20 @@ def test_folder_of_sentence_transformers_says_pooling_length_and_norm(
         "pooling_mode_mean_tokens": True,
     }
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(flags))
-    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12}))
+    (tmp_path / "sentence_bert_config.json").write_text(
+        json.dumps({"max_seq_length": 12, "do_lower_case": True})
+    )
+    prompts = {"query": "w8 w9 ", "document": "w7 "}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
     with LLM(tmp_path, **SETTINGS) as llm:
-        (found,) = llm.embed(words(10), use_tqdm=False)
+        (found,) = llm.embed(words(10).upper(), use_tqdm=False)
         ids = llm.tokenizer.encode(words(10))
+        query, document, first = llm.embed(["w8 w9 w1", "w7 w2 w3", "w8 w9 w5"], use_tqdm=False)
+        (named,) = llm.embed("w1", PoolingParams(prompt_name="query"), use_tqdm=False)
+        np.testing.assert_allclose(named.vector, query.vector, rtol=0, atol=EXACT * 100)
+        (ranked,) = llm.rerank("w1", ["w2 w3"], use_tqdm=False)
+        assert ranked.score == pytest.approx(cosine(query.vector, document.vector), abs=EXACT)
+        assert ranked.score != pytest.approx(cosine(first.vector, document.vector), abs=1e-6)
         np.testing.assert_allclose(found.vector, states_of(model, ids).mean(0), rtol=0, atol=EXACT * 100)
         with pytest.raises(PromptTooLongError, match="13 tokens, the model reads 12"):
             llm.embed(words(11), use_tqdm=False)

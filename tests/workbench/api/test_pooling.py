@@ -159,14 +159,14 @@ def test_what_cannot_be_done_is_a_400_that_says_what_can(
 
 
 def test_texts_of_several_clients_share_batches_and_are_counted(pooling_server: Any) -> None:
-    texts = [" ".join(WORDS[i : i + 4]) for i in range(32)]
+    texts = [" ".join(WORDS[i : i + 4]) for i in range(12)]
     worker = pooling_server.host.worker("embedder")
     before = worker.stats()
 
     def ask(text: str) -> list[float]:
         return pooling_server.openai.embeddings.create(model="embedder", input=[text, text]).data[1].embedding
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(ask, texts))
     with LocalVectors(pooling_server) as vectors:
         for one, other in zip(found, vectors.embed(texts), strict=True):

@@ -141,14 +141,19 @@ def _similarity(found: Outcome) -> None:
 
 
 def _ranking(found: Outcome, *, is_cosine: bool) -> None:
-    measure = "cosine" if is_cosine else "relevance, 0 to 1"
+    scores = [each.score for each in found.ranking]
+    is_logit = min(scores) < 0 or max(scores) > 1
+    measure = "cosine" if is_cosine else "logit" if is_logit else "relevance, 0 to 1"
+    low, high = (
+        (min(scores), max(max(scores), min(scores) + 1e-9)) if is_logit and not is_cosine else (0.0, 1.0)
+    )
     st.html(markup.section(f"Documents for “{found.query}”", measure))
     rows = [
         [
             str(place),
             markup.text(found.texts[each.index]),
             f"{each.score:.3f}",
-            f'<div class="q-meter"><i style="width:{100 * min(1.0, max(0.0, each.score)):.1f}%"></i></div>',
+            f'<div class="q-meter"><i style="width:{100 * min(1.0, max(0.0, (each.score - low) / (high - low))):.1f}%"></i></div>',
             str(each.num_prompt_tokens),
         ]
         for place, each in enumerate(found.ranking, 1)
