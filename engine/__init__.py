@@ -6,10 +6,11 @@
 
 The house's line: importing this package imports no torch, triton or transformers, and neither does anything that decides
 rather than computes (scheduler, cache accounting, records, streams, worker). What computes is below it: ``engine.build``,
-``engine.runner``, ``engine.models``, ``engine.attention``, ``engine.kernels``.
+``engine.encoder.model``, ``engine.runner``, ``engine.models``, ``engine.attention``, ``engine.kernels``.
 """
 
 from engine.config import EngineConfig, SpeculativeConfig
+from engine.embedding import Embedding, Relevance
 from engine.engine import Engine
 from engine.errors import (
     ConfigError,
@@ -31,6 +32,7 @@ from engine.errors import (
 from engine.llm import LLM, Score
 from engine.lora import Lora
 from engine.plan import TokenLogprobs
+from engine.pooling import PoolingParams
 from engine.record_log import BlockMap, RecordLog
 from engine.records import (
     Completion,
@@ -58,6 +60,7 @@ __all__ = [
     "Completion",
     "ConfigError",
     "CorruptWeightsError",
+    "Embedding",
     "Engine",
     "EngineAsleepError",
     "EngineBusyError",
@@ -78,8 +81,10 @@ __all__ = [
     "ModelNotFoundError",
     "OutOfMemoryError",
     "Perplexity",
+    "PoolingParams",
     "PromptTooLongError",
     "RecordLog",
+    "Relevance",
     "RequestRecord",
     "RequestStream",
     "SamplingParams",

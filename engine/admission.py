@@ -15,6 +15,7 @@ from uuid import uuid4
 from engine.errors import InvalidRequestError, PromptTooLongError
 from engine.grammar import Compiled
 from engine.lora import Lora
+from engine.pooling import DECODER_POOLINGS
 from engine.request import Request
 from engine.request import Sequence as RequestSequence
 from engine.sampling_params import ALL_LOGPROBS, SamplingParams
@@ -30,6 +31,7 @@ class Limits:
     num_slots: int  # KV positions in the whole pool; the last output token needs none
     vocab_size: int
     can_detokenize: bool
+    poolings: tuple[str, ...] = DECODER_POOLINGS
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raises: InvalidRequestError, PromptTooLongError."""
@@ -42,6 +44,11 @@ class Limits:
                 param="stop",
             )
         self._check_scoring(len(prompt), params)
+        if params.pooling is not None and params.pooling.kind not in self.poolings:
+            raise InvalidRequestError(
+                f"this model is not pooled by {params.pooling.kind!r}", value=params.pooling.kind, limit=self.poolings,
+                param="pooling", remedy=f"It knows {', '.join(self.poolings)}.",
+            )  # fmt: skip
         if params.n != 1 or params.chooses:
             raise InvalidRequestError(
                 f"a request is one completion, n is {params.n}, best_of is {params.best_of}",

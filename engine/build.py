@@ -8,7 +8,6 @@ and hands both to the Engine. The only module that knows all parts; nothing belo
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,6 +20,8 @@ import torch
 from engine.attention.choice import resolve_attention
 from engine.attention.interface import AttentionBackend
 from engine.config import EngineConfig
+from engine.device_choice import available_cores, choose_device, choose_dtype, resolve_device
+from engine.encoder.config import is_encoder
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.kernels import cpu_library
@@ -68,6 +69,8 @@ from engine.parallel.settings import (
 )
 from engine.plan import KVSpec
 from engine.pool_size import Measured, PoolSizer, check_swap_space
+from engine.pooling import ModelPooling
+from engine.pooling_files import read_pooling
 from engine.runner.loaded_draft import LoadedDraft
 from engine.runner.model_runner import ModelRunner
 from engine.runner.profile_run import measure_steps
@@ -95,10 +98,10 @@ def resolve_config(
     if model is None:
         model = read_model_config(find_model(config.model), trust_remote_code=config.trust_remote_code)
     config = settle_for(config, model)
-    device, size = _resolve_device(config.device), config.tensor_parallel_size
+    device, size = choose_device(config.device), config.tensor_parallel_size
     model = shard_of(model, 0, size).share
     asked, config = config, settle_for_ranks(config, device)
-    config = replace(config, device=str(device), dtype=_resolve_dtype(config.dtype, device))
+    config = replace(config, device=str(device), dtype=choose_dtype(config.dtype, device))
     dtype = torch_dtype(config)
     check_checkpoint(config.quantization, model)
     if config.quantization is not None:
@@ -141,6 +144,10 @@ def build_engine(
     tell: Progress = progress or _tell_nobody
     tell("reading the model's config", 0.0)
     folder = find_model(config.model)
+    if is_encoder(folder):
+        from engine.encoder.build import build_encoder  # transformers, which native models do not need
+
+        return build_encoder(resolve_device(config), folder, tell)
     model = read_model_config(folder, trust_remote_code=config.trust_remote_code)
     asked, config = config, resolve_config(config, model, None if allocator is None else allocator.memory())
     shard = shard_of(model, 0, config.tensor_parallel_size)
@@ -244,6 +251,7 @@ class Loaded:
     eos_token_ids: frozenset[int]
     ranks: Ranks | None  # whose parts make one model; None: this is the whole
     draft: LoadedDraft | None
+    pooling: ModelPooling
 
     @property
     def found_draft(self) -> Draft | None:
@@ -298,8 +306,9 @@ def load_part(
     if tokenizer is not None:
         eos_token_ids |= tokenizer.eos_token_ids
     return Loaded(
-        asked, config, shard.share, decoder, load_decoder, tokenizer, eos_token_ids, ranks, loaded_draft
-    )
+        asked, config, shard.share, decoder, load_decoder, tokenizer, eos_token_ids, ranks, loaded_draft,
+        read_pooling(folder, ModelPooling(size=shard.model.hidden_size)),
+    )  # fmt: skip
 
 
 def make_ready_runner(loaded: Loaded, allocator: Allocator | None, tell: Progress) -> Made:
@@ -366,6 +375,7 @@ def _assemble(
             config, runner, kv_spec=kv_spec, eos_token_ids=loaded.eos_token_ids, vocab_size=model.vocab_size,
             tokenizer=loaded.tokenizer, memory=ledger, lora_store=made.runner.adapters,
             is_proven_deterministic=is_proven_deterministic,
+            pooling=loaded.pooling,
         )  # fmt: skip
 
     if not config.deterministic:
@@ -449,37 +459,6 @@ def _load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer | None:
     return Tokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
 
 
-def _resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"unknown device {name!r}", value=name, limit="cpu, cuda, cuda:N", param="device"
-        ) from error
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count() if device.type == "cuda" else 0
-    if (device.index or 0) >= count:
-        raise ConfigError(
-            f"device {name!r} is not there",
-            value=name,
-            limit=f"{count} CUDA devices",
-            param="device",
-            remedy='Use device="cpu" or "auto".',
-        )
-    return torch.device("cuda", device.index or 0)
-
-
-def _resolve_dtype(name: str, device: torch.device) -> str:
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    return "bfloat16" if cpu_multiplies_bfloat16() else "float32"
-
-
 def _check_parts(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
     """Refuse what a GPU does not compute of a model's parts.
 
@@ -528,25 +507,3 @@ def _resolve_kv_cache(asked: EngineConfig, config: EngineConfig, model: ModelCon
             remedy='Set kv_cache_dtype="auto", "int8" or "fp8".',
         )
     return config.dtype
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 products of its own (AVX512-BF16 or AMX); elsewhere float32 is faster."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if capabilities:
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text(encoding="ascii", errors="replace") if flags.is_file() else ""
-    return "avx512_bf16" in text or "amx_bf16" in text
-
-
-def available_cores() -> int:
-    """CPU cores that this process may keep busy: those it is bound to, within its container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    path = Path("/sys/fs/cgroup/cpu.max")
-    quota, _, period = (
-        path.read_text(encoding="ascii").strip().partition(" ") if path.is_file() else ("max", "", "")
-    )
-    if quota.isdigit() and period.isdigit():
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores

@@ -106,4 +106,5 @@ class CompletionBuilder:
             tpot_ms=tpot,
             e2e_ms=(last.created_ns - arrival) / NS_PER_MS,
             error=last.error,
+            pooled=last.pooled,
         )

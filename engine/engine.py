@@ -35,6 +35,7 @@ from engine.lora import Lora, LoraRegistry, LoraStore, LoraWeights
 from engine.outbox import Outbox
 from engine.plan import KVSpec, Runner, StepResult
 from engine.planned_step import PlannedStep
+from engine.pooling import ModelPooling
 from engine.recording import Recorder, StepTiming
 from engine.records import EngineStats, MemoryLedger, RequestRecord, StepRecord, StreamDelta, TokenBatch
 from engine.request import FinishReason, Request
@@ -70,6 +71,7 @@ class Engine:
         memory: bytes by purpose, passed on to `stats`.
         lora_store: holds the adapters of the runner; None: the engine takes none.
         is_proven_deterministic: what the needle test said of this runner, passed on likewise.
+        pooling: how the model was trained to embed; None: as a chat model.
 
     Raises:
         ConfigError: a setting is unresolved or contradicts the runner's cache.
@@ -87,6 +89,7 @@ class Engine:
         memory: MemoryLedger | None = None,
         lora_store: LoraStore | None = None,
         is_proven_deterministic: bool | None = None,
+        pooling: ModelPooling | None = None,
     ) -> None:
         if kv_spec.block_size != config.block_size:
             raise ConfigError(
@@ -100,6 +103,7 @@ class Engine:
         max_batched_tokens = _resolved("max_batched_tokens", config.max_batched_tokens)
         self.config = config
         self.tokenizer = tokenizer
+        self.pooling = pooling or ModelPooling()
         self._runner = runner
         self._memory = memory
         self._is_proven_deterministic = is_proven_deterministic

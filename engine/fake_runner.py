@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ __all__ = [
     "FakeRunner", "FakeTokenizer", "PlanViolation", "expected_tokens", "fake_logprobs", "next_state", "next_token", "scripted",
 ]  # fmt: skip
 
+FAKE_HIDDEN = 16  # size of the hidden states that are pooled
 # Bytes that bring a JSON text to its end, first things first: inside of a string, and outside.
 ENDS_STRING = b'"}]:'
 ENDS_VALUE = b'}]":'
@@ -60,6 +61,12 @@ def fake_row(entry: TokenLogprobs, vocab_size: int) -> NDArray[np.float32]:
     row = np.full(vocab_size, rest, np.float32)
     row[entry.token_id % vocab_size] = entry.logprob
     return row
+
+
+def fake_hidden(token_ids: Sequence[int]) -> NDArray[np.float64]:
+    """Hidden states [n, FAKE_HIDDEN]: each token's is one-hot, by its id."""
+    states: NDArray[np.float64] = np.eye(FAKE_HIDDEN)[np.array(token_ids) % FAKE_HIDDEN]
+    return states
 
 
 def scripted(text: str | bytes, eos_token_id: int = 256) -> Choose:
@@ -248,6 +255,10 @@ class FakeRunner:
             self._write(row, start, start + count)
             if row.admission.params.prompt_logprobs is not None:
                 result.prompt_logprobs[i] = self._score(row, start, count)
+            pooling = row.admission.params.pooling
+            if pooling is not None:
+                states = fake_hidden(row.tokens[start : start + count])
+                result.pooled[i] = states[-1] if pooling.kind == "last" else states.sum(0)
             if i in sampling:
                 self._sample(row, start + count, drafts, result)
         return self._obey_grammars(plan, result)

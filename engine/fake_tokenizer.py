@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from engine.chat_messages import Message, refuse_reserved
+from engine.tokenizer import EncodedTexts
 
 
 class FakeTokenizer:
@@ -39,6 +40,12 @@ class FakeTokenizer:
             ids.append(256 + special)
             text = text[at + len(self.SPECIAL[special]) :]
         return ids
+
+    def encode_texts(self, text: str, pair: str | None = None, max_tokens: int | None = None) -> EncodedTexts:
+        """The texts' tokens, one behind the other, cut at the end."""
+        first = self.encode(text)
+        ids = (first + self.encode(pair or ""))[:max_tokens]
+        return EncodedTexts(ids, 0 if pair is None else min(len(first), len(ids)))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         detokenizer = self.detokenizer(skip_special_tokens)

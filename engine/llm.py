@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import operator
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-from engine import scoring
+from engine import embedding, scoring
 from engine.best_of import choose_best
 from engine.chat_messages import Message
 from engine.config import EngineConfig
+from engine.embedding import Embedding, Relevance
 from engine.errors import EngineDeadError, InvalidRequestError
 from engine.lora import Lora
+from engine.pooling import PoolingParams
+from engine.prompts import Prompt, as_prompts, one_each, params_of
 from engine.records import Completion, EngineStats, HealthState
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
@@ -31,8 +33,6 @@ from engine.token_kl import TokenKL
 from engine.tokenizer import TokenizerLike
 from engine.waiting import abort_all, wait_for_all
 from engine.worker import EngineWorker
-
-Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +109,8 @@ class LLM:
                 prompts were not given; nothing ran.
             EngineDeadError: the engine died or is closed.
         """
-        many = _as_prompts(prompts)
-        return self._run(many, _params_of(params, len(many)), use_tqdm, lora)
+        many = as_prompts(prompts)
+        return self._run(many, params_of(params, len(many)), use_tqdm, lora)
 
     def chat(
         self,
@@ -138,7 +138,7 @@ class LLM:
         prompts: list[Prompt] = [
             self.tokenizer.apply_chat_template(chat, tools=tools) for chat in conversations
         ]
-        return self._run(prompts, _params_of(params, len(prompts)), use_tqdm, lora)
+        return self._run(prompts, params_of(params, len(prompts)), use_tqdm, lora)
 
     def score(self, texts_or_token_ids: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[Score]:
         """Log-probabilities of given texts under the model, token by token.
@@ -148,9 +148,42 @@ class LLM:
             StepFailedError: scoring failed on the way.
             EngineDeadError: the engine died or is closed.
         """
-        many = _as_prompts(texts_or_token_ids)
+        many = as_prompts(texts_or_token_ids)
         done = self._run(many, [scoring.scoring_params()] * len(many), use_tqdm)
         return [_score(completion) for completion in done]
+
+    def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        params: PoolingParams | None = None,
+        *,
+        lora: str | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Embedding]:
+        """One vector for each text: of a model that generates, or of an encoder, pooled as it was trained unless `params` say how.
+
+        Raises:
+            InvalidRequestError: the model has no embeddings, or a text does not fit; nothing ran.
+            StepFailedError: a step failed on the way.
+            EngineDeadError: the engine died or is closed.
+        """
+        return embedding.embed(self.worker, as_prompts(texts), params, lora=lora, use_tqdm=use_tqdm)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[Relevance]:
+        """Documents by how well they fit the query, the best first: rated by a cross-encoder, else by the cosine of embeddings.
+
+        Raises:
+            InvalidRequestError: a classifier of several labels, or a text that does not fit; nothing ran.
+            StepFailedError, EngineDeadError: as `embed`.
+        """
+        return embedding.rerank(self.worker, query, documents, params, use_tqdm=use_tqdm)
 
     def perplexity(
         self,
@@ -172,7 +205,7 @@ class LLM:
             EngineDeadError: the engine died or is closed.
         """
         return scoring.perplexity(
-            self, _as_prompts(texts), stride=stride, max_length=max_length, lora=lora, use_tqdm=use_tqdm
+            self, as_prompts(texts), stride=stride, max_length=max_length, lora=lora, use_tqdm=use_tqdm
         )
 
     def token_kl(
@@ -194,7 +227,7 @@ class LLM:
             StepFailedError: scoring failed on the way.
             EngineDeadError: an engine died or is closed.
         """
-        return scoring.token_kl(self, other, _as_prompts(texts), lora=lora, other_lora=other_lora)
+        return scoring.token_kl(self, other, as_prompts(texts), lora=lora, other_lora=other_lora)
 
     def add_lora(self, name: str, folder: str | Path) -> Lora:
         """Load a PEFT LoRA adapter, for `lora=name`; the engine needs the setting `enable_lora`.
@@ -260,7 +293,7 @@ class LLM:
         use_tqdm: bool,
         lora: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
-        loras = _one_each(lora, str, len(prompts), param="lora", what="adapters")
+        loras = one_each(lora, str, len(prompts), param="lora", what="adapters")
         streams = self.worker.submit_all(prompts, params, loras=loras)
         try:
             wait_for_all(streams, use_tqdm)
@@ -281,58 +314,6 @@ class LLM:
         return [
             chosen for each in params for chosen in choose_best([next(places) for _ in each.each()], each)
         ]
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, whether one or many were given; checked as far as types go."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, (bytes, Mapping)) or not hasattr(prompts, "__iter__"):
-        raise _no_prompt(prompts)
-    items: list[Any] = list(prompts)
-    if items and hasattr(items[0], "__index__") and not hasattr(items[0], "__iter__"):
-        return [_as_ids(items)]
-    return [item if isinstance(item, str) else _as_ids(item) for item in items]
-
-
-def _as_ids(prompt: Any) -> list[int]:
-    """Plain integers, whatever kind of integers came (NumPy's too)."""
-    if isinstance(prompt, (bytes, Mapping)):
-        raise _no_prompt(prompt)
-    try:
-        return [operator.index(token) for token in prompt]
-    except TypeError as error:
-        raise _no_prompt(prompt) from error
-
-
-def _no_prompt(value: Any) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"a prompt must be text or a list of token ids, got {type(value).__name__}",
-        value=value,
-        remedy="Give a str, a list[int], or a list of them.",
-        param="prompt",
-    )
-
-
-def _params_of(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    given = SamplingParams() if params is None else params
-    return _one_each(given, SamplingParams, count, param="params", what="sampling params")
-
-
-def _one_each(given: Any, kind: type, count: int, *, param: str, what: str) -> list[Any]:
-    """`given` for each of `count` prompts: one of its kind, or None, for all of them; else as many as there are prompts."""
-    if given is None or isinstance(given, kind):
-        return [given] * count
-    each = list(given)
-    if len(each) != count:
-        raise InvalidRequestError(
-            f"{len(each)} {what} were given for {count} prompts",
-            value=len(each),
-            limit=count,
-            remedy="Give one for all, or one for each prompt.",
-            param=param,
-        )
-    return each
 
 
 def _score(completion: Completion) -> Score:

@@ -9,9 +9,12 @@ from __future__ import annotations
 from itertools import groupby
 from operator import itemgetter
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.decode_rows import NO_ROWS, DecodeRows, without
 from engine.plan import TokenLogprobs
-from engine.planned_step import Commit
+from engine.planned_step import Commit, PooledPart
 from engine.recording import Recorder
 from engine.records import RequestRecord, StreamDelta, TokenBatch
 from engine.request import FinishReason, Request, Sequence
@@ -23,7 +26,8 @@ class RequestTrack:
     """What is remembered of a live request besides its Sequence."""
 
     __slots__ = (
-        "admitted_ns", "detokenizer", "matcher", "num_cached_tokens", "prompt_logprobs", "request", "token_ns",
+        "admitted_ns", "detokenizer", "matcher", "num_cached_tokens", "pooled", "prompt_logprobs", "request",
+        "token_ns",
     )  # fmt: skip
 
     def __init__(self, request: Request, detokenizer: IncrementalDetokenizer | None) -> None:
@@ -33,6 +37,7 @@ class RequestTrack:
         self.num_cached_tokens = 0
         self.token_ns: list[int] = []  # when each output token was committed
         self.prompt_logprobs: dict[int, TokenLogprobs] = {}  # by position
+        self.pooled: NDArray[np.float64] | None = None  # the sum of what chunks brought
         self.detokenizer = detokenizer
         self.matcher: StopTextMatcher | None = None
         if params.stop:
@@ -76,6 +81,17 @@ class RequestTrack:
         if self.matcher is None or self.detokenizer is None:
             return None
         return self.matcher.flush() + self.detokenizer.flush()
+
+    def add_pooled(self, part: PooledPart) -> None:
+        """Add what a chunk brought; one from the beginning counts anew, after a preemption."""
+        self.pooled = part.values if self.pooled is None or not part.start else self.pooled + part.values
+
+    def pooled_vector(self, reason: FinishReason) -> NDArray[np.float64] | None:
+        """The request's vector, once all of its prompt is in it."""
+        pooling = self.request.params.pooling
+        if pooling is None or self.pooled is None or reason is not FinishReason.LENGTH:
+            return None
+        return self.pooled if pooling.kind != "mean" else self.pooled / len(self.request.prompt_token_ids)
 
     def prompt_logprobs_in_order(self) -> tuple[TokenLogprobs, ...]:
         """They are told once, and forgotten."""
@@ -142,6 +158,8 @@ class Outbox:
             track = self._tracks[part.seq.request_id]
             if not track.token_ns:  # computed again after a preemption: they were told
                 track.prompt_logprobs.update(enumerate(part.entries, part.first))
+        for pooled in commit.pooled:
+            self._tracks[pooled.seq.request_id].add_pooled(pooled)
         for finish in commit.finished:
             if not finish.has_token:
                 self.put_end(finish.seq, finish.reason, None, now_ns)
@@ -233,6 +251,7 @@ class Outbox:
                 num_cached_tokens=track.num_cached_tokens,
                 created_ns=now_ns,
                 prompt_logprobs=() if track.token_ns else track.prompt_logprobs_in_order(),
+                pooled=track.pooled_vector(reason),
             )
         )
         self._close(seq, reason, now_ns, error)

@@ -194,7 +194,8 @@ class StepResult:
 
     `token_ids[j]` is the j-th of ``plan.choices()``. `logprobs` maps j to its entry for rows that asked; `prompt_logprobs`
     maps the row index i to the log-probabilities of the tokens at positions ``start[i] + 1 … start[i] + num_tokens[i]``
-    that are prompt tokens and not before logprob_start_len, for rows that asked. `dead_ends` maps j to the reason why no token
+    that are prompt tokens and not before logprob_start_len, for rows that asked. `pooled` maps i to what the step adds to the
+    row's pooled vector (``engine.runner.pooled``). `dead_ends` maps j to the reason why no token
     was possible: its token is none.
     """
 
@@ -204,6 +205,7 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     dead_ends: dict[int, str] = field(default_factory=dict)
     guesses: dict[int, list[int]] = field(default_factory=dict)  # by row: what the draft model guessed
+    pooled: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     prepare_ms: float = 0.0
     forward_ms: float = 0.0
     sample_ms: float = 0.0

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.decode_rows import NO_ROWS, DecodeRows
 from engine.draft_progress import Drafting
 from engine.plan import NO_COPIES, BlockCopies, Int32, TokenLogprobs
@@ -102,6 +105,15 @@ class PromptLogprobs:
 
 
 @dataclass(slots=True)
+class PooledPart:
+    """What the chunk from position `start` on adds to its sequence's pooled vector."""
+
+    seq: Sequence
+    start: int
+    values: NDArray[np.float64]
+
+
+@dataclass(slots=True)
 class Commit:
     """What a committed step added. `token_ids[i]` is a new token of `sequences[i]`; those that decoded come first.
 
@@ -115,4 +127,5 @@ class Commit:
     finished: list[Finish] = field(default_factory=list)
     logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # by request_id: of its tokens
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    pooled: list[PooledPart] = field(default_factory=list)
     num_accepted_tokens: int = 0  # guesses that were right

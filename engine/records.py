@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.plan import TokenLogprobs
 from engine.request import FinishReason
@@ -38,6 +39,7 @@ class StreamDelta(NamedTuple):
     prompt_logprobs: tuple[
         TokenLogprobs, ...
     ] = ()  # in the first delta of a request that asked: prompt tokens 1 … n-1, or from logprob_start_len on
+    pooled: NDArray[np.float64] | None = None  # in the last delta of a request that asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,9 @@ class Completion:
     tpot_ms: float | None  # mean time per output token after the first; None below two tokens
     e2e_ms: float
     error: str | None = None
+    pooled: NDArray[np.float64] | None = field(
+        default=None, compare=False, repr=False
+    )  # [hidden], when asked for
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import InvalidParamsError
+from engine.pooling import Pooling
 from engine.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
@@ -54,7 +55,7 @@ class SamplingParams:
     """
 
     max_tokens: int | None = (
-        16  # output tokens at most; None: up to the context's end; 0, with prompt_logprobs: scored only
+        16  # output tokens at most; None: up to the context's end; 0, with prompt_logprobs or pooling: no output
     )
     temperature: float = 1.0  # 0 is greedy: the most likely token, lowest id first among equals
     top_k: int = 0  # keep the k most likely tokens; 0 or -1: all
@@ -82,6 +83,7 @@ class SamplingParams:
     logprob_start_len: int = (
         0  # prompt_logprobs of the tokens from this one on; what is before may come from the cache
     )
+    pooling: Pooling | None = None  # with max_tokens=0: the prompt's hidden states become one vector
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -91,7 +93,9 @@ class SamplingParams:
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, None)
+            has_output = self.prompt_logprobs is None and self.pooling is None
+            _check_int("max_tokens", self.max_tokens, 1 if has_output else 0, None)
+        self._check_pooling()
         _check_float("temperature", self.temperature, 0.0, 100.0)
         _check_int("top_k", self.top_k, 0, None)
         _check_float("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
@@ -116,6 +120,16 @@ class SamplingParams:
                 limit=MAX_STOP_STRINGS,
                 param="stop",
             )
+
+    def _check_pooling(self) -> None:
+        if self.pooling is None:
+            return
+        if not isinstance(self.pooling, Pooling) or self.max_tokens != 0 or self.prompt_logprobs is not None:
+            raise InvalidParamsError(
+                f"pooling is for a request without output, got {self.pooling!r} with max_tokens={self.max_tokens}",
+                value=self.pooling, limit="a Pooling, max_tokens=0, no prompt_logprobs", param="pooling",
+                remedy="Use LLM.embed, or /v1/embeddings.",
+            )  # fmt: skip
 
     def _check_controls(self) -> None:
         """What changes logits: in plain form, within range."""

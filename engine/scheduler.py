@@ -27,7 +27,7 @@ from engine.decode_rows import DecodeRows, without
 from engine.lora_queue import LoraQueue
 from engine.plan import RowAdmission, StepPlan, StepResult
 from engine.plan_builder import PlanBuilder
-from engine.planned_step import Chunk, Commit, Finish, PlannedStep, PromptLogprobs
+from engine.planned_step import Chunk, Commit, Finish, PlannedStep, PooledPart, PromptLogprobs
 from engine.request import FinishReason, Sequence, SequenceStatus
 from engine.speculation import Speculator
 
@@ -367,6 +367,10 @@ class Scheduler:
                 commit.logprobs.setdefault(sampled[j].request_id, []).append(entry)
         if result.prompt_logprobs:
             self._commit_prompt_logprobs(commit, result)
+        for i, values in result.pooled.items():  # such rows never decode
+            chunk = step.chunks[i - num_decoding]
+            if chunk.seq not in step.dropped:
+                commit.pooled.append(PooledPart(chunk.seq, chunk.start, values))
         return commit
 
     def _commit_decoding(self, commit: Commit, token_ids: list[int]) -> None:

@@ -25,7 +25,8 @@ from engine.token_kl import KLBuilder, TokenKL
 from engine.waiting import abort_all, wait_for_all
 
 if TYPE_CHECKING:
-    from engine.llm import LLM, Prompt
+    from engine.llm import LLM
+    from engine.prompts import Prompt
 
 ROW_VALUES_AT_ONCE = 2**23  # of the rows that one model's requests hold at a time: 32 MiB in float32
 TOKENS_AT_ONCE = 2**16  # of the windows that run together: bounds what their results hold

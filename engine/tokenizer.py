@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from engine.chat_messages import Message, plain_messages, refuse_reserved
 from engine.detokenizer import Detokenizers, IncrementalDetokenizer
@@ -35,6 +35,15 @@ _TOKENIZER_FILES = (
 )
 
 
+class EncodedTexts(NamedTuple):
+    """One text or a pair, as a model reads them together."""
+
+    ids: list[int]
+    second_segment: (
+        int  # where the tokens of the other kind begin, of models that tell a pair's texts so apart; else 0
+    )
+
+
 class TokenizerLike(Protocol):
     """The surface that the engine and everything above it use; the fake tokenizer has it too."""
 
@@ -51,6 +60,10 @@ class TokenizerLike(Protocol):
     def chat_template(self) -> str | None: ...
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def encode_texts(
+        self, text: str, pair: str | None = None, max_tokens: int | None = None
+    ) -> EncodedTexts: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
@@ -148,8 +161,36 @@ class Tokenizer:
                 value=text,
                 param="prompt",
             )
+        ids: list[int] = self._encode(text, add_special_tokens).ids
+        return ids
+
+    def encode_texts(self, text: str, pair: str | None = None, max_tokens: int | None = None) -> EncodedTexts:
+        """A text or a pair with what the model expects around and between them, at most `max_tokens` in all.
+
+        What is too long loses its end; of a pair the longer one first, as transformers' "longest_first".
+
+        Raises:
+            InvalidRequestError: as `encode`, or `max_tokens` has no room for a token of each text.
+        """
+        parts = [self._encode(each, False) for each in ((text,) if pair is None else (text, pair))]
+        if max_tokens is not None:
+            room = max_tokens - self._backend.num_special_tokens_to_add(pair is not None)
+            if room < len(parts):
+                raise InvalidRequestError(
+                    f"{max_tokens} tokens have no room for a text: what stands around it takes {max_tokens - room}",
+                    value=max_tokens, limit=max_tokens - room + len(parts), param="truncate_prompt_tokens",
+                    remedy="Allow more tokens.",
+                )  # fmt: skip
+            for part, length in zip(
+                parts, _longest_first([len(part.ids) for part in parts], room), strict=True
+            ):
+                part.truncate(length)
+        whole = self._backend.post_process(*parts)
+        return EncodedTexts(whole.ids, whole.type_ids.index(1) if 1 in whole.type_ids else 0)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Any:
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequestError(
                 "the text holds a lone surrogate (half of a UTF-16 pair), which is no character",
@@ -157,7 +198,6 @@ class Tokenizer:
                 remedy="Send the character as UTF-8 or as a full \\ud83d\\ude00 pair.",
                 param="prompt",
             ) from error
-        return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that form no character become U+FFFD. Ids outside the vocabulary show nothing."""
@@ -226,6 +266,16 @@ class Tokenizer:
                 f"the model's chat template refuses these messages: {error}", value=messages, param="messages"
             ) from error
         return text
+
+
+def _longest_first(lengths: list[int], room: int) -> list[int]:
+    """Lengths of one or two texts, cut to `room` in all by shortening the longer one first."""
+    if sum(lengths) <= room:
+        return lengths
+    if len(lengths) == 1:
+        return [room]
+    shorter = min(*lengths, room // 2)
+    return [shorter, room - shorter] if lengths[0] <= lengths[1] else [room - shorter, shorter]
 
 
 def _require_tokenizer_files(folder: Path) -> None:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import ConfigError, EngineDeadError, EngineError, InvalidRequestError
 from engine.grammar import Compiled
 from engine.lora import Lora
+from engine.pooling import ModelPooling
 from engine.record_log import RecordLog
 from engine.records import (
     EngineEvent,
@@ -74,6 +75,7 @@ class EngineWorker:
         self.config: EngineConfig = engine.config
         self.tokenizer: TokenizerLike | None = engine.tokenizer
         self.vocab_size: int = engine.vocab_size
+        self.pooling: ModelPooling = engine.pooling
         self._stats: EngineStats = engine.stats()
         self.records = RecordLog(engine.config.record_seconds, self._stats.num_blocks)
         self._engine: Engine | None = engine

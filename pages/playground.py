@@ -1,5 +1,7 @@
 """Playground: ask one to four versions, with every sampling control, and see each answer's probabilities and figures.
 
+Models that generate nothing have what suits them in the place of a chat: ``workbench.ui.components.text_relations``.
+
 The page never waits for an engine: answers run in ``workbench.ui.answers`` and are only looked at here.
 """
 
@@ -18,6 +20,7 @@ from workbench.ui.components import (
     escape_key,
     sampling_controls,
     side_by_side,
+    text_relations,
     top_bar,
     waiting,
 )
@@ -37,6 +40,11 @@ Versions = dict[str, "Resident"]
 def show() -> None:
     bar = top_bar.show()
     st.html(markup.title("Playground", "What do these versions answer, how sure are they, how fast?"))
+    reader = bar.view.worker
+    if reader is not None and reader.pooling.task != "generate" and not bar.view.dead:
+        text_relations.show(reader, bar.model_id or "")
+        bar.keep_live()
+        return
     versions = side_by_side.show(bar.choices, bar.model_id)
     if not waiting.show(bar) and len(versions) < 2:
         if not bar.view.loading:  # an engine that just died is known as failed a moment later

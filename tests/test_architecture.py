@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # The engine's rooms that compute with torch; everything else in it decides, and must work without torch.
 BELOW_THE_LINE = (
     "engine.build",
+    "engine.device_choice",
     "engine.device_limits",
+    "engine.encoder.build",
+    "engine.encoder.model",
     "engine.memory",
     "engine.pool_size",
     "engine.runner",

@@ -32,6 +32,8 @@ class AdapterWorker(EngineWorker):
     def __init__(self, engine: EngineWorker, adapter: Lora, version_digest: str) -> None:
         self.config = replace(engine.config, version_digest=version_digest)
         self.tokenizer = engine.tokenizer
+        self.vocab_size = engine.vocab_size
+        self.pooling = engine.pooling
         self.records = engine.records
         self.lora: str = adapter.name
         self.adapter = adapter

@@ -58,11 +58,15 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
     """
     if config.model == FAKE_MODEL:
         return config
+    from engine.encoder.config import is_encoder
+    from engine.model_folder import find_model
+
+    if is_encoder(find_model(config.model)):
+        return _fit_encoder(config, others)
     import torch
 
     from engine.build import resolve_config
     from engine.memory import device_memory, held_weight_bytes, kv_specs, torch_dtype, workspace_bytes
-    from engine.model_folder import find_model
     from engine.models.draft import find_draft, max_context
     from engine.models.lora import slots_bytes
     from engine.models.shard import shard_of
@@ -107,6 +111,38 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
         raise _no_room(config, needs.fixed + fewest * needs.block, needs, left, others)
     length = min(context, num_blocks * config.block_size)
     return replace(config, num_blocks=num_blocks, kv_memory_bytes=None, max_model_len=length)
+
+
+def _fit_encoder(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> EngineConfig:
+    """`config` without what concerns models that generate; an encoder has no KV pool that could be made smaller."""
+    import torch
+
+    from engine.device_choice import resolve_device
+    from engine.encoder.build import demand_of
+    from engine.encoder.config import read_encoder_config
+    from engine.errors import OutOfMemoryError
+    from engine.memory import device_memory
+    from engine.model_folder import find_model
+
+    folder = find_model(config.model)
+    context = read_encoder_config(folder).max_context
+    config = replace(
+        config, speculative_config=None, max_model_len=min(config.max_model_len or context, context)
+    )
+    resolved = resolve_device(config)
+    memory = device_memory(torch.device(resolved.device))
+    left = memory.free_bytes
+    if resolved.device == "cpu":
+        reserved = sum(ledger.engine_bytes for ledger in others.values())
+        left = max(0, min(left, int(CPU_SHARE * memory.total_bytes) - reserved))
+    needed = demand_of(replace(resolved, enable_lora=False), folder).num_bytes
+    if needed > left:
+        raise OutOfMemoryError(
+            f"{config.model} does not fit beside what is resident: it needs {needed} bytes ({in_units(needed)}), {left} "
+            f"({in_units(left)}) are left. Resident: {_holders(others)}",
+            value=needed, limit=left, param="model", remedy="Unload another model, or choose a narrower QUIRE_DTYPE.",
+        )  # fmt: skip
+    return config
 
 
 def check_wake(

@@ -97,6 +97,8 @@ def make_plan(
             cannot be split over so many GPUs.
     """
     from engine.config import QUANTIZATIONS
+    from engine.encoder.config import is_encoder
+    from engine.errors import UnsupportedModelError
     from engine.model_folder import find_config
     from engine.models.shard import shard_of
     from engine.models.transformers_config import read_model_config
@@ -106,7 +108,13 @@ def make_plan(
             f"no kernel of a GPU computes {dtype!r} quickly", value=dtype, limit=DTYPES, param="dtype",
             remedy=f"Use {' or '.join(DTYPES)}.",
         )  # fmt: skip
-    model = read_model_config(find_config(name))
+    folder = find_config(name)
+    if is_encoder(folder):
+        raise UnsupportedModelError(
+            f"{name} is an encoder: it has no KV cache, which is what a plan weighs", value=name, param="model",
+            limit="a model that generates", remedy="Load it: what it takes is compared with the free memory first.",
+        )  # fmt: skip
+    model = read_model_config(folder)
     context = context or min(DEFAULT_CONTEXT, model.max_context)
     stored = model.quantization
     share = shard_of(model, 0, tensor_parallel_size).share

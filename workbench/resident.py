@@ -61,6 +61,7 @@ class Resident:
         None  # weights, KV cache and workspace; of an adapter its weights in host memory
     )
     parent: str | None = None  # id of the resident whose engine serves it: it is an adapter there
+    task: str = "generate"  # what it is for: ``engine.pooling.ModelPooling.task``
     merged_because: str = ""  # why an adapter was merged into weights of its own instead
 
 

@@ -159,6 +159,7 @@ class ResidentTable:
             memory_bytes=ledger.engine_bytes if ledger else slot.adapter_bytes,
             parent=slot.base.id if slot.base else None,
             merged_because=slot.merged_because,
+            task=slot.worker.pooling.task if slot.worker is not None else "generate",
         )
 
     # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────────

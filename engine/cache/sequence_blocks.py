@@ -240,10 +240,13 @@ class SequenceBlocks:
         return events
 
     def _most_matched(self, seq: Sequence) -> int:
-        """Blocks that may come from the cache: at least one token is computed, and each that a scored one follows."""
+        """Blocks that may come from the cache: at least one token is computed, each that a scored one follows, and
+        all where all are pooled."""
         params, num_tokens = seq.request.params, len(seq.token_ids)
         if params.prompt_logprobs is not None:
             num_tokens = min(num_tokens, max(1, params.logprob_start_len))
+        if params.pooling is not None and params.pooling.kind != "last":
+            return 0
         return (num_tokens - 1) // self.block_size
 
     def _hash_until(self, seq: Sequence, num_blocks: int) -> None:

@@ -68,6 +68,10 @@ class StepDecoder(Protocol):
         """Logits [n, V] of the given rows of `forward`'s result, float32 (float64 for a float64 model)."""
         ...
 
+    def final_hidden(self, hidden: Tensor) -> Tensor:
+        """The given rows of `forward`'s result after the final norm: what the output head multiplies, [n, hidden]."""
+        ...
+
     def step_weights(self) -> StepWeights:
         """What a step reads of the weights."""
         ...
@@ -328,10 +332,15 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of the given rows of `forward`'s result, float32 (float64 for a float64 model)."""
-        logits: Tensor = self.lm_head(self.norm(hidden))
+        logits: Tensor = self.lm_head(self.final_hidden(hidden))
         if self.config.logit_softcap is not None:
             logits = softcapped(logits, self.config.logit_softcap, invariant=self.invariant)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def final_hidden(self, hidden: Tensor) -> Tensor:
+        """The given rows of `forward`'s result after the final norm, [n, hidden]."""
+        normed: Tensor = self.norm(hidden)
+        return normed
 
     def step_weights(self) -> StepWeights:
         """What a step reads of the weights; counts anew after they were quantized."""

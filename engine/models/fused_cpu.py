@@ -122,6 +122,7 @@ class FusedCpuDecoder:
         assert decoder.rotary is not None
         self._rotary = decoder.rotary.float().contiguous()
         self._layers = (_Layer * decoder.config.num_layers)()
+        self._final_norm = decoder.norm
         self._model = self._describe(decoder)
         self._caches: list[LayerCache] = []
         self._scratch: _Scratch | None = None
@@ -189,6 +190,11 @@ class FusedCpuDecoder:
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def final_hidden(self, hidden: Tensor) -> Tensor:
+        """The given rows of `forward`'s result after the final norm, [n, hidden] (float32)."""
+        normed: Tensor = self._final_norm(hidden)
+        return normed
 
     def _token_slots(self, tokens: int) -> tuple[Int32 | None, Tensor | None]:
         """Each token's slot [T], -1 for none, and room for what is added to gate_up [T, 2 I]; None where nobody uses one."""

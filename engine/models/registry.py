@@ -41,7 +41,10 @@ class TensorNames:
     shared_expert: str = ""
     # How names may begin in a file, each with what that stands for; beginnings and ends of what is no part of the language
     # model: other modalities, and tables that old checkpoints carry though a config says them.
-    prefixes: tuple[tuple[str, str], ...] = ()
+    # The default: files of the model without its output head, as embedding models are saved.
+    prefixes: tuple[tuple[str, str], ...] = tuple(
+        (f"{part}.", f"model.{part}.") for part in ("embed_tokens", "layers", "norm")
+    )
     left_out: tuple[str, ...] = ()
     left_out_ends: tuple[str, ...] = (".rotary_emb.inv_freq",)
 

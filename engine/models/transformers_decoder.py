@@ -44,10 +44,10 @@ class TransformersDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config: ModelConfig = config
-        with torch.device("cpu"), _Unfilled():
+        with torch.device("cpu"), Unfilled():
             given = load_config(folder, trust_remote_code=trust_remote_code)
             model = build_model(given, STEP, trust_remote_code=trust_remote_code)
-        _place(model, dtype, device)
+        place(model, dtype, device)
         self.model = model
         self._body = body_of(model)
         self._heads = (head_of(model),)  # in a tuple: its modules are those of `model`, not further ones
@@ -90,6 +90,10 @@ class TransformersDecoder(nn.Module):
         (head,) = self._heads
         logits: Tensor = head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def final_hidden(self, hidden: Tensor) -> Tensor:
+        """The given rows of `forward`'s result, which has the final norm behind it."""
+        return hidden
 
     def step_weights(self) -> StepWeights:
         """What a step reads of the weights."""
@@ -160,7 +164,7 @@ class _PagedLayer:
         return self._decoder.attend(self._index, self._layer, query, key, value)
 
 
-class _Unfilled(TorchFunctionMode):
+class Unfilled(TorchFunctionMode):
     """Modules are built without drawing their weights, whose memory is therefore not touched; buffers get their values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -177,7 +181,7 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _place(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def place(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Give every parameter and stored buffer fresh memory on the device, in `dtype` where they hold fractions.
 
     Buffers that no checkpoint holds are moved as they are: their values and dtype are the model's own.

@@ -24,6 +24,7 @@ from torch import Tensor
 from engine.attention.interface import AttentionMetadata
 from engine.kernels.penalties import FULL, ONE_OUTPUT
 from engine.plan import Int32, RowAdmission, StepPlan
+from engine.pooling import Pooling
 from engine.runner.controls import Controls, controls_of
 from engine.runner.cpu_sampler import make_sampler
 from engine.runner.sampler import LogitEdits, Masks, Sampled, SampleSettings
@@ -76,6 +77,7 @@ class RowBatch(ABC):
         self.num_logprobs = np.full(rows, -1, dtype=np.int64)
         self.prompt_logprobs = np.full(rows, NO_LOGPROBS, dtype=np.int64)
         self.logprob_start = np.zeros(rows, dtype=np.int64)
+        self.pooling: dict[int, Pooling] = {}  # of rows whose hidden states become a vector
         self.controls: dict[int, Controls] = {}  # of rows that ask for any
         self.grammars = GrammarRows(shape.vocab_size)
         self._control_end = np.zeros(rows, dtype=np.int64)  # positions from it on are free of them
@@ -153,6 +155,8 @@ class RowBatch(ABC):
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.prompt_logprobs[row] = NO_LOGPROBS if params.prompt_logprobs is None else params.prompt_logprobs
         self.logprob_start[row] = params.logprob_start_len
+        if params.pooling is not None:
+            self.pooling[row] = params.pooling
         controls = controls_of(admission, self.shape.eos_token_ids, self.shape.vocab_size)
         if controls is not None:
             self.controls[row] = controls
@@ -164,6 +168,7 @@ class RowBatch(ABC):
         self.num_logprobs[row] = -1
         self.prompt_logprobs[row] = NO_LOGPROBS
         self._control_end[row] = 0
+        self.pooling.pop(row, None)
         self.controls.pop(row, None)
         self.grammars.leave(row)
 

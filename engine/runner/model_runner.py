@@ -35,6 +35,7 @@ from engine.runner.draft import NO_GUESSES, DraftModel, Guesses
 from engine.runner.host_blocks import HostBlocks, by_block
 from engine.runner.host_zeros import host_zeros
 from engine.runner.parked_weights import ParkedWeights
+from engine.runner.pooled import pool_rows
 from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
 from engine.runner.step_clock import StepClock
 from engine.runner.step_cost import StepCost, StepNeeds
@@ -61,6 +62,7 @@ class _Started:
     num_logprobs: list[int]  # of ``sampled.logprob_rows``
     # (row index, number of most likely tokens or ALL_LOGPROBS, figures)
     prompt: tuple[tuple[int, int, LogprobTensors], ...]
+    pooled: tuple[tuple[int, Tensor], ...]  # (row index, vector)
     clock: StepClock
     needs: StepNeeds
     guesses: Guesses
@@ -333,6 +335,7 @@ class ModelRunner:
             guesses, needs = self._draft.guess(plan.drafting, batch)
         size = self._graphs.size_for(plan) if self._graphs is not None else 0
         prompt: tuple[tuple[int, int, LogprobTensors], ...] = ()
+        pooled: tuple[tuple[int, Tensor], ...] = ()
         followed = batch.grammars.followed(plan)
         if size and self._graphs is not None:
             self._graphs.send(plan, size)
@@ -359,6 +362,8 @@ class ModelRunner:
             if self._ranks is not None and len(plan.logit_rows):
                 sampled = _agreed(self._ranks, sampled, batch, plan)
             prompt = self._prompt_logprobs(plan, decoder, batch, hidden)
+            if batch.pooling:
+                pooled = pool_rows(plan, batch, decoder, hidden)
         wanted = batch.num_logprobs[plan.rows[plan.choices().row_index]][list(sampled.logprob_rows)].tolist()
         if not isinstance(
             batch, HostRowBatch
@@ -366,7 +371,7 @@ class ModelRunner:
             sampled = sampled.to_host()
         clock.mark()
         needs += self._cost.of(plan, sum(len(figures.token_ids) for _, _, figures in prompt))
-        return _Started(plan, sampled, wanted, prompt, clock, needs, guesses, size, followed)
+        return _Started(plan, sampled, wanted, prompt, pooled, clock, needs, guesses, size, followed)
 
     def _limit(self, followed: Followed | None, batch: RowBatch) -> None:
         """Mask what the sampler will choose from, as far as grammars say; they need the tokens of the steps in flight."""
@@ -462,6 +467,7 @@ def _result(started: _Started) -> StepResult:
         logprobs=logprobs,
         prompt_logprobs=prompt,
         guesses=started.guesses.by_row(),
+        pooled={i: vector.numpy() for i, vector in started.pooled},
         dead_ends={} if started.followed is None else started.followed.dead_ends,
         prepare_ms=started.clock.prepare_ms,
         forward_ms=started.clock.elapsed_ms(0),

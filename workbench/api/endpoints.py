@@ -56,8 +56,8 @@ class Endpoints:
         arrival_ns = time.monotonic_ns()
         request_id = take_request_id(request)
         body = parse(ChatRequest, await read_json(request, self._max_body_bytes))
-        return await self._on_current_worker(
-            body.model, lambda worker: self._start_chat(worker, body, request_id, arrival_ns)
+        return await on_current_worker(
+            self._host, body.model, lambda worker: self._start_chat(worker, body, request_id, arrival_ns)
         )
 
     async def completion(self, request: Request) -> Response:
@@ -65,26 +65,16 @@ class Endpoints:
         arrival_ns = time.monotonic_ns()
         request_id = take_request_id(request)
         body = parse(CompletionRequest, await read_json(request, self._max_body_bytes))
-        return await self._on_current_worker(
-            body.model, lambda worker: self._start_completion(worker, body, request_id, arrival_ns)
+        return await on_current_worker(
+            self._host,
+            body.model,
+            lambda worker: self._start_completion(worker, body, request_id, arrival_ns),
         )
-
-    async def _on_current_worker(
-        self, model: str | None, start: Callable[[EngineWorker], Awaitable[Response]]
-    ) -> Response:
-        """`start` on the model's worker; again when that was swapped for another while the prompt was read."""
-        worker = self._host.worker(model)
-        try:
-            return await start(worker)
-        except EngineDeadError:
-            successor = self._host.worker(model)
-            if successor is worker:
-                raise
-            return await start(successor)
 
     async def _start_chat(
         self, worker: EngineWorker, body: ChatRequest, request_id: str, arrival_ns: int
     ) -> Response:
+        worker.pooling.require_generation()
         tokenizer = _tokenizer_of(worker)
         params, include_usage = _chat_params(body), _include_usage(body)
         messages = [_template_message(message) for message in body.messages]
@@ -131,6 +121,7 @@ class Endpoints:
     async def _start_completion(
         self, worker: EngineWorker, body: CompletionRequest, request_id: str, arrival_ns: int
     ) -> Response:
+        worker.pooling.require_generation()
         tokenizer = _tokenizer_of(worker)
         params = _completion_params(body)
         include_usage, constraint = _include_usage(body), constraint_of(body)
@@ -201,7 +192,22 @@ class Endpoints:
             "aliases": list(resident.aliases),
             "parent": resident.parent,
             "deterministic": resident.deterministic,
+            "task": resident.task,
         }
+
+
+async def on_current_worker(
+    host: EngineHost, model: str | None, start: Callable[[EngineWorker], Awaitable[T]]
+) -> T:
+    """`start` on the model's worker; again when that was swapped for another while the prompt was read."""
+    worker = host.worker(model)
+    try:
+        return await start(worker)
+    except EngineDeadError:
+        successor = host.worker(model)
+        if successor is worker:
+            raise
+        return await start(successor)
 
 
 def _is_listed(resident: Resident) -> bool:

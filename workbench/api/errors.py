@@ -152,6 +152,9 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/embeddings",
+    "/v1/rerank",
+    "/v1/score",
     "/v1/models",
     "/v1/feedback",
     "/v1/load_lora_adapter",

@@ -29,6 +29,8 @@ from workbench.api.answer_log import AnswerLog
 from workbench.api.disconnect import ClientGone, unless_gone
 from workbench.api.errors import UnauthorizedError, error_response, json_response, on_unexpected_error
 from workbench.api.intake import read_json
+from workbench.api.internal_pooling import InternalPoolingRoutes
+from workbench.api.pooling import Pool
 from workbench.errors import ApiError, WorkbenchError
 from workbench.host import EngineHost, HostPhase, Resident
 
@@ -45,6 +47,7 @@ MAX_BODY_BYTES = 64 << 20
 def internal_app(host: EngineHost, token: str, services: Services | None = None) -> ASGIApp:
     """The routes behind the token, to be mounted at /quire."""
     routes = InternalRoutes(host, services)
+    pooling = InternalPoolingRoutes(Pool(host, services), MAX_BODY_BYTES)
     app = Starlette(
         routes=[
             Route("/load", routes.load, methods=["POST"]),
@@ -57,6 +60,8 @@ def internal_app(host: EngineHost, token: str, services: Services | None = None)
             Route("/records", routes.records, methods=["GET"]),
             Route("/score", routes.score, methods=["POST"]),
             Route("/token_kl", routes.token_kl, methods=["POST"]),
+            Route("/embed", pooling.embed, methods=["POST"]),
+            Route("/rerank", pooling.rerank, methods=["POST"]),
             Route("/generate", routes.generate, methods=["POST"]),
             Route("/chat", routes.chat, methods=["POST"]),
         ],
@@ -284,6 +289,7 @@ def resident_to_json(resident: Resident) -> dict[str, Any]:
         "memory_bytes": resident.memory_bytes,
         "parent": resident.parent,
         "merged_because": resident.merged_because,
+        "task": resident.task,
     }
 
 

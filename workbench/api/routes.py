@@ -21,6 +21,7 @@ from workbench.api.internal import internal_app
 from workbench.api.lora import LoraRoutes
 from workbench.api.metrics import EngineMetrics
 from workbench.api.mlflow_proxy import MlflowProxy
+from workbench.api.pooling import PoolingRoutes
 from workbench.api.probes import Probes
 from workbench.errors import WorkbenchError
 from workbench.host import EngineHost
@@ -62,10 +63,14 @@ def _openai_app(host: EngineHost, settings: Settings, services: Services | None)
     endpoints = Endpoints(host, settings, services)
     feedback = FeedbackRoute(services)
     lora = LoraRoutes(host, settings)
+    pooling = PoolingRoutes(host, settings, services)
     return Starlette(
         routes=[
             Route("/chat/completions", endpoints.chat, methods=["POST"]),
             Route("/completions", endpoints.completion, methods=["POST"]),
+            Route("/embeddings", pooling.embeddings, methods=["POST"]),
+            Route("/rerank", pooling.rerank, methods=["POST"]),
+            Route("/score", pooling.score, methods=["POST"]),
             Route("/feedback", feedback.post, methods=["POST"]),
             Route("/load_lora_adapter", lora.load, methods=["POST"]),
             Route("/unload_lora_adapter", lora.unload, methods=["POST"]),

@@ -150,6 +150,60 @@ class CompletionRequest(_Generation):
     echo: bool | None = None
 
 
+class EmbeddingRequest(_Strict):
+    model: str | None = None
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None  # the caller's label, without effect
+    # vLLM's extras
+    truncate_prompt_tokens: int | None = None
+    normalize: bool | None = None
+    # sentence-transformers': which of the model's own prompts stands before each text
+    prompt_name: str | None = None
+
+
+class Document(_Strict):
+    text: str
+
+
+class RerankRequest(_Strict):
+    """Jina's and Cohere's fields, as vLLM has them."""
+
+    model: str | None = None
+    query: str
+    documents: list[str | Document]
+    top_n: int | None = None  # of the results; None and 0: all
+    return_documents: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    user: str | None = None
+
+
+class ScoreRequest(_Strict):
+    """vLLM's fields: text_1 with text_2, by whichever names."""
+
+    model: str | None = None
+    text_1: str | list[str] | None = None
+    text_2: str | list[str] | None = None
+    queries: str | list[str] | None = None
+    documents: str | list[str] | None = None
+    truncate_prompt_tokens: int | None = None
+    user: str | None = None
+
+
+class InternalEmbedRequest(_Strict):
+    model: str | None = None
+    texts: list[str | list[int]]
+    params: dict[str, Any] = {}
+
+
+class InternalRerankRequest(_Strict):
+    model: str | None = None
+    query: str
+    documents: list[str]
+    params: dict[str, Any] = {}
+
+
 class LoadLoraRequest(_Strict):
     """Fields are vLLM's."""
 

@@ -12,13 +12,16 @@ import contextlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import httpx
 
+from engine.embedding import Embedding, Relevance
 from engine.errors import EngineError
 from engine.llm import Score
+from engine.pooling import PoolingParams
 from engine.records import Completion, EngineStats
 from engine.sampling_params import SamplingParams
 from engine.token_kl import TokenKL
@@ -116,12 +119,37 @@ class AppBackend(AppClient):
         answer = self._post("/quire/score", {"model": model or self._default, "texts": many})
         return [codec.score_from_json(score) for score in answer["scores"]]
 
+    def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        params: PoolingParams | None = None,
+        *,
+        model: str | None = None,
+    ) -> list[Embedding]:
+        many = [text if isinstance(text, str) else list(text) for text in as_prompts(texts)]
+        answer = self._post("/quire/embed", self._pooled(model, params, texts=many))
+        return [codec.embedding_from_json(each) for each in answer["embeddings"]]
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        params: PoolingParams | None = None,
+        *,
+        model: str | None = None,
+    ) -> list[Relevance]:
+        body = self._pooled(model, params, query=query, documents=list(documents))
+        return [codec.relevance_from_json(each) for each in self._post("/quire/rerank", body)["relevances"]]
+
     def token_kl(
         self, texts: Prompt | Sequence[Prompt], *, other: str, model: str | None = None
     ) -> list[TokenKL]:
         many = [text if isinstance(text, str) else list(text) for text in as_prompts(texts)]
         body = {"model": model or self._default, "other": other, "texts": many}
         return [codec.token_kl_from_json(each) for each in self._post("/quire/token_kl", body)["divergences"]]
+
+    def _pooled(self, model: str | None, params: PoolingParams | None, **content: Any) -> dict[str, Any]:
+        return {"model": model or self._default, "params": asdict(params or PoolingParams()), **content}
 
     # ── versions ────────────────────────────────────────────────────────────────────────────────────────────────────
 

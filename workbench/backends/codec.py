@@ -7,6 +7,8 @@ form); an infinity is written as the text "inf" or "-inf".
     POST /quire/generate  {"model", "prompts": ["…" | [ids], …], "params": [{…}, …]}              -> {"completions": [{…}, …]}
     POST /quire/score     {"model", "texts": ["…" | [ids], …]}                                    -> {"scores": [{…}, …]}
     POST /quire/token_kl  {"model", "other", "texts": ["…" | [ids], …]}                           -> {"divergences": [{…}, …]}
+    POST /quire/embed     {"model", "texts": ["…" | [ids], …], "params"}                          -> {"embeddings": [{…}, …]}
+    POST /quire/rerank    {"model", "query", "documents": ["…", …], "params"}                     -> {"relevances": [{…}, …]}
     POST /quire/load      {"ref", "deterministic"}                                                -> {"id"}
     POST /quire/unload    {"id"}                                                                  -> {}
     GET  /quire/residents                                                                         -> {"residents": [{…}, …]}
@@ -26,9 +28,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
+
+from engine.embedding import Embedding, Relevance
 from engine.errors import InvalidParamsError
 from engine.llm import Score
 from engine.plan import TokenLogprobs
+from engine.pooling import PoolingParams
 from engine.records import Completion, EngineStats, MemoryLedger, RequestRecord, StepRecord
 from engine.request import FinishReason
 from engine.sampling_params import ALL_LOGPROBS, MAX_LOGPROBS, SamplingParams
@@ -169,6 +175,33 @@ def token_kl_to_json(divergence: TokenKL) -> dict[str, Any]:
 def token_kl_from_json(values: Mapping[str, Any]) -> TokenKL:
     kl, own, other = (tuple(map(float, values[name])) for name in ("kl", "logprobs", "other_logprobs"))
     return TokenKL(tuple(values["token_ids"]), kl, own, other, tuple(values["same_top"]))
+
+
+def pooling_from_json(values: Mapping[str, Any]) -> PoolingParams:
+    """Raises InvalidParamsError: an unknown name, or a value out of its range."""
+    known = {field.name for field in fields(PoolingParams)}
+    for name in values:
+        if name not in known:
+            raise InvalidParamsError(
+                f"unknown pooling parameter {name!r}", value=name, limit=sorted(known), param=str(name)
+            )
+    return PoolingParams(**values)
+
+
+def embedding_to_json(embedding: Embedding) -> dict[str, Any]:
+    return {"vector": embedding.vector.tolist(), "num_prompt_tokens": embedding.num_prompt_tokens}
+
+
+def embedding_from_json(values: Mapping[str, Any]) -> Embedding:
+    return Embedding(np.array(values["vector"], np.float64), values["num_prompt_tokens"])
+
+
+def relevance_to_json(relevance: Relevance) -> dict[str, Any]:
+    return asdict(relevance)
+
+
+def relevance_from_json(values: Mapping[str, Any]) -> Relevance:
+    return Relevance(**values)
 
 
 # ── statistics and records ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,8 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig
+from engine.embedding import Embedding, Relevance
 from engine.errors import ConfigError, EngineDeadError, InvalidRequestError
 from engine.llm import LLM, Score
+from engine.pooling import PoolingParams
 from engine.records import Completion, EngineStats
 from engine.sampling_params import SamplingParams
 from engine.token_kl import TokenKL
@@ -103,6 +105,25 @@ class LocalBackend(ClosesItself):
 
     def score(self, texts: Prompt | Sequence[Prompt], *, model: str | None = None) -> list[Score]:
         return LLM.from_worker(self._worker(model)).score(texts, use_tqdm=False)
+
+    def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        params: PoolingParams | None = None,
+        *,
+        model: str | None = None,
+    ) -> list[Embedding]:
+        return LLM.from_worker(self._worker(model)).embed(as_prompts(texts), params, use_tqdm=False)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        params: PoolingParams | None = None,
+        *,
+        model: str | None = None,
+    ) -> list[Relevance]:
+        return LLM.from_worker(self._worker(model)).rerank(query, documents, params, use_tqdm=False)
 
     def token_kl(
         self, texts: Prompt | Sequence[Prompt], *, other: str, model: str | None = None

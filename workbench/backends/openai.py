@@ -18,8 +18,10 @@ from typing import Any, NoReturn
 
 import httpx
 
+from engine.embedding import Embedding, Relevance
 from engine.llm import Score
 from engine.plan import TokenLogprobs
+from engine.pooling import PoolingParams
 from engine.records import Completion, EngineStats
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
@@ -130,6 +132,25 @@ class OpenAIBackend(HttpBackend):
 
     def score(self, texts: Prompt | Sequence[Prompt], *, model: str | None = None) -> list[Score]:
         self._refuse("score given texts")
+
+    def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        params: PoolingParams | None = None,
+        *,
+        model: str | None = None,
+    ) -> list[Embedding]:
+        self._refuse("embed texts")
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        params: PoolingParams | None = None,
+        *,
+        model: str | None = None,
+    ) -> list[Relevance]:
+        self._refuse("rerank documents")
 
     def token_kl(
         self, texts: Prompt | Sequence[Prompt], *, other: str, model: str | None = None

@@ -10,8 +10,10 @@ from types import TracebackType
 from typing import Any, Protocol, Self, cast
 
 from engine.chat_messages import Message
+from engine.embedding import Embedding, Relevance
 from engine.errors import InvalidRequestError
 from engine.llm import Score
+from engine.pooling import PoolingParams
 from engine.records import Completion, EngineStats
 from engine.sampling_params import SamplingParams
 from engine.token_kl import TokenKL
@@ -92,6 +94,27 @@ class Backend(Protocol):
 
     def score(self, texts: Prompt | Sequence[Prompt], *, model: str | None = None) -> list[Score]:
         """Log-probabilities of given texts, token by token."""
+        ...
+
+    def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        params: PoolingParams | None = None,
+        *,
+        model: str | None = None,
+    ) -> list[Embedding]:
+        """One vector for each text."""
+        ...
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        params: PoolingParams | None = None,
+        *,
+        model: str | None = None,
+    ) -> list[Relevance]:
+        """Documents by how well they fit the query, the best first."""
         ...
 
     def token_kl(

@@ -228,7 +228,7 @@ def _engine_figures(
     limits: Limits | None = None
     if weight_bytes(steps):
         try:
-            from engine.build import available_cores  # imports torch: not before the load has ended
+            from engine.device_choice import available_cores  # imports torch: not before the load has ended
 
             cores = threads or available_cores()  # as the engine decides
             limits = measure(stats.device or "cpu", stats.dtype, weight_bytes(steps), threads=cores)

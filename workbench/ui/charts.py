@@ -185,6 +185,35 @@ def intervals(rows: Sequence[Interval], title: str, name: ThemeName) -> dict[str
     return {"data": traces, "layout": layout}
 
 
+def heat_map(
+    values: NDArray[np.float64], labels: Sequence[str], title: str, name: ThemeName
+) -> dict[str, Any]:
+    """Values [n, n] in -1 … 1 between labelled things, each also written in its cell where there is room for it."""
+    t, n = theme.tokens(name), len(labels)
+    short = [f"{i}  {label[:28]}{'…' if len(label) > 28 else ''}" for i, label in enumerate(labels, 1)]
+    trace = {
+        "type": "heatmap",
+        "z": values.round(4).tolist(),
+        "customdata": [[[labels[i], labels[j]] for j in range(n)] for i in range(n)],
+        "zmin": min(0.0, float(values.min())),
+        "zmax": 1,
+        "colorscale": [[0, t.surface], [1, t.accent]],
+        "colorbar": {"title": {"text": title}, "thickness": 12},
+        "texttemplate": "%{z:.2f}" if n <= 12 else "",
+        "xgap": 2,
+        "ygap": 2,
+        "hovertemplate": "%{customdata[0]}<br>%{customdata[1]}<br>" + title + " %{z:.4f}<extra></extra>",
+    }
+    numbers = list(range(n))
+    layout: dict[str, Any] = {
+        "template": theme.plotly_template(name),
+        "height": 140 + 34 * n,
+        "xaxis": {"tickvals": numbers, "ticktext": [str(i + 1) for i in numbers], "side": "top"},
+        "yaxis": {"tickvals": numbers, "ticktext": short, "autorange": "reversed", "automargin": True},
+    }
+    return {"data": [trace], "layout": layout}
+
+
 def _limit_line(limit: float, log: bool, colour: str) -> dict[str, Any]:
     at = float(np.log10(limit)) if log else limit
     note = {

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 
-from engine.build import available_cores
+from engine.device_choice import available_cores
 
 FEW_CORES = 4  # below it the engine's own threads leave none free
 STRETCH_ON_FEW_CORES = 2.5

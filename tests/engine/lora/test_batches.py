@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequestError
 from engine.kernels.lora import tokens_by_slot
+from engine.llm import LLM
 from engine.memory import make_kv_spec, torch_dtype
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
@@ -259,3 +260,20 @@ def test_slots_are_counted_among_the_weights(build: Build, base: Path) -> None:
     # All but the scales, a few hundred bytes.
     with_slots, without = (ledger.weights_bytes for ledger in ledgers if ledger is not None)
     assert with_slots - without >= slots_bytes(model, torch.float64, max_loras=5, max_rank=8) - 5 * 14 * 8
+
+
+@pytest.mark.full
+def test_embeddings_are_those_of_the_adapter(
+    base: Path, adapter: Adapter, merge: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path / "a", seed=3, rank=4)
+    merged = merge(base, folder, tmp_path / "merged", lambda module: 2.0)
+    settings = {"dtype": "float64", "num_blocks": 64, "num_threads": 1}
+    with LLM(base, enable_lora=True, max_lora_rank=8, **settings) as llm, LLM(merged, **settings) as expected:
+        llm.add_lora("a", folder)
+        plain = llm.embed(SHARED, use_tqdm=False)[0].vector
+        (found,) = llm.embed(SHARED, lora="a", use_tqdm=False)
+        np.testing.assert_allclose(
+            found.vector, expected.embed(SHARED, use_tqdm=False)[0].vector, rtol=0, atol=1e-12
+        )
+        assert np.abs(found.vector - plain).max() > 1e-3

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.build import build_engine, cpu_multiplies_bfloat16, resolve_config
+from engine.build import build_engine, resolve_config
 from engine.config import EngineConfig
+from engine.device_choice import cpu_multiplies_bfloat16
 from engine.errors import ConfigError, EngineDeadError, OutOfMemoryError
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder

@@ -13,9 +13,9 @@ from starlette.responses import Response
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError
 from engine.sampling_params import SamplingParams
-from workbench.api.endpoints import Endpoints
+from workbench.api.endpoints import on_current_worker
 from workbench.host import EngineHost, fake_worker
-from workbench.settings import FAKE_MODEL, Settings
+from workbench.settings import FAKE_MODEL
 
 
 def test_a_request_that_met_a_closed_engine_goes_to_its_successor(tmp_path: Path) -> None:
@@ -32,8 +32,7 @@ def test_a_request_that_met_a_closed_engine_goes_to_its_successor(tmp_path: Path
             worker.submit("hi", SamplingParams(max_tokens=2)).abort()
             return Response("served")
 
-        endpoints = Endpoints(host, Settings())
-        assert asyncio.run(endpoints._on_current_worker(None, start)).body == b"served"
+        assert asyncio.run(on_current_worker(host, None, start)).body == b"served"
         assert seen == [seen[0], host.worker()]
         assert seen[0] is not seen[1]
 
@@ -49,7 +48,7 @@ def test_a_dead_engine_without_a_successor_is_told_as_dead() -> None:
             raise AssertionError("a closed worker takes nothing")
 
         with pytest.raises(EngineDeadError):
-            asyncio.run(Endpoints(host, Settings())._on_current_worker(None, start))
+            asyncio.run(on_current_worker(host, None, start))
 
 
 def test_without_records_feedback_is_refused_and_says_so(server: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.errors import UnsupportedModelError
 from engine.kernels.quantized_weight import GROUP
 from engine.memory import held_weight_bytes
 from engine.models.config import ModelConfig
@@ -167,3 +168,10 @@ def test_a_plan_that_cannot_be_made_is_bad_input(
 ) -> None:
     assert main(["doctor", "--model", str(folder), "--gpu-memory", "80GiB", *options]) == exit_codes.BAD_INPUT
     assert named in capsys.readouterr().err
+
+
+def test_an_encoder_has_no_cache_to_plan(tmp_path: Path) -> None:
+    config = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 8, "hidden_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="is an encoder"):
+        make_plan(str(tmp_path), gpu_bytes=GIB)

@@ -19,6 +19,7 @@ KEY = "beside"
 
 def show(choices: Mapping[str, Resident], first: str | None) -> dict[str, Resident]:
     """Render the choice where there is one; all chosen versions by what requests call them, `first` before the others."""
+    choices = {name: resident for name, resident in choices.items() if resident.task == "generate"}
     others = {name: resident for name, resident in choices.items() if name != first}
     labels = {name: top_bar.option_label(name, resident) for name, resident in others.items()}
     gone = [label for label in st.query_params.get_all(KEY) if label and label not in labels.values()]
