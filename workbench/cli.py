@@ -16,6 +16,7 @@ from typing import Any
 
 from workbench import exit_codes
 from workbench import settings as settings_module
+from workbench.commands import engine_options
 from workbench.errors import ApiError, NotReadyError, WorkbenchError
 from workbench.settings import Settings
 
@@ -103,11 +104,13 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--home-dir", type=Path, help="where everything is kept (HOME_DIR, default .quire)")
     parser.add_argument("--model", help="a folder or hub id (QUIRE_MODEL); default: the bundled model")
     parser.add_argument("--dtype", help="auto, float32, bfloat16, … (QUIRE_DTYPE)")
-    parser.add_argument(
-        "--kv-cache-dtype", help="auto, fp8 or int8 (QUIRE_KV_CACHE_DTYPE); default: as the model computes"
-    )
     parser.add_argument("--threads", type=int, help="CPU threads of the forward pass (QUIRE_THREADS)")
+    parser.add_argument(
+        "--enable-lora", action=argparse.BooleanOptionalAction,
+        help="serve adapters over engines of their bases, or merge them (QUIRE_ENABLE_LORA)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object when all is up")
+    engine_options.add(parser)
 
 
 def _up(arguments: argparse.Namespace) -> int:
@@ -150,7 +153,8 @@ def _server_settings(arguments: argparse.Namespace, **more: Any) -> Settings:
     """Settings, checked as far as files and folders tell: nothing has been started when this raises."""
     settings = settings_module.load(
         port=arguments.port, host=arguments.host, home_dir=arguments.home_dir, model=arguments.model,
-        dtype=arguments.dtype, kv_cache_dtype=arguments.kv_cache_dtype, threads=arguments.threads, **more,
+        dtype=arguments.dtype, threads=arguments.threads, enable_lora=arguments.enable_lora, **engine_options.chosen(arguments),
+        **more,
     )  # fmt: skip
     settings_module.prepare_home(settings)
     if not settings.fake:

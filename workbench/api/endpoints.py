@@ -193,6 +193,8 @@ class Endpoints:
             "aliases": list(resident.aliases),
             "parent": resident.parent,
             "deterministic": resident.deterministic,
+            "stored_as": card.stored_as or None,
+            "quantization": resident.config.quantization if resident.config else None,
         }
 
 
