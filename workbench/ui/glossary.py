@@ -14,6 +14,8 @@ TERMS = {
     "prefix cache": "Blocks of finished or running prompts that a later request with the same beginning can share.",
     "preemption": "A running sequence gave its blocks back because memory ran out; it is computed again later.",
     "speculation": "Tokens guessed from what followed the same words before: one step computes several, the choice stays the same.",
+    "quantization": "Fewer bits a weight than the checkpoint has, from the moment that it is loaded; the cost in quality: quire quantize --report.",
+    "KV cache dtype": "Keys and values in fewer bits: more tokens in the same memory, at a cost in quality (quire quantize --report).",
     "queue": "Requests that have arrived and are not running yet.",
     "temperature": "Spread of the choice: 0 always takes the most likely token, 1 samples the model's own distribution.",
     "top_k": "Keep only the k most likely tokens; 0 keeps all.",

@@ -72,9 +72,9 @@ def version_heading(model: str, version: Resident) -> str:
     """The version in its colour; a folder by its title."""
     card = version.card
     name = version.name or (card.title if card else model)
-    return markup.version_name(
-        name, version.version, version.digest, [alias.partition("@")[2] for alias in version.aliases]
-    )
+    aliases = [alias.partition("@")[2] for alias in version.aliases]
+    options = markup.chip("idle", version.options.label) if version.name and version.options.label else ""
+    return markup.version_name(name, version.version, version.digest, aliases) + options
 
 
 def _message(message: Mapping[str, Any]) -> None:
