@@ -21,6 +21,7 @@ from workbench.errors import ApiError, NotReadyError, WorkbenchError
 from workbench.settings import Settings
 
 COMMAND_MODULES = (
+    "chat",
     "versions",
     "models",
     "bench",
@@ -62,22 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="the API alone, without pages")
     _add_server_options(serve)
     serve.set_defaults(run=_serve)
-
-    chat = commands.add_parser("chat", help="talk to a model in the terminal")
-    chat.add_argument("question", nargs="?", help="one question; without it, a conversation")
-    chat.add_argument(
-        "--url", help="a running server, such as http://127.0.0.1:8501; default: the one of this HOME_DIR"
-    )
-    chat.add_argument("--model", help="a folder or hub id to load here; with --url, a model of that server")
-    chat.add_argument("--system", help="system prompt")
-    chat.add_argument("--max-tokens", type=int, default=256)
-    chat.add_argument("--temperature", type=float, default=0.0)
-    chat.add_argument("--top-p", type=float, default=1.0)
-    chat.add_argument("--seed", type=int)
-    chat.add_argument("--dtype")
-    chat.add_argument("--home-dir", type=Path)
-    chat.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    chat.set_defaults(run=_chat)
 
     doctor = commands.add_parser("doctor", help="what this machine has, and what is missing")
     doctor.add_argument("--home-dir", type=Path)
@@ -163,24 +148,6 @@ def _server_settings(arguments: argparse.Namespace, **more: Any) -> Settings:
         check_model(settings.model_path)
     settings.engine_config()
     return settings
-
-
-def _chat(arguments: argparse.Namespace) -> int:
-    from workbench.terminal_chat import ChatOptions, run_chat
-
-    options = ChatOptions(
-        max_tokens=arguments.max_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    )
-    settings = settings_module.load(
-        home_dir=arguments.home_dir, model=None if arguments.url else arguments.model, dtype=arguments.dtype
-    )
-    return run_chat(
-        settings, options, question=arguments.question, url=arguments.url, model=arguments.model,
-        system=arguments.system, as_json=arguments.json,
-    )  # fmt: skip
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -8,11 +8,12 @@ from page_world import ToolTokenizer, make_worker, spoken
 from engine.fake_tokenizer import FakeTokenizer
 from engine.sampling_params import SamplingParams
 from engine.structured_outputs import StructuredOutputsParams
+from workbench.chat_request import read_tools
 from workbench.errors import ApiError, UnsupportedFieldError
 from workbench.resident import HostPhase, HostState, Resident
 from workbench.ui.answers import Answer
 from workbench.ui.components import chat_message
-from workbench.ui.components.output_controls import FORMS, read_tools
+from workbench.ui.components.output_controls import FORMS
 from workbench.ui.conversations import Request, ask, new_conversation
 from workbench.ui.output_shape import shape_of
 

@@ -15,19 +15,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import InvalidRequestError
-from workbench.chat_output import OutputSyntax, output_syntax
-from workbench.errors import UnsupportedFieldError
+from workbench.chat_request import Message, prepare
 from workbench.ui.answers import Answer, Begun
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
-    from engine.tokenizer import TokenizerLike
     from engine.worker import EngineWorker
     from workbench.resident import Resident
 
 MAX_CONVERSATIONS = 100
-Message = Mapping[str, Any]
 Find = Callable[[str], "EngineWorker"]  # by model id, `EngineHost.worker`; raises where nobody answers for it
 
 
@@ -192,35 +188,8 @@ def say(
 
     def begin(request_id: str) -> Begun:
         worker = find(reply.model)
-        tokenizer = worker.tokenizer
-        if tokenizer is None:
-            raise InvalidRequestError(
-                "this engine has no tokenizer", remedy="Load a model that has one.", param="model"
-            )
-        prompt_ids = tokenizer.apply_chat_template(prompt, tools=list(request.tools) or None)
-        syntax = _syntax(worker, tokenizer, prompt_ids, request)
-        params = request.params
-        if syntax.shows_special_tokens:
-            params = params.with_(skip_special_tokens=False)
-        return Begun(worker.submit(prompt_ids, params, request_id=request_id), tokenizer, syntax.parser())
+        ready = prepare(worker, prompt, request.params, request.tools)
+        stream = worker.submit(ready.prompt_ids, ready.params, request_id=request_id)
+        return Begun(stream, ready.tokenizer, ready.syntax.parser())
 
     reply.exchanges.append(Exchange(messages, Answer(begin, request.params)))
-
-
-def _syntax(
-    worker: EngineWorker, tokenizer: TokenizerLike, prompt_ids: list[int], request: Request
-) -> OutputSyntax:
-    """What to look for in the answer; a constrained one begins at once, without reasoning."""
-    if request.params.structured_outputs is not None:
-        return OutputSyntax()
-    config = worker.config
-    syntax = output_syntax(
-        tokenizer, prompt_ids, request.tools, tool_call_parser=config.tool_call_parser,
-        reasoning_parser=config.reasoning_parser,
-    )  # fmt: skip
-    if request.tools and syntax.calls is None:
-        raise UnsupportedFieldError(
-            "this model has no tool calls of a known format", value=len(request.tools), param="tools",
-            remedy="Leave tools out, or choose a model that was trained to call tools.",
-        )  # fmt: skip
-    return syntax

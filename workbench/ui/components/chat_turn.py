@@ -15,9 +15,10 @@ from workbench.ui.output_shape import shape_of
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
 
+    from workbench.chat_request import Message
     from workbench.resident import Resident
     from workbench.ui.answers import Answer
-    from workbench.ui.conversations import Message, Reply, Turn
+    from workbench.ui.conversations import Reply, Turn
 
 _AVATARS = {"user": ":material/person:", "assistant": ":material/smart_toy:", "system": ":material/settings:",
             "tool": ":material/build:"}  # fmt: skip

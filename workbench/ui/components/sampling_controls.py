@@ -12,8 +12,8 @@ import streamlit as st
 
 from engine.errors import InvalidParamsError
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from workbench.chat_request import Tools
 from workbench.ui.components import output_controls
-from workbench.ui.components.output_controls import Tools
 from workbench.ui.glossary import tip
 
 if TYPE_CHECKING:
