@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from workbench.chat_request import Message, prepare
@@ -29,10 +30,15 @@ Find = Callable[[str], "EngineWorker"]  # by model id, `EngineHost.worker`; rais
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What was said to one version, and its answer."""
+    """What was said to one version, and its answer; the conversation goes on with the first of several."""
 
     said: tuple[Message, ...]
     answer: Answer
+    others: tuple[Answer, ...] = ()
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        return (self.answer, *self.others)
 
     def messages(self) -> list[dict[str, Any]]:
         """In the API's form; nothing of what was refused, and no answer that has not ended or says nothing."""
@@ -88,7 +94,7 @@ class Conversation:
     @property
     def running(self) -> list[Answer]:
         replies = self.turns[-1].replies.values() if self.turns else ()
-        return [reply.last for reply in replies if reply.last.running]
+        return [answer for reply in replies for answer in reply.exchanges[-1].answers if answer.running]
 
     def messages(self, model: str, system: str = "", then: tuple[Message, ...] = ()) -> list[dict[str, Any]]:
         """Everything between a model and the person so far, and what follows.
@@ -183,13 +189,14 @@ def ask(
 def say(
     find: Find, conversation: Conversation, reply: Reply, messages: tuple[Message, ...], request: Request
 ) -> None:
-    """Say something to one version alone and start its answer: a turn's question, or the results of the tools it called."""
+    """Say something to one version alone and start its answers: to a turn's question, or to the results of the tools it called."""
     prompt = conversation.messages(reply.model, request.system, then=messages)
 
-    def begin(request_id: str) -> Begun:
+    def begin(params: SamplingParams, request_id: str) -> Begun:
         worker = find(reply.model)
-        ready = prepare(worker, prompt, request.params, request.tools)
+        ready = prepare(worker, prompt, params, request.tools)
         stream = worker.submit(ready.prompt_ids, ready.params, request_id=request_id)
         return Begun(stream, ready.tokenizer, ready.syntax.parser())
 
-    reply.exchanges.append(Exchange(messages, Answer(begin, request.params)))
+    first, *others = (Answer(partial(begin, params), params) for params in request.params.each())
+    reply.exchanges.append(Exchange(messages, first, tuple(others)))
