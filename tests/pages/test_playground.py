@@ -164,7 +164,7 @@ def test_several_answers_and_the_prompt_s_own_probabilities(ready_host, open_pag
         assert part in codes, part
     say(at, "two")  # goes on with the first answer
     said = fake.worker.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "one"}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "two"}]
+        [{"role": "user", "content": "one"}, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "two"}]
     )  # fmt: skip
     assert fake.worker.records.requests()[-1].num_prompt_tokens == len(said)
 
