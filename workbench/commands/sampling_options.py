@@ -58,6 +58,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     for option, value, text in _FORMS.values():
         output.add_argument(option, metavar=value, help=f"the answer follows {text}")
     output.add_argument("--json-object", action="store_true", help="the answer is any JSON object")
+    output.add_argument("--compact", action="store_true", help="JSON without blanks between its parts")
     output.add_argument("--choice", action="append", help="the answer is one of these; may be repeated")
     output.add_argument("--tools", type=Path, metavar="FILE", help="a JSON list of OpenAI's tool definitions")
 
@@ -107,6 +108,8 @@ def _structured(arguments: argparse.Namespace) -> Any:
         "grammar": None if grammar is None else _text_of(Path(grammar), "grammar"),
     }
     given = {name: value for name, value in asked.items() if value is not None}
+    if arguments.compact:
+        given["any_whitespace"] = False
     return StructuredOutputsParams.from_dict(given) if given else None
 
 

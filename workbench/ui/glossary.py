@@ -39,6 +39,7 @@ TERMS = {
     "ignore_eos": "Go on when the model says that it is done: for measuring, not for reading.",
     "logprobs": "How many likely alternatives to record for each token; 0 records only the chosen one.",
     "structured output": "The engine lets the model choose only tokens with which the output can still become what is asked for.",
+    "compact": "JSON without the blanks and line breaks that it may have between its parts.",
     "tools": "Functions that the model may call, as a JSON list of OpenAI's definitions; you answer its calls.",
     "digest": "SHA-256 over the model's files: its identity, whatever it is called.",
     "system prompt": "Instructions that come before the conversation.",

@@ -47,7 +47,7 @@ def test_the_form_of_an_answer_reaches_the_engine(
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     asked = {
         ("--json-schema", str(tmp_path / "schema.json")): {"json": schema},
-        ("--json-object",): {"json_object": True},
+        ("--json-object", "--compact"): {"json_object": True, "any_whitespace": False},
         ("--regex", "a+"): {"regex": "a+"},
         ("--choice", "x", "--choice", "y"): {"choice": ("x", "y")},
         ("--grammar", str(tmp_path / "rules.ebnf")): {"grammar": 'root ::= "x"'},

@@ -80,6 +80,8 @@ def _structured(asked: StructuredOutputsParams) -> dict[str, Any]:
         given["json"] = json.loads(asked.json)
     if asked.choice is not None:
         given["choice"] = list(asked.choice)
+    if not asked.any_whitespace:
+        given["disable_any_whitespace"] = True
     return given
 
 

@@ -80,12 +80,16 @@ def _structured() -> StructuredOutputsParams | None:
     form = FORMS.get(kind)
     if form is None:
         return None
+    white = {}
+    if form.field.startswith("json"):
+        compact = st.toggle("Compact", key="output_compact", bind="query-params", help=tip("compact"))
+        white = {"any_whitespace": not compact}
     if not form.example:
-        return StructuredOutputsParams.from_dict({form.field: True})
+        return StructuredOutputsParams.from_dict({form.field: True, **white})
     text = st.text_area(
         kind, key=f"output_{form.field}", bind="query-params", height=120, placeholder=form.example
     )
-    return StructuredOutputsParams.from_dict({form.field: form.read(text or "")})
+    return StructuredOutputsParams.from_dict({form.field: form.read(text or ""), **white})
 
 
 def _tools() -> Tools:
