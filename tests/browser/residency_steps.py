@@ -25,6 +25,15 @@ def load_version(page: Page, name: str, version: int) -> None:
     expect(resident(page, f"{name}/{version}")).to_contain_text("an adapter of")
 
 
+def load_adapter(page: Page, folder: str, name: str) -> None:
+    """A PEFT folder: over its base, which is loaded, and in the registry."""
+    page.get_by_role("textbox", name="Folder, hub id or version").fill(folder)
+    page.get_by_role("textbox", name="Name in the registry").fill(name)
+    page.get_by_role("button", name="Load", exact=True).last.click()
+    expect(resident(page, name)).to_contain_text("an adapter of chat-base", timeout=SWAP_MS)
+    expect(page.get_by_role("radio", name=name)).to_be_visible(timeout=SWAP_MS)
+
+
 def sleep_and_wake(page: Page, model: str) -> None:
     row = resident(page, model)
     row.get_by_role("button", name="Sleep").click()

@@ -22,7 +22,7 @@ from checklist_steps import (
     ticks,
 )
 from playwright.sync_api import Page, expect
-from residency_steps import ask_beside, call_a_tool, load_version, plan, sleep_and_wake, unload
+from residency_steps import ask_beside, call_a_tool, load_adapter, load_version, plan, sleep_and_wake, unload
 
 ADAPTERS = BUNDLED.parents[1] / "ticket-extractor"
 LIMIT_S = 600
@@ -100,8 +100,10 @@ def test_a_version_lives_beside_its_base_from_load_to_unload(site, visit, screen
     page.get_by_role("textbox", name="Folder, hub id or version").fill("ticket-extractor/9")
     page.get_by_role("button", name="Load", exact=True).last.click()
     expect(page.get_by_role("alert")).to_contain_text("ticket-extractor")
+    load_adapter(page, str(ADAPTERS / "v3"), "of-mine")
     sleep_and_wake(page, "chat-base")
-    unload(page, "ticket-extractor/2")
+    for model in ("ticket-extractor/2", "of-mine"):
+        unload(page, model)
 
 
 def is_ticked(page: Page, number: int) -> None:

@@ -111,10 +111,10 @@ def _advanced(place: DeltaGenerator) -> tuple[dict[str, Any], str | None]:
         )  # fmt: skip
         n = right.number_input("Answers", 1, MAX_ANSWERS, 1, key="n", bind="query-params", help=tip("n"))
         allowed = left.text_input(
-            "Allowed tokens", key="allowed_token_ids", bind="query-params", help=tip("allowed_token_ids"), placeholder="id, …"
+            "Allowed ids", key="allowed_token_ids", bind="query-params", help=tip("allowed_token_ids"), placeholder="id, …"
         )  # fmt: skip
         stops = right.text_input(
-            "Stop tokens", key="stop_token_ids", bind="query-params", help=tip("stop_token_ids"), placeholder="id, …"
+            "Stop ids", key="stop_token_ids", bind="query-params", help=tip("stop_token_ids"), placeholder="id, …"
         )  # fmt: skip
         scores_prompt = st.toggle(
             "Prompt probabilities", key="prompt_logprobs", bind="query-params", help=tip("prompt_logprobs")
