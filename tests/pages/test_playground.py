@@ -8,6 +8,7 @@ import time
 
 import pytest
 from page_world import FakeHost, html_of, make_worker
+from records_world import eventually
 from streamlit.testing.v1 import AppTest
 
 from engine.fake_runner import scripted
@@ -155,6 +156,7 @@ def test_several_answers_and_the_prompt_s_own_probabilities(ready_host, open_pag
     shown = html_of(at)
     for part in ("Answer 1 of 2, the likeliest: what best_of returns", "Answer 2 of 2", "seed 7", "seed 8"):
         assert part in shown, part
+    assert eventually(lambda: len(fake.worker.records.requests()) == 2)  # a record follows its last token
     asked = fake.worker.records.requests()
     assert [record.num_output_tokens for record in asked] == [4, 4]  # 46 is the full stop
     scored = re.search(r"prompt: perplexity [\d.]+ over ([\d,]+) tokens", shown)
@@ -166,6 +168,7 @@ def test_several_answers_and_the_prompt_s_own_probabilities(ready_host, open_pag
     said = fake.worker.tokenizer.apply_chat_template(
         [{"role": "user", "content": "one"}, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "two"}]
     )  # fmt: skip
+    assert eventually(lambda: len(fake.worker.records.requests()) == 4)
     assert fake.worker.records.requests()[-1].num_prompt_tokens == len(said)
 
 
