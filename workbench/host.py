@@ -199,7 +199,8 @@ class EngineHost:
 
         `ref`: a folder, a hub id, ``NAME/3``, ``NAME@alias``, ``models:/…``. A plain ``NAME@alias`` is followed from now
         on. One that sleeps wakes up. `options`: what its engine has its own way; the same files with other options are another
-        resident. `as_default`: it answers requests without a model from now on, and the former default drains. `hold`: it stays until `release` (for jobs), else until `unload`.
+        resident. `as_default`: it answers requests without a model from now on, and the former default drains. `hold`: it stays
+        until `release` (for jobs), else until `unload`.
 
         Raises:
             UnknownModelError, ModelLoadError, ConfigError: it cannot be loaded; what was resident stays as it was.

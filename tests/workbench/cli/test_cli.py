@@ -80,6 +80,8 @@ COMMANDS = ["up", "serve"]
         ("--model", "/no/such/model", ["/no/such/model", "config.json"]),
         ("--dtype", "int7", ["int7", "float32"]),
         ("--threads", "0", ["0"]),
+        ("--quantization", "int5", ["int5", "int8"]),
+        ("--speculative-config", "fast", ["fast", "JSON"]),
     ],
 )
 def test_servers_refuse_bad_values_before_any_work(
