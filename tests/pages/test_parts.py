@@ -310,3 +310,9 @@ def test_speculation_tells_how_often_it_was_right_and_what_it_brought():
     [tile] = [tile for tile in engine_live._tiles(guessed) if "Guesses" in tile.label]
     assert tile.value == "25.0 %"
     assert tile.note == "10 of 40 guessed tokens, 1.50 × the tokens/s (rows: 1)"
+
+
+def test_code_to_copy_asks_for_json_without_blanks_where_the_page_did():
+    asked = StructuredOutputsParams(json_object=True, any_whitespace=False)
+    copied = copy_code.settings(SamplingParams(structured_outputs=asked))["structured_outputs"]
+    assert copied == {"json_object": True, "disable_any_whitespace": True}
