@@ -17,6 +17,7 @@ from workbench.ui.components import (
     own_model,
     page_errors,
     recipes,
+    resident_list,
     top_bar,
     version_card,
 )
@@ -41,6 +42,8 @@ def show() -> None:
         )
     )
     top = st.container()
+    action_state.show(version_card.ACTIONS)
+    resident_list.show()
     services = needs.services()
     if services is not None:
         _registry(services)
@@ -49,7 +52,6 @@ def show() -> None:
 
 
 def _registry(services: PageServices) -> None:
-    action_state.show(version_card.ACTIONS)
     st.session_state.versions_seen = None
     found = needs.value(registry_view.all_versions(services), "The registry")
     if found is None:

@@ -16,10 +16,12 @@ from typing import Any
 
 from workbench import exit_codes
 from workbench import settings as settings_module
+from workbench.commands import engine_options
 from workbench.errors import ApiError, NotReadyError, WorkbenchError
 from workbench.settings import Settings
 
 COMMAND_MODULES = (
+    "chat",
     "versions",
     "models",
     "bench",
@@ -62,22 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_server_options(serve)
     serve.set_defaults(run=_serve)
 
-    chat = commands.add_parser("chat", help="talk to a model in the terminal")
-    chat.add_argument("question", nargs="?", help="one question; without it, a conversation")
-    chat.add_argument(
-        "--url", help="a running server, such as http://127.0.0.1:8501; default: the one of this HOME_DIR"
-    )
-    chat.add_argument("--model", help="a folder or hub id to load here; with --url, a model of that server")
-    chat.add_argument("--system", help="system prompt")
-    chat.add_argument("--max-tokens", type=int, default=256)
-    chat.add_argument("--temperature", type=float, default=0.0)
-    chat.add_argument("--top-p", type=float, default=1.0)
-    chat.add_argument("--seed", type=int)
-    chat.add_argument("--dtype")
-    chat.add_argument("--home-dir", type=Path)
-    chat.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    chat.set_defaults(run=_chat)
-
     doctor = commands.add_parser("doctor", help="what this machine has, and what is missing")
     doctor.add_argument("--home-dir", type=Path)
     doctor.add_argument("--model")
@@ -110,15 +96,15 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a folder or hub id (QUIRE_MODEL); default: the bundled model")
     parser.add_argument("--dtype", help="auto, float32, bfloat16, … (QUIRE_DTYPE)")
     parser.add_argument(
-        "--kv-cache-dtype", help="auto, fp8 or int8 (QUIRE_KV_CACHE_DTYPE); default: as the model computes"
-    )
-    parser.add_argument(
-        "--tensor-parallel-size",
-        type=int,
-        help="GPUs that share each model (QUIRE_TENSOR_PARALLEL_SIZE); default: 1",
-    )
+        "--tensor-parallel-size", type=int, help="GPUs that share each model (QUIRE_TENSOR_PARALLEL_SIZE); default: 1"
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, help="CPU threads of the forward pass (QUIRE_THREADS)")
+    parser.add_argument(
+        "--enable-lora", action=argparse.BooleanOptionalAction,
+        help="serve adapters over engines of their bases, or merge them (QUIRE_ENABLE_LORA)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object when all is up")
+    engine_options.add(parser)
 
 
 def _up(arguments: argparse.Namespace) -> int:
@@ -161,8 +147,8 @@ def _server_settings(arguments: argparse.Namespace, **more: Any) -> Settings:
     """Settings, checked as far as files and folders tell: nothing has been started when this raises."""
     settings = settings_module.load(
         port=arguments.port, host=arguments.host, home_dir=arguments.home_dir, model=arguments.model,
-        dtype=arguments.dtype, kv_cache_dtype=arguments.kv_cache_dtype, threads=arguments.threads,
-        tensor_parallel_size=arguments.tensor_parallel_size, **more,
+        dtype=arguments.dtype, threads=arguments.threads, enable_lora=arguments.enable_lora,
+        tensor_parallel_size=arguments.tensor_parallel_size, **engine_options.chosen(arguments), **more,
     )  # fmt: skip
     settings_module.prepare_home(settings)
     if not settings.fake:
@@ -171,24 +157,6 @@ def _server_settings(arguments: argparse.Namespace, **more: Any) -> Settings:
         check_model(settings.model_path)
     settings.engine_config()
     return settings
-
-
-def _chat(arguments: argparse.Namespace) -> int:
-    from workbench.terminal_chat import ChatOptions, run_chat
-
-    options = ChatOptions(
-        max_tokens=arguments.max_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    )
-    settings = settings_module.load(
-        home_dir=arguments.home_dir, model=None if arguments.url else arguments.model, dtype=arguments.dtype
-    )
-    return run_chat(
-        settings, options, question=arguments.question, url=arguments.url, model=arguments.model,
-        system=arguments.system, as_json=arguments.json,
-    )  # fmt: skip
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -17,11 +17,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.draining import give_memory_back, wait_until_idle
 from workbench.errors import UnknownModelError, WorkbenchError
+from workbench.load_options import PLAIN, LoadOptions
 from workbench.loading import Loader, OnWorker, not_ready, typed_error
 from workbench.memory_budget import Budget
 from workbench.model_card import ModelCard, PromptChip, read_model_card
@@ -122,7 +124,7 @@ class EngineHost:
                 return
             source = ModelSource(self._config.model, self._config.model, self._config.model)
             loading = HostState(HostPhase.LOADING, "Starting")
-            slot = Slot(source, source.id, self._config.deterministic, loading)
+            slot = Slot(source, source.id, PLAIN, loading)
             self._table.add(slot)
             self._table.default = slot
             self._thread = threading.Thread(
@@ -190,12 +192,14 @@ class EngineHost:
     # ── loading and unloading ───────────────────────────────────────────────────────────────────────────────────────
 
     def load(
-        self, ref: str, *, deterministic: bool = False, as_default: bool = False, hold: bool = False
-    ) -> Resident:
+        self, ref: str, *, deterministic: bool = False, options: LoadOptions = PLAIN, as_default: bool = False,
+        hold: bool = False,
+    ) -> Resident:  # fmt: skip
         """Make a model resident; when it is there already, only note the new reason. Blocks: not for an event loop.
 
         `ref`: a folder, a hub id, ``NAME/3``, ``NAME@alias``, ``models:/…``. A plain ``NAME@alias`` is followed from now
-        on. One that sleeps wakes up. `as_default`: it answers requests without a model from now on, and the former default drains. `hold`: it stays
+        on. One that sleeps wakes up. `options`: what its engine has its own way; the same files with other options are another
+        resident. `as_default`: it answers requests without a model from now on, and the former default drains. `hold`: it stays
         until `release` (for jobs), else until `unload`.
 
         Raises:
@@ -204,7 +208,8 @@ class EngineHost:
             NotReadyError: the host is closed.
         """
         alias = alias_of(ref)
-        follow = alias is not None and not hold and not deterministic
+        options = replace(options, deterministic=deterministic or options.deterministic).beside(self._config)
+        follow = alias is not None and not hold and options == PLAIN
         wish = Wish(
             pinned=not (hold or as_default or follow),
             hold=hold,
@@ -212,7 +217,7 @@ class EngineHost:
             alias="@".join(alias) if alias else None,
             follow=follow,
         )
-        return self._load(ref, wish, deterministic)
+        return self._load(ref, wish, options)
 
     def unload(self, model_id: str) -> None:
         """Let a model go, whoever asked for it: new requests do not reach it, running ones end on it. Does not wait.
@@ -293,7 +298,7 @@ class EngineHost:
             source = ModelSource(
                 folder, name, base.source.path, digest=digest, adapter=folder, base_digest=base.digest
             )
-            slot = Slot(source, name, base.deterministic, HostState(HostPhase.LOADING, "Starting"))
+            slot = Slot(source, name, base.options, HostState(HostPhase.LOADING, "Starting"))
             return self._bring(slot, Wish(pinned=True), former)
 
     # ── sleep ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -349,7 +354,7 @@ class EngineHost:
         found = alias_of(ref)
         assert found is not None, f"{ref} is no alias"
         wish = Wish(alias=ref, follow=True)
-        return self._load(f"{found[0]}/{version}", wish, deterministic=False, wakes=False)
+        return self._load(f"{found[0]}/{version}", wish, PLAIN, wakes=False)
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -411,25 +416,24 @@ class EngineHost:
             finally:
                 self._done.set()
 
-    def _load(self, ref: str, wish: Wish, deterministic: bool, *, wakes: bool = True) -> Resident:
-        deterministic = deterministic or self._config.deterministic
+    def _load(self, ref: str, wish: Wish, options: LoadOptions, *, wakes: bool = True) -> Resident:
         table = self._table
         with self._loading:
             if self._stopping.is_set():
                 raise not_ready(self.state())
             source = resolve_source(ref, self._resolver)
             digest = source.digest or read_model_card(source.path).digest
-            known = table.same(source, digest, deterministic)
-            found = known or (table.base_of(source, deterministic) if source.adapter else None)
+            known = table.same(source, digest, options)
+            found = known or (table.base_of(source, options) if source.adapter else None)
             if wakes and found is not None:
                 self._sleeper.wake(found.base or found)
             if known is not None:
                 with self._lock:
                     self._retire(table.grant(known, wish))
                     return table.describe(known)
-            former = table.replaced_by(source, deterministic)
-            new_id = table.free_id(source, digest, self._loader.suffix(deterministic), former)
-            slot = Slot(source, new_id, deterministic, HostState(HostPhase.LOADING, "Starting"))
+            former = table.replaced_by(source, options)
+            new_id = table.free_id(source, digest, options.suffix, former)
+            slot = Slot(source, new_id, options, HostState(HostPhase.LOADING, "Starting"))
             return self._bring(slot, wish, former)
 
     def _bring(self, slot: Slot, wish: Wish, former: Slot | None) -> Resident:

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import EngineError, ModelLoadError, UnsupportedAdapterError
+from engine.errors import ConfigError, EngineError, ModelLoadError, UnsupportedAdapterError
 from workbench import memory_budget
 from workbench.adapter_worker import AdapterWorker
 from workbench.errors import ModelAsleepError, NotReadyError, WorkbenchError
@@ -22,7 +22,7 @@ from workbench.memory_budget import Budget
 from workbench.model_card import ModelCard, read_model_card
 from workbench.model_source import ModelSource
 from workbench.resident import HostPhase, HostState
-from workbench.resident_table import DETERMINISTIC_SUFFIX, ResidentTable, Slot
+from workbench.resident_table import ResidentTable, Slot
 from workbench.worker_factory import OnFatal, Progress, WorkerFactory, is_on_cpu, load_worker
 
 if TYPE_CHECKING:
@@ -71,10 +71,6 @@ class Loader:
         """Whether engines share a budget; those without a model do not."""
         return self._budget is not None
 
-    def suffix(self, deterministic: bool) -> str:
-        """What tells the id of a deterministic engine apart, where not all of them are."""
-        return DETERMINISTIC_SUFFIX if deterministic and not self._config.deterministic else ""
-
     def build(self, slot: Slot) -> None:
         """Load the model of a slot and publish its worker; an adapter over its base if it can be."""
         if slot.source.adapter is None:
@@ -99,7 +95,7 @@ class Loader:
         slot.digest = own or slot.source.digest or card.digest
         slot.card = _named(card, slot)
         config = replace(
-            self._config, model=path, deterministic=slot.deterministic, version_digest=slot.digest,
+            slot.options.on(self._config), model=path, version_digest=slot.digest,
             enable_lora=self._takes_adapters(for_adapter),
         )  # fmt: skip
         try:
@@ -117,6 +113,7 @@ class Loader:
         if self._budget is not None:
             report("Importing torch", 0.05)
             config = self._budget(config, self._table.ledgers())
+            _check_context(slot, config)
         return self._factory(config, progress=report, on_fatal=lambda error: self._engine_died(slot, error))
 
     def _takes_adapters(self, for_adapter: bool) -> bool:
@@ -139,13 +136,13 @@ class Loader:
         slot.digest = source.digest
         self._reporter(slot)("Loading its base", 0.02)
         with self._lock:
-            base = self._table.base_of(source, slot.deterministic)
+            base = self._table.base_of(source, slot.options)
             if base is None:
                 model = ModelSource(
                     source.path, Path(source.path).name, source.path, digest=source.base_digest
                 )
-                new_id = self._table.free_id(model, source.base_digest, self.suffix(slot.deterministic), None)
-                base = Slot(model, new_id, slot.deterministic, HostState(HostPhase.LOADING, f"For {slot.id}"))
+                new_id = self._table.free_id(model, source.base_digest, slot.options.suffix, None)
+                base = Slot(model, new_id, slot.options, HostState(HostPhase.LOADING, f"For {slot.id}"))
                 self._table.add(base)
             base.holds += 1  # until the adapter is there
         try:
@@ -220,9 +217,19 @@ def _named(card: ModelCard, slot: Slot) -> ModelCard:
     title = card.title if source.adapter is None else source.id
     if source.name:
         title = f"{source.name} v{source.version}"
-    if slot.id.endswith(DETERMINISTIC_SUFFIX):
-        title += " (deterministic)"
+    if slot.options.label:
+        title += f" ({slot.options.label})"
     return replace(card, id=slot.id, title=title, digest=slot.digest)
+
+
+def _check_context(slot: Slot, config: EngineConfig) -> None:
+    """Refuse a context that was asked for of this model and is beyond it, or beyond what is left."""
+    asked, most = slot.options.max_model_len, config.max_model_len
+    if asked is not None and most is not None and most < asked:
+        raise ConfigError(
+            f"{slot.source.ref} cannot have a context of {asked} tokens here: {most} is the most", value=asked, limit=most,
+            param="max_model_len", remedy=f"Ask for {most} or fewer, or unload another model for more memory.",
+        )  # fmt: skip
 
 
 def _why_not_over_base(error: Exception) -> str | None:

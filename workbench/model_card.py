@@ -48,6 +48,7 @@ class ModelCard:
     context: int | None  # tokens of prompt and output
     num_parameters: int | None
     prompt_chips: tuple[PromptChip, ...] = ()
+    stored_as: str = ""  # dtype or quantization of the checkpoint; "" where the files do not say
 
 
 def read_model_card(path: str) -> ModelCard:
@@ -76,6 +77,7 @@ def read_model_card(path: str) -> ModelCard:
         context=_positive_int(config.get("max_position_embeddings")),
         num_parameters=num_parameters,
         prompt_chips=_prompt_chips(folder / "prompt_chips.json"),
+        stored_as=_stored_as(config),
     )
 
 
@@ -94,6 +96,7 @@ def _gguf_card(file: Path) -> ModelCard:
         path=str(file),
         context=_positive_int(header.metadata.get(f"{kind}.context_length")),
         num_parameters=num_parameters or None,
+        stored_as="gguf",
     )
 
 
@@ -230,6 +233,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _stored_as(config: dict[str, Any]) -> str:
+    quantization = config.get("quantization_config")
+    named = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return str(named or config.get("dtype") or config.get("torch_dtype") or "")
 
 
 def _positive_int(value: Any) -> int | None:

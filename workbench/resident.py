@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from workbench.load_options import PLAIN, LoadOptions
 from workbench.model_card import ModelCard
 
 if TYPE_CHECKING:
+    from engine.config import EngineConfig
     from engine.errors import EngineError
     from workbench.errors import WorkbenchError
 
@@ -63,6 +65,11 @@ class Resident:
     parent: str | None = None  # id of the resident whose engine serves it: it is an adapter there
     task: str = "generate"  # what it is for: ``engine.pooling.ModelPooling.task``
     merged_because: str = ""  # why an adapter was merged into weights of its own instead
+    options: LoadOptions = PLAIN  # what was asked for of its engine alone
+    config: EngineConfig | None = (
+        None  # its engine's, with every automatic value resolved; None until it is built
+    )
+    adapters: tuple[str, ...] = ()  # ids of the residents that its engine serves beside it
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from workbench.load_options import LoadOptions
 from workbench.model_card import ModelCard
 from workbench.model_source import ModelSource, version_of
 from workbench.resident import Followed, HostPhase, HostState, Resident
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from engine.records import MemoryLedger
     from engine.worker import EngineWorker
 
-DETERMINISTIC_SUFFIX = "#deterministic"
-
 
 @dataclass(slots=True, eq=False)
 class Slot:
@@ -31,7 +30,7 @@ class Slot:
 
     source: ModelSource
     id: str
-    deterministic: bool
+    options: LoadOptions
     state: HostState
     card: ModelCard | None = None
     worker: EngineWorker | None = None
@@ -100,19 +99,15 @@ class ResidentTable:
             found = [slot for slot in self.slots if (slot.source.name, slot.source.version) == version]
         return min(found, key=lambda slot: not slot.now.loaded, default=None)
 
-    def same(self, source: ModelSource, digest: str, deterministic: bool) -> Slot | None:
+    def same(self, source: ModelSource, digest: str, options: LoadOptions) -> Slot | None:
         """The loaded model that already is what is asked for."""
         loaded = (s for s in self.slots if s.now.loaded and s.digest == digest)
-        return next((s for s in loaded if _matches(s, source, deterministic)), None)
+        return next((s for s in loaded if _matches(s, source, options)), None)
 
-    def base_of(self, source: ModelSource, deterministic: bool) -> Slot | None:
+    def base_of(self, source: ModelSource, options: LoadOptions) -> Slot | None:
         """The loaded model whose engine can take an adapter of that base."""
         for slot in self.slots:
-            is_base = (
-                slot.base is None
-                and slot.digest == source.base_digest
-                and slot.deterministic == deterministic
-            )
+            is_base = slot.base is None and slot.digest == source.base_digest and slot.options == options
             if is_base and slot.state.loaded and slot.worker is not None and slot.worker.config.enable_lora:
                 return slot
         return None
@@ -121,9 +116,9 @@ class ResidentTable:
         """The adapters that its engine serves."""
         return [other for other in self.slots if other.base is slot]
 
-    def replaced_by(self, source: ModelSource, deterministic: bool) -> Slot | None:
+    def replaced_by(self, source: ModelSource, options: LoadOptions) -> Slot | None:
         """The model that a new load of `source` replaces: its files or the registry have changed, or it failed."""
-        return next((s for s in self.slots if _matches(s, source, deterministic)), None)
+        return next((s for s in self.slots if _matches(s, source, options)), None)
 
     def free_id(self, source: ModelSource, digest: str, suffix: str, replaced: Slot | None) -> str:
         """The source's id, told apart from another model of the same name."""
@@ -143,13 +138,13 @@ class ResidentTable:
         ]  # fmt: skip
 
     def describe(self, slot: Slot) -> Resident:
-        ledger = slot.ledger
+        ledger, config = slot.ledger, slot.worker.config if slot.worker else None
         return Resident(
             id=slot.id,
             ref=slot.source.ref,
             card=slot.card,
             state=slot.now,
-            deterministic=slot.deterministic,
+            deterministic=bool(config.deterministic if config else slot.options.deterministic),
             is_default=slot is self.default,
             digest=slot.digest,
             name=slot.source.name,
@@ -160,6 +155,9 @@ class ResidentTable:
             parent=slot.base.id if slot.base else None,
             merged_because=slot.merged_because,
             task=slot.worker.pooling.task if slot.worker is not None else "generate",
+            options=slot.options,
+            config=config,
+            adapters=tuple(each.id for each in self.carries(slot)),
         )
 
     # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -246,9 +244,9 @@ class ResidentTable:
                 follow.slot = slot
 
 
-def _matches(slot: Slot, source: ModelSource, deterministic: bool) -> bool:
+def _matches(slot: Slot, source: ModelSource, options: LoadOptions) -> bool:
     """Whether a slot is of that source, whatever its files were then."""
-    if slot.deterministic != deterministic:
+    if slot.options != options:
         return False
     own = slot.source
     if source.name is not None:

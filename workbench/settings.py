@@ -28,6 +28,7 @@ FAKE_MODEL = "fake-echo"  # the model that is none (QUIRE_FAKE)
 BUNDLED_MODEL = Path("models") / "chat-base"
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 KVCacheDtype = Literal["auto", "fp8", "fp8_e4m3", "int8"]
+Quantization = Literal["int8", "int4", "fp8"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -44,6 +45,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     model: str | None = None  # a folder or a hub id; None: the bundled model
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None  # of the weights as they load
     kv_cache_dtype: KVCacheDtype = "auto"
     device: str = "auto"
     tensor_parallel_size: int = Field(default=1, ge=1)  # processes that each compute a part of every layer
@@ -118,6 +120,7 @@ class Settings(BaseSettings):
         return EngineConfig(
             model=self.model_path,
             dtype=self.dtype,
+            quantization=self.quantization,
             kv_cache_dtype=self.kv_cache_dtype,
             device=self.device,
             tensor_parallel_size=self.tensor_parallel_size,

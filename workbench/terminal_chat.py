@@ -10,11 +10,12 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
 
+from workbench.chat_request import ChatOptions, prepare
 from workbench.device_lock import DeviceLock
 from workbench.errors import ApiError, NotReadyError, ServerUnreachableError, WorkbenchError
 from workbench.host import EngineHost, HostPhase, fake_worker
@@ -22,18 +23,11 @@ from workbench.model_card import check_model
 from workbench.run_state import RunState
 from workbench.settings import Settings, prepare_home
 
+if TYPE_CHECKING:
+    from workbench.chat_output import Piece
+
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 Messages = list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class ChatOptions:
-    """How answers are sampled."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
 
 
 @dataclass(slots=True)
@@ -49,6 +43,8 @@ class Answer:
     e2e_ms: float | None = None
     started: float = field(default_factory=time.monotonic)
     has_reasoned: bool = False
+    calls: list[dict[str, str]] = field(default_factory=list)  # name and arguments of each tool call
+    logprobs: list[dict[str, Any]] = field(default_factory=list)  # as OpenAI's chat completions have them
 
     def took(self, text: str, reasoning: str = "") -> str:
         """Keep a piece of the answer; what a reader is shown of it: reasoning first, apart, and no part of the text."""
@@ -68,6 +64,8 @@ class Answer:
             "completion_tokens",
             "ttft_ms",
             "e2e_ms",
+            "calls",
+            "logprobs",
         )
         return {name: getattr(self, name) for name in names}
 
@@ -101,16 +99,13 @@ class ServerPartner:
         self.name = model or self._first_model()
 
     def ask(self, messages: Messages, options: ChatOptions, answer: Answer) -> Iterator[str]:
-        body = {
-            "model": self.name,
-            "messages": messages,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "max_tokens": options.max_tokens,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            **({} if options.seed is None else {"seed": options.seed}),
-        }
+        from workbench.backends.openai import request_body
+
+        body = {**request_body(self.name, options.params), "messages": messages}
+        if options.tools:
+            body["tools"] = list(options.tools)
+        if options.params.logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": options.params.logprobs}
         try:
             with self._client.stream("POST", f"{self._base}/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
@@ -156,35 +151,30 @@ class EnginePartner:
         self.name = self._host.models()[0].id
 
     def ask(self, messages: Messages, options: ChatOptions, answer: Answer) -> Iterator[str]:
-        from engine.sampling_params import SamplingParams
-        from workbench.chat_output import gather, output_syntax
+        from workbench.api.wire import chat_token
+        from workbench.chat_output import Content, Reasoning, gather
 
         worker = self._host.worker()
-        if worker.tokenizer is None:
-            raise ApiError("this model has no tokenizer", remedy="Add tokenizer.json to its folder.")
-        params = SamplingParams(
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-        )
-        prompt = worker.tokenizer.apply_chat_template(messages)
-        syntax = output_syntax(worker.tokenizer, prompt, reasoning_parser=worker.config.reasoning_parser)
-        parser = syntax.parser()
-        stream = worker.submit(
-            prompt, params.with_(skip_special_tokens=False) if syntax.shows_special_tokens else params
-        )
+        ready = prepare(worker, messages, options.params, options.tools)
+        parser, stream = ready.syntax.parser(), worker.submit(ready.prompt_ids, ready.params)
+        all_pieces: list[Piece] = []
         for delta in stream:
             pieces = parser.push(delta.text or "")
             if delta.finish_reason is not None:
                 pieces += parser.finish()
-            found = gather(pieces)
+            all_pieces += pieces
+            found = gather(piece for piece in pieces if isinstance(piece, Content | Reasoning))
             yield answer.took(found.content, found.reasoning)
+        whole = gather(all_pieces)
+        answer.text = whole.content  # a call that broke off is content
+        answer.calls = [{"name": call.name, "arguments": call.arguments} for call in whole.calls]
         done = stream.completion
         assert done is not None
         answer.finish_reason, answer.completion_tokens = done.finish_reason.value, done.num_output_tokens
         answer.prompt_tokens, answer.cached_tokens = done.num_prompt_tokens, done.num_cached_tokens
         answer.ttft_ms, answer.e2e_ms = done.ttft_ms, done.e2e_ms
+        if options.params.logprobs is not None:
+            answer.logprobs = [chat_token(entry, ready.tokenizer.token_text) for entry in done.logprobs]
         if done.error:
             raise WorkbenchError(f"the answer failed: {done.error}")
 
@@ -204,11 +194,6 @@ def run_chat(
     as_json: bool,
 ) -> int:
     """Answer one question, or talk until the input ends; the exit code."""
-    from engine.sampling_params import SamplingParams
-
-    SamplingParams(  # the values are checked before a model is loaded
-        max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
-    )
     partner = _partner(settings, url, model)
     messages: Messages = [{"role": "system", "content": system}] if system else []
     try:
@@ -222,8 +207,17 @@ def run_chat(
 
 
 def _partner(settings: Settings, url: str | None, model: str | None) -> ChatPartner:
+    """Of a server, of the app of this HOME_DIR, or an engine of our own. A registered version is the app's: it has the registry."""
     if url is not None:
         return ServerPartner(url, model)
+    if model is not None and settings.model != model:
+        app = RunState(settings.run_dir).read()
+        if app is None:
+            raise ServerUnreachableError(
+                f"{model} is a version of the registry, and no app runs under {settings.home_dir}", value=model, param="--model",
+                remedy="Start one with `quire up` and load it, or name a folder or hub id.",
+            )  # fmt: skip
+        return ServerPartner(app.url, model)
     if model is None and settings.model is None and not settings.fake:
         app = RunState(settings.run_dir).read()
         if app is not None:
@@ -251,15 +245,20 @@ def _converse(partner: ChatPartner, messages: Messages, options: ChatOptions, as
 def _turn(
     partner: ChatPartner, messages: Messages, options: ChatOptions, question: str, as_json: bool
 ) -> None:
+    """Ask and print; the first of several answers is what the conversation goes on with."""
     messages.append({"role": "user", "content": question})
-    answer = Answer()
-    out = sys.stderr if as_json else sys.stdout
-    for text in partner.ask(messages, options, answer):
-        print(text, end="", file=out, flush=True)
-    print(file=out, flush=True)
-    messages.append({"role": "assistant", "content": answer.text})
+    out, answers = sys.stderr if as_json else sys.stdout, []
+    for params in options.params.each():
+        answers.append(answer := Answer())
+        for text in partner.ask(messages, replace(options, params=params), answer):
+            print(text, end="", file=out, flush=True)
+        print(
+            "".join(f"\n→ {call['name']}({call['arguments']})" for call in answer.calls), file=out, flush=True
+        )
+    messages.append({"role": "assistant", "content": answers[0].text})
     if as_json:
-        print(json.dumps({"model": partner.name, **answer.as_dict()}), flush=True)
+        others = {"others": [answer.as_dict() for answer in answers[1:]]} if answers[1:] else {}
+        print(json.dumps({"model": partner.name, **answers[0].as_dict(), **others}), flush=True)
 
 
 def _read_events(lines: Iterator[str], answer: Answer) -> Iterator[str]:
@@ -279,7 +278,19 @@ def _read_events(lines: Iterator[str], answer: Answer) -> Iterator[str]:
             delta = choice["delta"]
             reasoning = delta.get("reasoning") or delta.get("reasoning_content") or ""
             answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+            answer.logprobs += (choice.get("logprobs") or {}).get("content") or []
+            for call in delta.get("tool_calls") or ():
+                _add_call(answer, call)
             yield answer.took(delta.get("content") or "", reasoning)
+
+
+def _add_call(answer: Answer, delta: dict[str, Any]) -> None:
+    """Keep a piece of a streamed call: its name comes first, its arguments in fragments."""
+    while len(answer.calls) <= delta["index"]:
+        answer.calls.append({"name": "", "arguments": ""})
+    call, function = answer.calls[delta["index"]], delta.get("function") or {}
+    call["name"] += function.get("name") or ""
+    call["arguments"] += function.get("arguments") or ""
 
 
 def _server_error(response: httpx.Response) -> WorkbenchError:

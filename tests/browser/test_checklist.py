@@ -22,6 +22,7 @@ from checklist_steps import (
     ticks,
 )
 from playwright.sync_api import Page, expect
+from residency_steps import ask_beside, call_a_tool, load_adapter, load_version, plan, sleep_and_wake, unload
 
 ADAPTERS = BUNDLED.parents[1] / "ticket-extractor"
 LIMIT_S = 600
@@ -71,6 +72,38 @@ def test_newcomer_goes_from_asking_to_their_own_model_within_ten_minutes(site, v
 
     page.reload()  # ticked from records, not from this session
     expect(page.get_by_text("First steps: all 6 done")).to_be_visible(timeout=SWAP_MS)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_a_version_lives_beside_its_base_from_load_to_unload(site, visit, screenshots):
+    page = visit(site).open("/versions")
+    chip_says(page, "healthy", LOAD_MS)
+    load_version(page, "ticket-extractor", 2)
+    picture(page, screenshots, "versions-loaded")
+    schema = {
+        "type": "object",
+        "properties": {"urgent": {"type": "boolean"}, "channel": {"enum": ["mail", "phone"]}},
+        "required": ["urgent", "channel"],
+        "additionalProperties": False,
+    }
+    said = ask_beside(page, site, "ticket-extractor v2", schema, "My parcel is lost. Call me today.")
+    picture(page, screenshots, "playground-schema-beside")
+    for answer in said:
+        assert set(answer) == {"urgent", "channel"}
+        assert isinstance(answer["urgent"], bool)
+        assert answer["channel"] in ("mail", "phone")
+    page.goto(f"{site}/playground")
+    call_a_tool(page, "Tool", '{"order_id": "17T", "status": "shipped"}')
+    go_to(page, "Versions")
+    plan(page, str(BUNDLED.parent))
+    page.get_by_role("textbox", name="Folder, hub id or version").fill("ticket-extractor/9")
+    page.get_by_role("button", name="Load", exact=True).last.click()
+    expect(page.get_by_role("alert")).to_contain_text("ticket-extractor")
+    load_adapter(page, str(ADAPTERS / "v3"), "of-mine")
+    sleep_and_wake(page, "chat-base")
+    for model in ("ticket-extractor/2", "of-mine"):
+        unload(page, model)
 
 
 def is_ticked(page: Page, number: int) -> None:

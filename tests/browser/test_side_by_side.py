@@ -6,6 +6,7 @@ import re
 
 from browser_steps import ask, chip_says, finished_answers
 from playwright.sync_api import expect
+from residency_steps import resident, sleep_and_wake, unload
 
 _STACKED = """new Set([...document.querySelectorAll("[data-testid=stColumn]:has(.q-answer)")]
   .map(column => column.getBoundingClientRect().y)).size > 1"""
@@ -33,3 +34,8 @@ def test_two_versions_answer_beside_each_other_and_one_is_stopped(start_fake_app
             shared.set_viewport_size({"width": width, "height": 1000})
             shared.wait_for_function(f"() => ({_STACKED}) === {stacked}")
             shared.screenshot(path=screenshots / f"side-by-side-{width}.png")
+
+        versions = here.open("/versions")
+        expect(resident(versions, "fake-echo")).to_contain_text("the default")
+        sleep_and_wake(versions, "other")
+        unload(versions, "other")

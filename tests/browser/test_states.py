@@ -72,6 +72,22 @@ def test_answer_goes_on_while_another_page_is_looked_at(fake, visit):
     expect(page.locator(".q-figures").last).to_contain_text("200")
 
 
+@pytest.mark.full
+def test_reasoning_is_folded_above_the_answer(start_fake_app, visit):
+    with start_fake_app(beside="thinker") as (url, _):
+        page = visit(url).open("/playground")
+        page.get_by_test_id("stMultiSelect").click()
+        page.get_by_role("option", name=re.compile("^thinker")).click()
+        ask(page, "hello")
+        thought = page.locator(".q-reasoning")
+        expect(thought.locator("summary")).to_contain_text(re.compile(r"Reasoning \d+ tokens"))
+        columns = page.get_by_test_id("stColumn").filter(has=page.locator(".q-version"))
+        expect(columns.last.locator(".q-answer").last).to_have_text("Four.end")
+        expect(thought.locator(".q-answer")).to_be_hidden()
+        thought.locator("summary").click()
+        expect(thought.locator(".q-answer")).to_have_text("Two and two.")
+
+
 def test_timeline_is_read_and_picked_with_the_keyboard(fake, visit):
     url, _ = fake
     here = visit(url)

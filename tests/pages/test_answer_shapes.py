@@ -8,11 +8,12 @@ from page_world import ToolTokenizer, make_worker, spoken
 from engine.fake_tokenizer import FakeTokenizer
 from engine.sampling_params import SamplingParams
 from engine.structured_outputs import StructuredOutputsParams
+from workbench.chat_request import prepare, read_tools
 from workbench.errors import ApiError, UnsupportedFieldError
 from workbench.resident import HostPhase, HostState, Resident
 from workbench.ui.answers import Answer
 from workbench.ui.components import chat_message
-from workbench.ui.components.output_controls import FORMS, read_tools
+from workbench.ui.components.output_controls import FORMS
 from workbench.ui.conversations import Request, ask, new_conversation
 from workbench.ui.output_shape import shape_of
 
@@ -60,6 +61,19 @@ def test_tools_need_a_model_that_can_call_them(answer_with):
     answer = answer_with("hi", tokenizer=FakeTokenizer(), tools=TOOLS)
     assert isinstance(answer.refusal, UnsupportedFieldError)
     assert "no tool calls of a known format" in chat_message.finished(answer)
+
+
+def test_constrained_answer_begins_behind_the_reasoning_that_the_template_opened():
+    class Opens(ToolTokenizer):
+        def apply_chat_template(self, *given, **more):
+            return [*super().apply_chat_template(*given, **more), *self.encode("<think>\n")]
+
+    asked = SamplingParams(structured_outputs=StructuredOutputsParams(choice=("yes", "no")))
+    worker, _ = make_worker(tokenizer=Opens())
+    ready = prepare(worker, [{"role": "user", "content": "hi"}], asked)
+    assert TOKENIZER.decode(ready.prompt_ids, False).endswith("<think>\n\n</think>\n\n")
+    assert ready.syntax.is_plain
+    worker.close()
 
 
 def test_call_is_no_content_and_its_tokens_are_no_text(answer_with):

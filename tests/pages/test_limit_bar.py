@@ -94,5 +94,6 @@ def test_engine_without_a_model_has_no_share(records, open_page):
     worker.submit([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True)).result(10)
     LimitStore(made.settings.home_dir).measure(worker)
     shown = html_of(open_page("engine"))
+    assert f"float32, KV cache {worker.config.kv_cache_dtype}, 512 tokens" in shown  # beside the memory
     assert "this engine has no model" in shown
     assert "of the limit" not in shown

@@ -11,20 +11,28 @@ import re
 import shlex
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from page_world import ROOT
+from page_world import ROOT, make_worker
 
 from engine.record_log import BlockMap
 from engine.records import MemoryLedger
 from engine.sampling_params import SamplingParams
 from engine.structured_outputs import StructuredOutputsParams
 from workbench.ui import charts, formats, glossary, markup, pace, theme
-from workbench.ui.components import block_map, copy_code, memory_ledger, page_errors, step_timeline
+from workbench.ui.components import (
+    block_map,
+    copy_code,
+    engine_live,
+    memory_ledger,
+    page_errors,
+    step_timeline,
+)
 from workbench.ui.step_columns import MAX_BINS, StepColumns
 
 # How the three colour-vision deficiencies see linear RGB. Source: Machado, Oliveira, Fernandes 2009, severity 1.
@@ -291,3 +299,20 @@ def test_thread_that_yields_to_the_engine_keeps_a_lower_priority():
     thread.start()
     thread.join(10)
     assert found == [max(pace.NICE, os.getpriority(os.PRIO_PROCESS, 0))]
+
+
+def test_speculation_tells_how_often_it_was_right_and_what_it_brought():
+    worker, _ = make_worker()
+    plain = worker.stats()
+    worker.close()
+    assert not any("Guesses" in tile.label for tile in engine_live._tiles(plain))
+    guessed = replace(plain, draft_tokens=40, accepted_tokens=10, speculation_gains={4: 1.25, 1: 1.5})
+    [tile] = [tile for tile in engine_live._tiles(guessed) if "Guesses" in tile.label]
+    assert tile.value == "25.0 %"
+    assert tile.note == "10 of 40 tokens guessed by n-grams, 1.50 × the tokens/s (rows: 1)"
+
+
+def test_code_to_copy_asks_for_json_without_blanks_where_the_page_did():
+    asked = StructuredOutputsParams(json_object=True, any_whitespace=False)
+    copied = copy_code.settings(SamplingParams(structured_outputs=asked))["structured_outputs"]
+    assert copied == {"json_object": True, "disable_any_whitespace": True}

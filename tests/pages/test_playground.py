@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 
 import pytest
 from page_world import FakeHost, html_of, make_worker
+from records_world import eventually
 from streamlit.testing.v1 import AppTest
 
 from engine.fake_runner import scripted
@@ -141,6 +143,35 @@ def test_controls_reach_the_request_and_the_address(ready_host, open_page):
     assert "Be brief." in codes
 
 
+def test_several_answers_and_the_prompt_s_own_probabilities(ready_host, open_page):
+    fake: FakeHost = ready_host(choose=scripted("Yes."))
+    at = open_page("playground")
+    at.text_input("seed").set_value("7")
+    at.number_input("n").set_value(2)
+    at.toggle("prompt_logprobs").set_value(True)
+    at.text_input("stop_token_ids").set_value("46")
+    at.run()
+    say(at, "one")
+    assert not at.exception
+    shown = html_of(at)
+    for part in ("Answer 1 of 2, the likeliest: what best_of returns", "Answer 2 of 2", "seed 7", "seed 8"):
+        assert part in shown, part
+    assert eventually(lambda: len(fake.worker.records.requests()) == 2)  # a record follows its last token
+    asked = fake.worker.records.requests()
+    assert [record.num_output_tokens for record in asked] == [4, 4]  # 46 is the full stop
+    scored = re.search(r"prompt: perplexity [\d.]+ over ([\d,]+) tokens", shown)
+    assert int(scored[1]) == asked[0].num_prompt_tokens - 1
+    codes = "\n".join(block.value for block in at.code)
+    for part in ('"n": 2', "'prompt_logprobs': 3", "'stop_token_ids': [46]"):
+        assert part in codes, part
+    say(at, "two")  # goes on with the first answer
+    said = fake.worker.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "one"}, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "two"}]
+    )  # fmt: skip
+    assert eventually(lambda: len(fake.worker.records.requests()) == 4)
+    assert fake.worker.records.requests()[-1].num_prompt_tokens == len(said)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
@@ -148,6 +179,7 @@ def test_controls_reach_the_request_and_the_address(ready_host, open_page):
         ("min_tokens", 300, "min_tokens"),
         ("logit_bias", "5", "must read like"),
         ("logit_bias", "5: 200", "at most 100"),
+        ("allowed_token_ids", "x", "Token ids must read like"),
     ],
 )
 def test_setting_that_cannot_be_used_is_told_and_nothing_is_sent(key, value, told, ready_host, open_page):

@@ -180,3 +180,56 @@ def test_a_version_says_whether_it_is_an_adapter_or_merged():
 
     assert "loaded, an adapter of chat-base" in shown(parent="chat-base")
     assert "merged: rank 20" in shown(merged_because="rank 20 is beyond max_lora_rank 16")
+
+
+def ids(world: Records) -> list[str]:
+    return [resident.id for resident in world.host.resident()]
+
+
+def test_what_is_loaded_is_listed_with_its_form(page, tmp_path):
+    world, at = page()
+    world.host.load(str(make_model(tmp_path / "beside", 11)))
+    shown = html_of(settle(at))
+    assert "Loaded here" in shown
+    assert "<b>fake-echo</b>" in shown
+    assert "float32, KV cache" in shown
+    assert at.button("unload_resident_fake-echo").disabled
+    assert not at.button("unload_resident_beside").disabled
+    assert at.button("sleep_resident_beside").label == "Sleep"
+
+
+def test_one_s_own_model_is_loaded_with_options_beside_the_plain_one(page, tmp_path):
+    world, at = page()
+    folder = make_model(tmp_path / "mine", 99)
+    at.text_input("own_path").set_value(str(folder))
+    settle(at.button("own_load").click().run())
+    at.selectbox("own_weights").set_value("int8")
+    at.selectbox("own_kv").set_value("fp8")
+    at.number_input("own_context").set_value(128)
+    at.text_input("own_speculation").set_value('{"method": "ngram"}')
+    settle(at.button("own_load").click().run())
+    named = "mine#int8+kv-fp8+128-tokens+ngram"
+    assert ids(world) == ["fake-echo", "mine", named]
+    labels = at.selectbox("model").options
+    assert len(set(labels)) == 3, "a link must tell them apart"
+    at.text_input("own_path").set_value(f"{NAME}/2")
+    at.text_input("own_speculation").set_value("")
+    at.selectbox("own_kv").set_value("as computed")
+    settle(at.button("own_load").click().run())
+    assert f"{NAME}/2#int8+128-tokens" in ids(world), "a registered version is not registered again"
+    assert "loaded" in html_of(at)
+
+
+def test_options_that_cannot_be_are_told_with_the_remedy(page, tmp_path):
+    world, at = page()
+    at.text_input("own_path").set_value(str(make_model(tmp_path / "mine", 99)))
+    for value, told in (("fast", "is no JSON object"), ('{"method": "magic"}', "must be one of ngram")):
+        at.text_input("own_speculation").set_value(value)
+        assert told in html_of(settle(at.button("own_load").click().run()))
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    at.text_input("own_path").set_value(str(tmp_path / "lora"))
+    at.text_input("own_speculation").set_value("")
+    at.selectbox("own_weights").set_value("int8")
+    assert "Load its base with these options" in html_of(settle(at.button("own_load").click().run()))
+    assert ids(world) == ["fake-echo"]

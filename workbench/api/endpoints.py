@@ -9,7 +9,6 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
@@ -23,11 +22,11 @@ from workbench.api.errors import json_response
 from workbench.api.generation import GenerationResponse, submit_choices
 from workbench.api.intake import read_json, take_request_id
 from workbench.api.schema import ChatRequest, CompletionRequest, Message, parse
-from workbench.api.tools import OfferedTools, offered_tools
+from workbench.api.tools import offered_tools
 from workbench.api.wire import ChatWire, CompletionWire, Head
-from workbench.chat_output import OutputSyntax, constrain, output_syntax
 from workbench.chat_output.syntax import find_calls
-from workbench.errors import ApiError, UnknownModelError, UnsupportedFieldError
+from workbench.chat_request import settle_output
+from workbench.errors import ApiError, UnknownModelError
 from workbench.host import EngineHost, Resident
 from workbench.settings import Settings
 
@@ -80,7 +79,7 @@ class Endpoints:
         messages = [_template_message(message) for message in body.messages]
         config = worker.config
         offered = offered_tools(body, lambda: find_calls(tokenizer, config.tool_call_parser))
-        constraint = offered.one_constraint(constraint_of(body))
+        asked = constraint_of(body)
         size = sum(len(message["content"]) for message in messages)
         prompt = await _maybe_off_loop(
             size,
@@ -88,21 +87,13 @@ class Endpoints:
                 messages, tools=offered.tools or None, chat_template_kwargs=body.chat_template_kwargs
             ),
         )
-        if constraint is None:
-            syntax = _syntax(worker, prompt, offered)
-        else:
-            whole = constrain(
-                tokenizer, prompt, constraint.structured, offered.tools, forced=offered.forced,
-                parallel_tool_calls=offered.parallel, tool_call_parser=config.tool_call_parser,
-                reasoning_parser=config.reasoning_parser,
-            )  # fmt: skip
-            prompt, syntax = whole.prompt_token_ids, whole.syntax
-            constraint = replace(constraint, structured=whole.structured)
+        settled = settle_output(tokenizer, config, prompt, offered, asked)
+        prompt, syntax = settled.prompt_ids, settled.syntax
         if syntax.shows_special_tokens:
             params = params.with_(skip_special_tokens=False)
         if syntax.stop_after_call is not None and len(params.stop) < MAX_STOP_STRINGS:
             params = params.with_(stop=(*params.stop, syntax.stop_after_call))
-        params = await constrained(params, constraint, worker)
+        params = await constrained(params, settled.constraint, worker)
         wire = ChatWire(
             self._head("chatcmpl", request_id, body.model), tokenizer.token_text,
             wants_logprobs=bool(body.logprobs), include_usage=include_usage, num_prompt_logprobs=body.prompt_logprobs,
@@ -193,6 +184,8 @@ class Endpoints:
             "parent": resident.parent,
             "deterministic": resident.deterministic,
             "task": resident.task,
+            "stored_as": card.stored_as or None,
+            "quantization": resident.config.quantization if resident.config else None,
         }
 
 
@@ -222,24 +215,6 @@ def _tokenizer_of(worker: EngineWorker) -> TokenizerLike:
             remedy="Add tokenizer.json to the model's folder.",
         )  # fmt: skip
     return worker.tokenizer
-
-
-def _syntax(worker: EngineWorker, prompt: list[int], offered: OfferedTools) -> OutputSyntax:
-    """What to look for in answers that nothing constrains.
-
-    Raises:
-        UnsupportedFieldError: tools that may be called, for a model without a way to call them.
-    """
-    syntax = output_syntax(
-        _tokenizer_of(worker), prompt, offered.tools, parallel_tool_calls=offered.parallel,
-        tool_call_parser=worker.config.tool_call_parser, reasoning_parser=worker.config.reasoning_parser,
-    )  # fmt: skip
-    if offered.tools and syntax.calls is None:
-        raise UnsupportedFieldError(
-            "this model's template and tokenizer have no tool calls of a known format", value=len(offered.tools),
-            param="tools", remedy="Leave tools out, set tool_choice to 'required', or name the format in QUIRE_TOOL_CALL_PARSER.",
-        )  # fmt: skip
-    return syntax
 
 
 def _chat_params(body: ChatRequest) -> SamplingParams:

@@ -33,6 +33,8 @@ from workbench.api.internal_pooling import InternalPoolingRoutes
 from workbench.api.pooling import Pool
 from workbench.errors import ApiError, WorkbenchError
 from workbench.host import EngineHost, HostPhase, Resident
+from workbench.load_options import LoadOptions
+from workbench.resident_format import format_of
 
 if TYPE_CHECKING:
     from engine.records import Completion
@@ -107,9 +109,12 @@ class InternalRoutes:
 
     async def load(self, request: Request) -> Response:
         """Make a version resident for the caller, who gives it back with `unload`; with `hold` false until anybody does."""
-        body = await _body(request, {"ref", "deterministic", "hold"})
+        body = await _body(request, {"ref", "deterministic", "options", "hold"})
         ref, deterministic, hold = _text(body, "ref"), _flag(body, "deterministic"), _flag(body, "hold", True)
-        resident = await asyncio.to_thread(self._host.load, ref, deterministic=deterministic, hold=hold)
+        options = _options(body)
+        resident = await asyncio.to_thread(
+            self._host.load, ref, deterministic=deterministic, options=options, hold=hold
+        )
         if hold and await request.is_disconnected():  # nobody is there to give it back
             await asyncio.to_thread(self._host.release, resident.id)
         return json_response({"id": resident.id, "resident": resident_to_json(resident)})
@@ -290,6 +295,9 @@ def resident_to_json(resident: Resident) -> dict[str, Any]:
         "parent": resident.parent,
         "merged_because": resident.merged_because,
         "task": resident.task,
+        "adapters": list(resident.adapters),
+        "options": resident.options.as_dict(),
+        **format_of(resident),
     }
 
 
@@ -333,6 +341,13 @@ def _flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
     if not isinstance(value, bool):
         raise ApiError(f"{name} must be true or false, got {value!r}", value=value, param=name)
     return value
+
+
+def _options(body: Mapping[str, Any]) -> LoadOptions:
+    given = body.get("options") or {}
+    if not isinstance(given, dict):
+        raise ApiError(f"options must be an object, got {given!r}", value=given, param="options")
+    return LoadOptions.from_dict(given)
 
 
 def _list(body: Mapping[str, Any], name: str) -> list[Any]:

@@ -201,14 +201,7 @@ class ChatWire(_Base):
         }
 
     def _logprobs(self, part: ChoicePart) -> dict[str, Any]:
-        return {"content": [self._token(entry) for entry in part.logprobs], "refusal": None}
-
-    def _token(self, entry: TokenLogprobs) -> dict[str, Any]:
-        top = [
-            _token_entry(self.token_text(token_id), logprob)
-            for token_id, logprob in zip(entry.top_ids, entry.top_logprobs)
-        ]
-        return {**_token_entry(self.token_text(entry.token_id), entry.logprob), "top_logprobs": top}
+        return {"content": [chat_token(entry, self.token_text) for entry in part.logprobs], "refusal": None}
 
 
 class CompletionWire(_Base):
@@ -315,6 +308,15 @@ def _finish(part: ChoicePart) -> str:
 def _reasoning(text: str) -> dict[str, str]:
     """Under the name that vLLM has now, and the one that it had, which is DeepSeek's: clients read either."""
     return {"reasoning": text, "reasoning_content": text}
+
+
+def chat_token(entry: TokenLogprobs, token_text: Callable[[int], str]) -> dict[str, Any]:
+    """One output token as chat completions tell it."""
+    top = [
+        _token_entry(token_text(token_id), logprob)
+        for token_id, logprob in zip(entry.top_ids, entry.top_logprobs)
+    ]
+    return {**_token_entry(token_text(entry.token_id), entry.logprob), "top_logprobs": top}
 
 
 def _token_entry(text: str, logprob: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Boundary: HTTP, and the lives of models. Completions and records are `workbench.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -28,9 +29,9 @@ class AppClient(HttpBackend):
         """Lists of residents and followed aliases: ``residents, loading, draining, followed``."""
         return self._get("/quire/residents")
 
-    def pin(self, ref: str, *, deterministic: bool = False) -> dict[str, Any]:
-        """Make a model resident until somebody unloads it; the resident."""
-        body = {"ref": ref, "deterministic": deterministic, "hold": False}
+    def pin(self, ref: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Make a model resident until somebody unloads it; the resident. `options`: fields of LoadOptions."""
+        body = {"ref": ref, "options": dict(options or {}), "hold": False}
         found: dict[str, Any] = self._post("/quire/load", body)["resident"]
         return found
 

@@ -103,7 +103,7 @@ class OpenAIBackend(HttpBackend):
         many = as_conversations(messages)
         calls = []
         for chat, each in zip(many, one_each(params, len(many)), strict=True):
-            body = _body(model or self._model, each)
+            body = request_body(model or self._model, each)
             body["messages"] = [dict(message) for message in chat]
             if tools:
                 body["tools"] = [dict(tool) for tool in tools]
@@ -123,7 +123,7 @@ class OpenAIBackend(HttpBackend):
         many = as_prompts(prompts)
         calls = []
         for prompt, each in zip(many, one_each(params, len(many)), strict=True):
-            body = _body(model or self._model, each)
+            body = request_body(model or self._model, each)
             body["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
             if each.logprobs is not None:
                 body["logprobs"] = each.logprobs
@@ -193,7 +193,8 @@ class OpenAIBackend(HttpBackend):
         )  # fmt: skip
 
 
-def _body(model: str | None, params: SamplingParams) -> dict[str, Any]:
+def request_body(model: str | None, params: SamplingParams) -> dict[str, Any]:
+    """A streamed request's fields, those of the prompt and log-probabilities left out: their names differ by endpoint."""
     default = SamplingParams(max_tokens=params.max_tokens)
     body: dict[str, Any] = {
         "model": model,

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench import settings as settings_module
+from workbench.commands import engine_options
+from workbench.resident_format import told
 
 if TYPE_CHECKING:
     from workbench.backends.app_client import AppClient
@@ -28,6 +30,7 @@ def add(commands: Any) -> None:
         "load", help="make a version resident; adapters over a resident base where possible"
     )
     loading.add_argument("ref", help="a folder, a hub id, NAME/3 or NAME@alias")
+    engine_options.add(loading)
     loading.add_argument(
         "--deterministic", action="store_true", help="bitwise repeatable, in an engine of its own"
     )
@@ -94,7 +97,8 @@ def _list(client: AppClient, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(client: AppClient, arguments: argparse.Namespace) -> dict[str, Any]:
-    return client.pin(arguments.ref, deterministic=arguments.deterministic)
+    exact = {"deterministic": True} if arguments.deterministic else {}
+    return client.pin(arguments.ref, {**engine_options.chosen(arguments), **exact})
 
 
 def _unload(client: AppClient, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -116,4 +120,4 @@ def _line(resident: dict[str, Any]) -> str:
     how = f"adapter of {resident['parent']}" if resident["parent"] else ""
     if resident["merged_because"]:
         how = f"merged: {resident['merged_because']}"
-    return f"{resident['id']:28} {resident['phase']:9} {size:>12}  {resident['digest'][:12]:12}  {named} {how}".rstrip()
+    return f"{resident['id']:28} {resident['phase']:9} {size:>12}  {resident['digest'][:12]:12}  {named} {how}  {told(resident)}".rstrip()

@@ -21,6 +21,7 @@ from engine.errors import TypedError
 from workbench.chat_output import ParsedOutput, Reasoning, gather
 
 if TYPE_CHECKING:
+    from engine.plan import TokenLogprobs
     from engine.records import Completion, StreamDelta
     from engine.sampling_params import SamplingParams
     from engine.stream import RequestStream
@@ -104,6 +105,12 @@ class Answer:
         skip_special_tokens = self._begun.stream.params.skip_special_tokens
         return token_views(self.completion, self._begun.tokenizer, skip_special_tokens)
 
+    def prompt_tokens(self) -> tuple[TokenView, ...]:
+        """The prompt's tokens but the first, with their probabilities; none if they were not asked for."""
+        if self.completion is None or self._begun is None or not self.completion.prompt_logprobs:
+            return ()
+        return prompt_views(self.completion, self._begun.tokenizer)
+
     def _run(self) -> None:
         try:
             self._begun = self._begin(self.request_id)
@@ -174,7 +181,20 @@ def token_views(
     for place, (token_id, entry) in enumerate(pairs, start=1):
         piece = detokenizer.push([token_id])[:room]
         room -= len(piece)
-        texts = (tokenizer.token_text(top) for top in entry.top_ids)
-        alternatives = tuple(zip(texts, entry.top_logprobs, strict=True))
-        views.append(TokenView(piece, entry.logprob, entry.rank, alternatives, is_last=place == len(pairs)))
+        views.append(_view(piece, entry, tokenizer, is_last=place == len(pairs)))
     return tuple(views)
+
+
+def prompt_views(completion: Completion, tokenizer: TokenizerLike) -> tuple[TokenView, ...]:
+    """The prompt as the template wrote it, special tokens included, from its second token on: the first has no probability."""
+    detokenizer = tokenizer.detokenizer(False)
+    detokenizer.push(completion.prompt_token_ids[:1])
+    return tuple(
+        _view(detokenizer.push([entry.token_id]), entry, tokenizer) for entry in completion.prompt_logprobs
+    )
+
+
+def _view(piece: str, entry: TokenLogprobs, tokenizer: TokenizerLike, is_last: bool = False) -> TokenView:
+    texts = (tokenizer.token_text(top) for top in entry.top_ids)
+    alternatives = tuple(zip(texts, entry.top_logprobs, strict=True))
+    return TokenView(piece, entry.logprob, entry.rank, alternatives, is_last)

@@ -13,30 +13,32 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import InvalidRequestError
-from workbench.chat_output import OutputSyntax, constrain, output_syntax
-from workbench.errors import UnsupportedFieldError
+from workbench.chat_request import Message, prepare
 from workbench.ui.answers import Answer, Begun
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
-    from engine.tokenizer import TokenizerLike
     from engine.worker import EngineWorker
     from workbench.resident import Resident
 
 MAX_CONVERSATIONS = 100
-Message = Mapping[str, Any]
 Find = Callable[[str], "EngineWorker"]  # by model id, `EngineHost.worker`; raises where nobody answers for it
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What was said to one version, and its answer."""
+    """What was said to one version, and its answer; the conversation goes on with the first of several."""
 
     said: tuple[Message, ...]
     answer: Answer
+    others: tuple[Answer, ...] = ()
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        return (self.answer, *self.others)
 
     def messages(self) -> list[dict[str, Any]]:
         """In the API's form; nothing of what was refused, and no answer that has not ended or says nothing."""
@@ -92,7 +94,7 @@ class Conversation:
     @property
     def running(self) -> list[Answer]:
         replies = self.turns[-1].replies.values() if self.turns else ()
-        return [reply.last for reply in replies if reply.last.running]
+        return [answer for reply in replies for answer in reply.exchanges[-1].answers if answer.running]
 
     def messages(self, model: str, system: str = "", then: tuple[Message, ...] = ()) -> list[dict[str, Any]]:
         """Everything between a model and the person so far, and what follows.
@@ -187,48 +189,14 @@ def ask(
 def say(
     find: Find, conversation: Conversation, reply: Reply, messages: tuple[Message, ...], request: Request
 ) -> None:
-    """Say something to one version alone and start its answer: a turn's question, or the results of the tools it called."""
+    """Say something to one version alone and start its answers: to a turn's question, or to the results of the tools it called."""
     prompt = conversation.messages(reply.model, request.system, then=messages)
 
-    def begin(request_id: str) -> Begun:
+    def begin(params: SamplingParams, request_id: str) -> Begun:
         worker = find(reply.model)
-        tokenizer = worker.tokenizer
-        if tokenizer is None:
-            raise InvalidRequestError(
-                "this engine has no tokenizer", remedy="Load a model that has one.", param="model"
-            )
-        prompt_ids = tokenizer.apply_chat_template(prompt, tools=list(request.tools) or None)
-        params = request.params
-        if params.structured_outputs is None:
-            syntax = _syntax(worker, tokenizer, prompt_ids, request)
-        else:
-            whole = constrain(
-                tokenizer,
-                prompt_ids,
-                params.structured_outputs,
-                reasoning_parser=worker.config.reasoning_parser,
-            )
-            prompt_ids, syntax = whole.prompt_token_ids, whole.syntax
-            params = params.with_(structured_outputs=whole.structured)
-        if syntax.shows_special_tokens:
-            params = params.with_(skip_special_tokens=False)
-        return Begun(worker.submit(prompt_ids, params, request_id=request_id), tokenizer, syntax.parser())
+        ready = prepare(worker, prompt, params, request.tools)
+        stream = worker.submit(ready.prompt_ids, ready.params, request_id=request_id)
+        return Begun(stream, ready.tokenizer, ready.syntax.parser())
 
-    reply.exchanges.append(Exchange(messages, Answer(begin, request.params)))
-
-
-def _syntax(
-    worker: EngineWorker, tokenizer: TokenizerLike, prompt_ids: list[int], request: Request
-) -> OutputSyntax:
-    """What to look for in an answer that nothing constrains."""
-    config = worker.config
-    syntax = output_syntax(
-        tokenizer, prompt_ids, request.tools, tool_call_parser=config.tool_call_parser,
-        reasoning_parser=config.reasoning_parser,
-    )  # fmt: skip
-    if request.tools and syntax.calls is None:
-        raise UnsupportedFieldError(
-            "this model has no tool calls of a known format", value=len(request.tools), param="tools",
-            remedy="Leave tools out, or choose a model that was trained to call tools.",
-        )  # fmt: skip
-    return syntax
+    first, *others = (Answer(partial(begin, params), params) for params in request.params.each())
+    reply.exchanges.append(Exchange(messages, first, tuple(others)))

@@ -72,7 +72,9 @@ def rows(found: list[VersionInfo]) -> list[VersionRow]:
 
 def _row(info: VersionInfo, residents: list[Any]) -> VersionRow:
     own = f"{info.ref.name}/{info.ref.version}"
-    named = [r for r in residents if r.id.partition("#")[0] == own]
+    named = sorted(
+        (r for r in residents if r.id.partition("#")[0] == own), key=lambda r: r.id != own
+    )  # the one without options first
     same = [r for r in residents if info.ref.digest and r.digest == info.ref.digest]
     found = (named or same or [None])[0]
     return VersionRow(info, found.id if found else None, bool(found and found.is_default), found)

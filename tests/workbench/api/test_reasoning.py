@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from openai import BadRequestError
 
+from engine.sampling_params import SamplingParams
+from workbench.chat_request import ChatOptions
 from workbench.services import Services
 from workbench.settings import Settings
-from workbench.terminal_chat import Answer, ChatOptions, ServerPartner
+from workbench.terminal_chat import Answer, ServerPartner
 
 TEMPLATE = "{# <think></think> <tool_call> #}"
 THOUGHTS, ANSWER = "Hm.\n1 + 1?", "2."
@@ -141,7 +143,9 @@ def test_without_reasoning_markers_in_the_template_nothing_is_split(script: Any)
 def test_the_terminal_shows_reasoning_first_and_keeps_the_answer_alone(script: Any) -> None:
     script.says(TEXT, TEMPLATE)
     partner, answer = ServerPartner(script.server.url), Answer()
-    shown = "".join(partner.ask([{"role": "user", "content": "?"}], ChatOptions(), answer))
+    shown = "".join(
+        partner.ask([{"role": "user", "content": "?"}], ChatOptions(SamplingParams(max_tokens=256)), answer)
+    )
     partner.close()
     assert (shown, answer.text) == (f"{THOUGHTS}\n\n{ANSWER}", ANSWER)
     assert answer.ttft_ms is not None

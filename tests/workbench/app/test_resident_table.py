@@ -6,6 +6,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from workbench.load_options import PLAIN, LoadOptions
 from workbench.model_source import ModelSource
 from workbench.resident import HostPhase, HostState
 from workbench.resident_table import ResidentTable, Slot, Wish
@@ -27,7 +28,7 @@ class TableMachine(RuleBasedStateMachine):
 
     @initialize()
     def default(self) -> None:
-        slot = Slot(ModelSource("base", "base", "/base"), "base", False, READY)
+        slot = Slot(ModelSource("base", "base", "/base"), "base", PLAIN, READY)
         self.table.add(slot)
         self.table.default = slot
 
@@ -36,14 +37,14 @@ class TableMachine(RuleBasedStateMachine):
         self.reloads += reload
         source = ModelSource(f"m/{version}", f"m/{version}", f"/m{version}", "m", version)
         digest = f"{version}-{self.reloads}" if reload else f"{version}-"
-        known = self.table.same(source, digest, deterministic)
+        options = LoadOptions(deterministic=deterministic or None)
+        known = self.table.same(source, digest, options)
         if known is not None:
             self.leave(self.table.grant(known, wish))
             return
-        former = self.table.replaced_by(source, deterministic)
-        suffix = "#deterministic" if deterministic else ""
+        former = self.table.replaced_by(source, options)
         slot = Slot(
-            source, self.table.free_id(source, digest, suffix, former), deterministic, READY, digest=digest
+            source, self.table.free_id(source, digest, options.suffix, former), options, READY, digest=digest
         )
         self.table.add(slot)
         self.leave(self.table.grant(slot, wish, former))
@@ -85,7 +86,7 @@ class TableMachine(RuleBasedStateMachine):
         base = self.table.lookup(f"m/{on}")
         if base is not None and self.table.lookup(f"a{number}") is None:
             source = ModelSource(f"/a{number}", f"a{number}", base.source.path, adapter=f"/a{number}")
-            slot = Slot(source, source.id, base.deterministic, READY, digest=f"{number}", base=base)
+            slot = Slot(source, source.id, base.options, READY, digest=f"{number}", base=base)
             self.table.add(slot)
             self.leave(self.table.grant(slot, Wish(pinned=True)))
 

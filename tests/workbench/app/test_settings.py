@@ -33,10 +33,12 @@ def test_environment_is_read_and_the_command_line_wins(
     monkeypatch.setenv("QUIRE_DTYPE", "float32")
     monkeypatch.setenv("QUIRE_THREADS", "2")
     monkeypatch.setenv("QUIRE_KV_CACHE_DTYPE", "int8")
+    monkeypatch.setenv("QUIRE_QUANTIZATION", "int4")
     settings = settings_module.load(port=9002, dtype=None)
     assert (settings.port, settings.home_dir, settings.dtype) == (9002, tmp_path, "float32")
     assert settings.engine_config().num_threads == 2
     assert settings.engine_config().kv_cache_dtype == "int8"
+    assert settings.engine_config().quantization == "int4"
 
 
 def test_children_get_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -79,6 +80,8 @@ COMMANDS = ["up", "serve"]
         ("--model", "/no/such/model", ["/no/such/model", "config.json"]),
         ("--dtype", "int7", ["int7", "float32"]),
         ("--threads", "0", ["0"]),
+        ("--quantization", "int5", ["int5", "int8"]),
+        ("--speculative-config", "fast", ["fast", "JSON"]),
     ],
 )
 def test_servers_refuse_bad_values_before_any_work(
@@ -140,6 +143,12 @@ def test_damaged_weights_are_refused_by_file(
         (["--url", "http://127.0.0.1:9"], "127.0.0.1:9"),
         (["--url", "nonsense"], "nonsense"),
         (["--max-tokens", "many"], "many"),
+        (["--typical-p", "2"], "typical_p"),
+        (["--logit-bias", "5"], "--logit-bias 42:5"),
+        (["--json-schema", "/no/such/file"], "/no/such/file"),
+        (["--tools", "/no/such/file"], "/no/such/file"),
+        (["--choice", "yes", "--regex", "a+"], "exactly one"),
+        (["--model", "ticket-extractor@champion"], "quire up"),
     ],
 )
 def test_chat_refuses_bad_values(capsys: pytest.CaptureFixture[str], arguments: list[str], word: str) -> None:
@@ -200,10 +209,19 @@ def test_a_conversation_with_an_engine_of_its_own(
 
 
 def test_chat_with_a_real_model(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
-    code, out, _ = run(capsys, "chat", "the cat", "--model", str(tiny_model), "--max-tokens", "8", "--json")
+    code, out, _ = run(
+        capsys, "chat", "the cat", "--model", str(tiny_model), "--max-tokens", "8", "--regex", "[0-9]{3}", "--logprobs", "2",
+        "--n", "2", "--temperature", "1", "--seed", "3", "--json",
+    )  # fmt: skip
     facts = json.loads(out.splitlines()[-1])
     assert (code, facts["model"]) == (0, "tiny-llama")
     assert 1 <= facts["completion_tokens"] <= 8
+    for answer in (facts, *facts["others"]):
+        assert re.fullmatch("[0-9]{3}", answer["text"])
+        assert [len(token["top_logprobs"]) for token in answer["logprobs"]] == [2] * answer[
+            "completion_tokens"
+        ]
+    assert len(facts["others"]) == 1
 
 
 def test_a_prompt_over_the_context_is_refused(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from engine.errors import CorruptWeightsError, EngineDeadError, UnsupportedAdapterError
+from engine.errors import ConfigError, CorruptWeightsError, EngineDeadError, UnsupportedAdapterError
 from engine.sampling_params import SamplingParams
 from engine.worker import EngineWorker
 from workbench.adapter_worker import AdapterWorker
 from workbench.host import EngineHost, ResidentInUseError
+from workbench.load_options import LoadOptions
 from workbench.versions.errors import AdapterError, WrongBaseError
 
 PROMPTS = [[20 + i, 40 + i, 60 + i, 7] for i in range(16)]
@@ -37,6 +38,19 @@ def test_eight_adapters_in_one_batch_answer_as_each_does_alone(host: EngineHost)
         assert len(set(solo)) == 9, "every one must answer differently"
         streams = [host.worker(model).submit(PROMPTS[0], params) for model in models]
         assert [stream.result(120).token_ids for stream in streams] == solo
+
+
+def test_an_adapter_with_options_is_served_by_a_base_that_has_them(host: EngineHost) -> None:
+    plain, short = host.load("t/1"), host.load("t/1", options=LoadOptions(max_model_len=128))
+    assert (short.id, short.parent) == ("t/1#128-tokens", "tiny-llama#128-tokens")
+    assert host.find(short.parent).adapters == (short.id,)
+    assert host.worker(short.id).config.max_model_len == 128
+    assert tokens(host, short.id) == tokens(host, plain.id)
+    with pytest.raises(ConfigError, match="1024 is the most") as refused:
+        host.load("t/2", options=LoadOptions(max_model_len=4096))
+    assert (refused.value.value, refused.value.limit) == (4096, 1024)
+    host.unload(short.id)
+    assert [each.id for each in host.resident()] == ["tiny-llama", "t/1"], "its base goes with it"
 
 
 def test_every_name_of_a_version_reaches_its_adapter(host: EngineHost) -> None:

@@ -69,7 +69,7 @@ def finished(answer: Answer, expected: str | None = None) -> str:
         body += markup.panel(
             "bad", "The answer ended with an error", answer.error, (("request", answer.request_id),)
         )
-    return body + _figures(answer, expected) + _doubts(tokens)
+    return body + _figures(answer, expected) + _doubts(tokens) + _prompt(answer.prompt_tokens())
 
 
 def _with_probabilities(part: str, text: str, start: int, tokens: tuple[TokenView, ...]) -> tuple[str, int]:
@@ -160,6 +160,16 @@ def _end(completion: Completion) -> str:
     if isinstance(completion.stop_reason, str):
         return f"stop text {completion.stop_reason!r}"
     return label
+
+
+def _prompt(tokens: tuple[TokenView, ...]) -> str:
+    """The prompt's probabilities, folded away under its perplexity."""
+    if not tokens:
+        return ""
+    perplexity = math.exp(-math.fsum(token.log_probability for token in tokens) / len(tokens))
+    told = f"prompt: perplexity {formats.significant(perplexity)} over {len(tokens):,} tokens"
+    spans = "".join(_span(token, token.text) for token in tokens[:MAX_HOVER_TOKENS] if token.text)
+    return f'<details class="q-doubt"><summary>{told}</summary><div class="q-answer">{spans}</div></details>'
 
 
 def _doubts(tokens: tuple[TokenView, ...], most: int = 8) -> str:

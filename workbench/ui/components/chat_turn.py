@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from engine.best_of import choose_best
+from engine.sampling_params import SamplingParams
 from workbench.ui import markup
 from workbench.ui.components import chat_message, feedback_box
 from workbench.ui.output_shape import shape_of
@@ -15,12 +17,15 @@ from workbench.ui.output_shape import shape_of
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
 
+    from workbench.chat_request import Message
     from workbench.resident import Resident
     from workbench.ui.answers import Answer
-    from workbench.ui.conversations import Message, Reply, Turn
+    from workbench.ui.conversations import Reply, Turn
 
 _AVATARS = {"user": ":material/person:", "assistant": ":material/smart_toy:", "system": ":material/settings:",
             "tool": ":material/build:"}  # fmt: skip
+
+_BEST = SamplingParams(logprobs=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +77,9 @@ def version_heading(model: str, version: Resident) -> str:
     """The version in its colour; a folder by its title."""
     card = version.card
     name = version.name or (card.title if card else model)
-    return markup.version_name(
-        name, version.version, version.digest, [alias.partition("@")[2] for alias in version.aliases]
-    )
+    aliases = [alias.partition("@")[2] for alias in version.aliases]
+    options = markup.chip("idle", version.options.label) if version.name and version.options.label else ""
+    return markup.version_name(name, version.version, version.digest, aliases) + options
 
 
 def _message(message: Mapping[str, Any]) -> None:
@@ -89,20 +94,41 @@ def _reply(reply: Reply, turn: Turn, shown: Shown, *, is_last: bool, named: bool
         if place:
             for message in exchange.said:
                 _message(message)
-        answer, expected = exchange.answer, None if place else turn.expected
-        slot = st.empty()
-        if not chat_message.show(answer, slot, expected):
-            shown.unfinished.append(Unfinished(answer, slot, expected))
-            if not alone and st.button("Stop", key=f"stop_{answer.request_id}", icon=":material/stop:"):
-                answer.stop()
-                st.rerun()
-        elif answer.text:
-            _tree(answer)
-            feedback_box.show(answer.request_id, answer.text)
+        headings = _headings(exchange.answers)
+        for answer, heading in zip(exchange.answers, headings, strict=True):
+            if heading:
+                st.html(f'<p class="q-age">{markup.text(heading)}</p>')
+            is_alone = alone and not exchange.others
+            _answer(answer, None if place else turn.expected, shown, alone=is_alone)
     if is_last and not reply.last.running and reply.last.output.calls:
         messages = _results_form(reply.last)
         if messages:
             shown.results = Results(reply, messages)
+
+
+def _answer(answer: Answer, expected: str | None, shown: Shown, *, alone: bool) -> None:
+    slot = st.empty()
+    if not chat_message.show(answer, slot, expected):
+        shown.unfinished.append(Unfinished(answer, slot, expected))
+        if not alone and st.button("Stop", key=f"stop_{answer.request_id}", icon=":material/stop:"):
+            answer.stop()
+            st.rerun()
+    elif answer.text:
+        _tree(answer)
+        feedback_box.show(answer.request_id, answer.text)
+
+
+def _headings(answers: Sequence[Answer]) -> list[str]:
+    """Of one of several: its number, and which of them best_of would choose, once all have ended."""
+    if len(answers) < 2:
+        return [""] * len(answers)
+    done = [answer.completion for answer in answers if answer.completion is not None]
+    best = choose_best(done, _BEST.with_(best_of=len(answers)))[0] if len(done) == len(answers) else None
+    return [
+        f"Answer {number} of {len(answers)}"
+        + (", the likeliest: what best_of returns" if answer.completion is best is not None else "")
+        for number, answer in enumerate(answers, 1)
+    ]
 
 
 def _tree(answer: Answer) -> None:

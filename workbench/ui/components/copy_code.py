@@ -21,6 +21,7 @@ _OPENAI = (
     "temperature",
     "top_p",
     "max_tokens",
+    "n",
     "seed",
     "presence_penalty",
     "frequency_penalty",
@@ -29,7 +30,7 @@ _OPENAI = (
 )
 _OURS = (  # not in OpenAI's API: `extra_body` in its client
     "top_k", "min_p", "typical_p", "min_tokens", "ignore_eos", "repetition_penalty", "bad_words", "allowed_token_ids",
-    "structured_outputs",
+    "stop_token_ids", "prompt_logprobs", "structured_outputs",
 )  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def settings(params: SamplingParams) -> dict[str, Any]:
     """What differs from the API's defaults, and always the temperature."""
     chosen = {name: getattr(params, name) for name in (*_OPENAI, *_OURS)}
     kept = {k: v for k, v in chosen.items() if k == "temperature" or v != getattr(_DEFAULTS, k)}
-    for name in {"stop", "bad_words", "allowed_token_ids"} & set(kept):
+    for name in {"stop", "bad_words", "allowed_token_ids", "stop_token_ids"} & set(kept):
         kept[name] = list(kept[name])
     if "logit_bias" in kept:
         kept["logit_bias"] = {str(token): bias for token, bias in kept["logit_bias"].items()}
@@ -79,6 +80,8 @@ def _structured(asked: StructuredOutputsParams) -> dict[str, Any]:
         given["json"] = json.loads(asked.json)
     if asked.choice is not None:
         given["choice"] = list(asked.choice)
+    if not asked.any_whitespace:
+        given["disable_any_whitespace"] = True
     return given
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from workbench.resident_format import format_of, told
 from workbench.ui import formats, markup, resources, theme
 from workbench.ui.components import (
     block_map,
@@ -50,8 +51,19 @@ def show(bar: top_bar.Bar, window_s: int) -> int | None:
         st.html(live.slots(now, "engine-blocks"))
         if "block_map" in now.data:
             block_map.show_payload(now.data["block_map"])
-        st.html(markup.section("Memory") + live.slots(now, "engine-memory"))
+        st.html(markup.section("Memory", _form(bar)) + live.slots(now, "engine-memory"))
     return picked
+
+
+def _form(bar: top_bar.Bar) -> str:
+    """How weights and cache are stored, and which adapters the engine serves."""
+    card = bar.view.card
+    resident = resources.host().find(card.id) if card is not None else None
+    if resident is None:
+        return ""
+    engine = resources.host().find(resident.parent) if resident.parent else resident
+    adapters = f"; adapters: {', '.join(engine.adapters)}" if engine.adapters else ""
+    return told(format_of(engine)) + adapters
 
 
 def shown(view: EngineView, jobs: list[Job], query: Query) -> Shown:
@@ -97,8 +109,13 @@ def _tiles(stats: EngineStats) -> list[Tile]:
         Tile(term("step", "Steps"), f"{stats.steps:,}", f"{stats.step_errors:,} failed"),
     ]  # fmt: skip
     if stats.draft_tokens:
+        gains = [
+            f"{gain:.2f} × the tokens/s (rows: {rows:,})"
+            for rows, gain in sorted(stats.speculation_gains.items())
+        ]
         source = "a draft model" if stats.speculation_method == "draft_model" else "n-grams"
-        right = f"{stats.accepted_tokens:,} of {stats.draft_tokens:,} tokens guessed by {source}"
+        guessed = f"{stats.accepted_tokens:,} of {stats.draft_tokens:,} tokens guessed by {source}"
+        right = ", ".join([guessed, *gains[:1]])
         tiles.append(
             Tile(
                 term("speculation", "Guesses right"),

@@ -5,7 +5,6 @@ Bound to the page's address, as all controls of a chat are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +14,8 @@ import streamlit as st
 
 from engine.errors import TypedError
 from engine.structured_outputs import StructuredOutputsParams
-from workbench.api.schema import ChatRequest, parse
-from workbench.errors import ApiError
+from workbench.chat_request import Tools, read_tools
 from workbench.ui.glossary import tip
-
-Tools = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +55,6 @@ def show() -> OutputControls:
         structured = _structured()
     with _told(errors):
         tools = _tools()
-        if structured is not None and tools:
-            raise ApiError(
-                "an output of that form calls no tools", param="tools", remedy="Leave one of the two out."
-            )
     return OutputControls(structured, tools, errors[0] if errors else None)
 
 
@@ -87,12 +79,16 @@ def _structured() -> StructuredOutputsParams | None:
     form = FORMS.get(kind)
     if form is None:
         return None
+    white = {}
+    if form.field.startswith("json"):
+        compact = st.toggle("Compact", key="output_compact", bind="query-params", help=tip("compact"))
+        white = {"any_whitespace": not compact}
     if not form.example:
-        return StructuredOutputsParams.from_dict({form.field: True})
+        return StructuredOutputsParams.from_dict({form.field: True, **white})
     text = st.text_area(
         kind, key=f"output_{form.field}", bind="query-params", height=120, placeholder=form.example
     )
-    return StructuredOutputsParams.from_dict({form.field: form.read(text or "")})
+    return StructuredOutputsParams.from_dict({form.field: form.read(text or ""), **white})
 
 
 def _tools() -> Tools:
@@ -101,21 +97,3 @@ def _tools() -> Tools:
         placeholder='[{"type": "function", "function": {"name": …, "parameters": {…}}}]',
     )  # fmt: skip
     return read_tools(text or "")
-
-
-def read_tools(text: str) -> Tools:
-    """Tool definitions from JSON, checked as the API checks a request's.
-
-    Raises:
-        ApiError: no JSON, or no list of OpenAI's tool definitions, by its path.
-    """
-    if not text.strip():
-        return ()
-    try:
-        given = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(
-            f"tools must be JSON: {error}", param="tools", remedy="Write a list of tools."
-        ) from None
-    asked = {"messages": [{"role": "user", "content": ""}], "tools": given}
-    return tuple(tool.model_dump(exclude_none=True) for tool in parse(ChatRequest, asked).tools or ())

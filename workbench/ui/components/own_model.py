@@ -1,4 +1,4 @@
-"""Load your own model: a folder or hub id is checked, registered by reference, and made resident."""
+"""Load your own model: a folder, hub id or adapter is checked, made resident, and registered by reference; a version is made resident."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from workbench.errors import SettingsError
+from workbench.load_options import PLAIN, LoadOptions
+from workbench.model_source import alias_of, version_of
 from workbench.ui import markup, resources
-from workbench.ui.components import action_state
+from workbench.ui.components import action_state, load_options_form
 from workbench.ui.components.version_card import ACTIONS
 from workbench.ui.registry_view import REGISTRY
 
@@ -23,13 +26,15 @@ def show(services: PageServices) -> None:
     with st.form("own_model", border=True):
         left, right, button = st.columns([3, 2, 1], vertical_alignment="bottom")
         path = left.text_input(
-            "Folder or hub id", key="own_path", bind="query-params", placeholder="/models/my-model or org/name",
-            help="A folder with config.json and *.safetensors, a *.gguf file, or a hub id that can be downloaded here.",
+            "Folder, hub id or version", key="own_path", bind="query-params", placeholder="/models/my-model, org/name or NAME@alias",
+            help="A folder with config.json and *.safetensors (AWQ, GPTQ, compressed-tensors and fp8 too), a *.gguf file, a hub id "
+            "that can be downloaded here, the folder of a PEFT adapter of a model that is loaded, or a registered version.",
         )  # fmt: skip
         name = right.text_input(
             "Name in the registry", key="own_name", bind="query-params", placeholder="its folder's name"
         )
         sent = button.form_submit_button("Load", type="primary", width="stretch", key="own_load")
+        written = load_options_form.show()
     if not sent:
         return
     given = (path or "").strip()
@@ -40,7 +45,7 @@ def show(services: PageServices) -> None:
     action_state.start(
         f"{ACTIONS}own",
         f"Load {given} as {chosen}",
-        lambda: load(services, given, chosen),
+        lambda: load(services, given, chosen, load_options_form.read(written)),
         forgets=(REGISTRY,),
     )
     st.rerun()
@@ -51,16 +56,37 @@ def registered_name(path: str, name: str) -> str:
     return name.strip() or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).name).strip("-.") or "model"
 
 
-def load(services: PageServices, path: str, name: str) -> str:
+def load(services: PageServices, path: str, name: str, options: LoadOptions = PLAIN) -> str:
     """Check it, make it resident, and register it only then; the resident's id. Raises the typed error of what refuses.
 
     A hub id is downloaded into the hub's own cache first.
     """
     from engine.model_folder import find_model
     from workbench.model_card import check_model
+    from workbench.versions.adapter import is_adapter
 
+    host = resources.host()
+    if not Path(path).expanduser().exists() and (version_of(path) or alias_of(path)):
+        return str(host.load(path, options=options).id)
+    if is_adapter(Path(path).expanduser()):
+        return _load_adapter(services, Path(path).expanduser(), name, options)
     check_model(path)
     folder = find_model(path)
-    resident = resources.host().load(str(folder))
+    resident = host.load(str(folder), options=options)
     services.registry().register(name, base=folder, description=f"Loaded from {path}")
+    return str(resident.id)
+
+
+def _load_adapter(services: PageServices, folder: Path, name: str, options: LoadOptions) -> str:
+    """Over the engine of its base, which is loaded."""
+    if options != PLAIN:
+        raise SettingsError(
+            "an adapter is served by the engine of its base and has no options of its own", value=options.label, limit="none",
+            param="options", remedy="Load its base with these options, then the adapter without.",
+        )  # fmt: skip
+    host = resources.host()
+    resident = host.load_adapter(name, str(folder))
+    base = host.find(resident.parent).card
+    assert base is not None, "an adapter's base is loaded"
+    services.registry().register(name, base=base.path, adapter=folder, description=f"Loaded from {folder}")
     return str(resident.id)

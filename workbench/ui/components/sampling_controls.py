@@ -12,14 +12,16 @@ import streamlit as st
 
 from engine.errors import InvalidParamsError
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from workbench.chat_request import Tools
 from workbench.ui.components import output_controls
-from workbench.ui.components.output_controls import Tools
 from workbench.ui.glossary import tip
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
 
 DEFAULT_MAX_TOKENS = 256
+MAX_ANSWERS = 4  # of one version: more than a person compares
+PROMPT_ALTERNATIVES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,16 @@ def _advanced(place: DeltaGenerator) -> tuple[dict[str, Any], str | None]:
         typical = left.number_input(
             "Typical p", 0.01, 1.0, 1.0, 0.05, key="typical_p", bind="query-params", help=tip("typical_p")
         )  # fmt: skip
+        n = right.number_input("Answers", 1, MAX_ANSWERS, 1, key="n", bind="query-params", help=tip("n"))
+        allowed = left.text_input(
+            "Allowed ids", key="allowed_token_ids", bind="query-params", help=tip("allowed_token_ids"), placeholder="id, …"
+        )  # fmt: skip
+        stops = right.text_input(
+            "Stop ids", key="stop_token_ids", bind="query-params", help=tip("stop_token_ids"), placeholder="id, …"
+        )  # fmt: skip
+        scores_prompt = st.toggle(
+            "Prompt probabilities", key="prompt_logprobs", bind="query-params", help=tip("prompt_logprobs")
+        )
         words = st.text_area(
             "Bad words", key="bad_words", bind="query-params", height=68, help=tip("bad_words"), placeholder="none"
         )  # fmt: skip
@@ -115,6 +127,8 @@ def _advanced(place: DeltaGenerator) -> tuple[dict[str, Any], str | None]:
         "frequency_penalty": round(frequency, 4),
         "repetition_penalty": round(repetition, 4),
         "typical_p": round(typical, 4),
+        "n": n,
+        "prompt_logprobs": PROMPT_ALTERNATIVES if scores_prompt else None,
         "bad_words": tuple(line for line in (words or "").splitlines() if line.strip()),
     }
     try:
@@ -122,7 +136,16 @@ def _advanced(place: DeltaGenerator) -> tuple[dict[str, Any], str | None]:
         extra["logit_bias"] = {int(token): float(bias) for token, bias in pairs} or None
     except ValueError:
         return extra, f"Logit bias must read like 42: 5, 7: -100, got {biases!r}."
+    try:
+        extra["allowed_token_ids"] = _ids(allowed) or None
+        extra["stop_token_ids"] = _ids(stops)
+    except ValueError:
+        return extra, f"Token ids must read like 42, 7, got {allowed or stops!r}."
     return extra, None
+
+
+def _ids(text: str | None) -> tuple[int, ...]:
+    return tuple(int(token) for token in (text or "").split(",") if token.strip())
 
 
 def _params(

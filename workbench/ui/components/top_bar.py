@@ -117,13 +117,7 @@ def option_label(name: str, resident: Resident) -> str:
     the first eight of its digest; the title says "demo" where it is one."""
     if name in resident.aliases:
         return name.replace("@", " @")
-    title = (
-        f"{resident.name} v{resident.version}"
-        if resident.name
-        else resident.card.title
-        if resident.card
-        else name
-    )
+    title = resident.card.title if resident.card else name
     return f"{title} · {resident.digest[:8]}" if resident.digest else title
 
 
