@@ -1,13 +1,20 @@
-"""What holds for every test: in which order they run, and what the garbage collector looks at."""
+"""What holds for every test: in which order they run, what the garbage collector looks at, and that Ctrl+C can be sent."""
 
 from __future__ import annotations
 
 import gc
+import signal
 from pathlib import Path
 
 import pytest
 
 BROWSER = Path(__file__).parent / "browser"
+
+
+def pytest_configure() -> None:
+    """What a shell runs in its background ignores Ctrl+C, and so would the processes that tests send it to."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
