@@ -13,6 +13,8 @@ SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 CHECKED := engine workbench pages tests docs
 
 export PORT MLFLOW_PORT HOME_DIR
+# Where it is set, each of the processes that tests start would compile the product's modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: up test test-full test-gpu check format map bench bench-gpu browser clean
 
@@ -28,10 +30,10 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml deploy/constraints.txt
 	@$(PIP_INSTALL) -e '.[notebooks]'
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	@echo "Installing the test tools into $(VENV) (once)"
+$(VENV)/.installed-test: $(BIN)/python pyproject.toml deploy/constraints.txt
+	@echo "Installing Quire and the test tools into $(VENV) (once; a few minutes)"
 	@$(PIP_INSTALL) -e '.[test,notebooks]'
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 browser:
 	@sh tests/browser/install_chromium.sh
@@ -48,7 +50,8 @@ format: $(VENV)/.installed-test
 map: $(VENV)/.installed
 	$(BIN)/python docs/module_map.py
 
-test: check browser
+test:
+	@$(MAKE) --no-print-directory -j2 check browser  # chromium comes while pip unpacks
 	$(BIN)/python -m pytest -m "not full" $(SIDE_BY_SIDE) --durations=15
 
 test-full: test

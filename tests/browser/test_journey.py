@@ -49,8 +49,9 @@ def test_first_minutes(app, visit, screenshots):
     page.reload()
     expect(finished_answers(page)).to_have_count(1)
 
-    # a long answer, watched on the Engine page, stopped with Escape while the cursor is in the box
-    page.goto(f"{app}/playground?max_tokens=1900&ignore_eos=true&temperature=0.9")
+    # a long answer, watched on the Engine page
+    long = f"{app}/playground?max_tokens=1900&ignore_eos=true&temperature=0.9"
+    page.goto(long)
     ask(page, "Tell me a story about a fox and a lamp.")
     expect(page.locator("[aria-busy=true]")).to_be_visible()
     expect(page.get_by_text(re.compile(r"\d+ tokens so far"))).to_be_visible()
@@ -69,7 +70,11 @@ def test_first_minutes(app, visit, screenshots):
     expect(step).not_to_have_text(shown)
     assert hold_still(engine)
 
+    # another one (the first may have ended meanwhile), stopped with Escape while the cursor is in the box
     page.bring_to_front()
+    page.goto(long)
+    ask(page, "Tell me a story about a bird and a well.")
+    expect(page.get_by_text(re.compile(r"\d+ tokens so far"))).to_be_visible()
     page.locator(BOX).focus()
     page.keyboard.press("Escape")
     expect(page.locator(".q-figures").last).to_contain_text("stopped")

@@ -156,7 +156,7 @@ FORMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.full), 90])
 @pytest.mark.parametrize("name", FORMS)
 def test_fits(name: str, arch: int, tmp_path: Path, record_property: Any) -> None:
     kernel, constants, num_warps, types = FORMS[name]

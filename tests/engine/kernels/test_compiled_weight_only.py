@@ -86,7 +86,7 @@ def compile_product(
 
 
 BF16 = [
-    (capability, bits, tokens, torch.bfloat16)
+    pytest.param(capability, bits, tokens, torch.bfloat16, marks=pytest.mark.full if capability == 80 else ())
     for capability in (80, 90)
     for bits in (8, 4)
     for tokens in (1, 40, 1000)

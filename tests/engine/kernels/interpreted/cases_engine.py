@@ -84,10 +84,10 @@ def _engine(attention: AttentionBackend, stored: str) -> Engine:
 def _run(attention: AttentionBackend, stored: str) -> Ran:
     """Two prompts share three blocks; together they need more blocks than there are; chunks are of 32 tokens."""
     generator = torch.Generator().manual_seed(1)
-    shared = torch.randint(0, VOCAB, (50,), generator=generator).tolist()
+    shared = torch.randint(0, VOCAB, (58,), generator=generator).tolist()  # near the end of a block
     prompts = {"a": [*shared, 1, 2], "b": [*shared[::-1], 3], "c": [*shared, 4, 5, 6]}
     engine, ran = _engine(attention, stored), Ran()
-    params = SamplingParams(max_tokens=18, temperature=0.0, ignore_eos=True, logprobs=0)
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=0)
     waiting, step = dict(prompts), 0
     while waiting or engine.has_work:
         for name in [n for n in waiting if {"a": 0, "b": 2, "c": 5}[n] <= step]:
