@@ -103,7 +103,9 @@ def prepare(
             "this engine has no tokenizer", remedy="Load a model that has one.", param="model"
         )
     asked = params.structured_outputs
-    offered = offered_tools(_body(list(tools)), lambda: find_calls(tokenizer, config.tool_call_parser))
+    offered = offered_tools(
+        _body(list(tools) or None), lambda: find_calls(tokenizer, config.tool_call_parser)
+    )
     settled = settle_output(
         tokenizer, config, tokenizer.apply_chat_template(messages, tools=offered.tools or None), offered,
         None if asked is None else Constraint(asked, "structured_outputs"),
@@ -133,4 +135,4 @@ def read_tools(text: str) -> Tools:
 
 
 def _body(tools: Any) -> ChatRequest:
-    return parse(ChatRequest, {"messages": [{"role": "user", "content": ""}], "tools": tools or None})
+    return parse(ChatRequest, {"messages": [{"role": "user", "content": ""}], "tools": tools})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from page_world import ToolTokenizer, make_worker, spoken
 
@@ -63,7 +65,7 @@ def test_tools_need_a_model_that_can_call_them(answer_with):
     assert "no tool calls of a known format" in chat_message.finished(answer)
 
 
-def test_constrained_answer_begins_behind_the_reasoning_that_the_template_opened():
+def test_constrained_answer_follows_the_reasoning_that_the_template_opened():
     class Opens(ToolTokenizer):
         def apply_chat_template(self, *given, **more):
             return [*super().apply_chat_template(*given, **more), *self.encode("<think>\n")]
@@ -71,8 +73,10 @@ def test_constrained_answer_begins_behind_the_reasoning_that_the_template_opened
     asked = SamplingParams(structured_outputs=StructuredOutputsParams(choice=("yes", "no")))
     worker, _ = make_worker(tokenizer=Opens())
     ready = prepare(worker, [{"role": "user", "content": "hi"}], asked)
-    assert TOKENIZER.decode(ready.prompt_ids, False).endswith("<think>\n\n</think>\n\n")
-    assert ready.syntax.is_plain
+    assert TOKENIZER.decode(ready.prompt_ids, False).endswith("<think>\n")
+    assert ready.syntax.is_open
+    tag = json.loads(ready.params.structured_outputs.structural_tag)["format"]
+    assert [part["type"] for part in tag["elements"]] == ["tag", "optional", "or"]
     worker.close()
 
 
