@@ -68,13 +68,14 @@ def refuse_unknown_parts(values: Mapping[str, Any], family: Family) -> None:
             limit=list(family.activations),
             param=family.activation_key,
         )
-    if values.get("use_bidirectional_attention"):
-        raise UnsupportedModelError(
-            "use_bidirectional_attention: an encoder does not generate",
-            value=values["use_bidirectional_attention"],
-            limit=False,
-            param="use_bidirectional_attention",
-        )
+    for key, causal in (("use_bidirectional_attention", False), ("is_causal", True)):
+        if (value := values.get(key)) is not None and bool(value) != causal:
+            raise UnsupportedModelError(
+                f"{key} is {value}: attention to later tokens too, of a decoder that was trained to embed, is not computed here",
+                value=value,
+                limit=causal,
+                param=key,
+            )
     for key in ("attention_bias", "mlp_bias"):
         read = family.reads_attention_bias if key == "attention_bias" else family.reads_mlp_bias
         if values.get(key) and not read and not (key == "attention_bias" and family.qkv_bias):

@@ -226,6 +226,7 @@ def test_no_field_of_a_config_is_ignored(
         ("gemma2", {"architectures": ["Gemma3ForCausalLM"]}),
         ("gemma2", {"layer_types": ["sliding_attention", "chunked_attention"]}),
         ("gemma3", {"use_bidirectional_attention": True}),
+        ("qwen2", {"is_causal": False}),
         ("gemma3", {"architectures": ["Gemma2ForCausalLM"]}),
         ("mixtral", {"num_local_experts": 4}),
         ("mixtral", {"num_local_experts": 6}),
