@@ -234,7 +234,7 @@ class FakeRunner:
 
     def _compute(self, plan: StepPlan) -> StepResult:
         if not self._verify:
-            tokens = ((plan.choices().positions - 1) * 7 % self.vocab_size).tolist()
+            tokens = ((plan.choices.positions - 1) * 7 % self.vocab_size).tolist()
             return self._obey_grammars(
                 plan, StepResult(plan.step_id, tokens, guesses=self._draft.count(plan.drafting))
             )
@@ -392,7 +392,7 @@ class FakeRunner:
                 result.token_ids[place] = _first_allowed(mask, follower.stop_token_ids)
         grammars.advance(step, result.token_ids)
         if self._verify:
-            sampling = plan.rows[plan.choices().row_index].tolist()
+            sampling = plan.rows[plan.choices.row_index].tolist()
             for place in step.places:
                 self._rows[sampling[place]].tokens[-1] = result.token_ids[place]
         result.dead_ends.update(step.dead_ends)

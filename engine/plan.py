@@ -11,6 +11,7 @@ Boundary: no torch, no Sequence. Row order is result order.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -123,7 +124,7 @@ class DraftPlan:
     num_guesses: Int32  # [D]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: `choices` is kept
 class StepPlan:
     """What one step computes. S scheduled rows.
 
@@ -163,6 +164,7 @@ class StepPlan:
     def total_tokens(self) -> int:
         return int(self.num_tokens.sum())
 
+    @cached_property
     def choices(self) -> Choices:
         """Of each token that is chosen, its row and position, in the order of ``StepResult.token_ids``."""
         picked = self.logit_rows
@@ -192,7 +194,7 @@ class TokenLogprobs:
 class StepResult:
     """What a step chose, in the plan's order.
 
-    `token_ids[j]` is the j-th of ``plan.choices()``. `logprobs` maps j to its entry for rows that asked; `prompt_logprobs`
+    `token_ids[j]` is the j-th of ``plan.choices``. `logprobs` maps j to its entry for rows that asked; `prompt_logprobs`
     maps the row index i to the log-probabilities of the tokens at positions ``start[i] + 1 … start[i] + num_tokens[i]``
     that are prompt tokens and not before logprob_start_len, for rows that asked. `pooled` maps i to what the step adds to the
     row's pooled vector (``engine.runner.pooled``). `dead_ends` maps j to the reason why no token

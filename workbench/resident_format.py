@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench.resident import Resident
 
-_NAMES = ("dtype", "quantization", "kv_cache_dtype", "max_model_len", "enable_lora")
+_NAMES = ("dtype", "quantization", "kv_cache_dtype", "max_model_len", "enable_lora", "tensor_parallel_size")
 
 
 def format_of(resident: Resident) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def format_of(resident: Resident) -> dict[str, Any]:
 
 
 def told(found: Mapping[str, Any]) -> str:
-    """``float32 → int8, KV cache bfloat16, 2,048 tokens, ngram speculation``; "" of a model without an engine."""
+    """``float32 → int8, KV cache bfloat16, 2,048 tokens, ngram speculation, 2 ranks``; "" of a model without an engine."""
     if not found["dtype"]:
         return ""
     stored, held = found["stored_as"] or "", found["quantization"] or found["dtype"]
@@ -40,6 +40,7 @@ def told(found: Mapping[str, Any]) -> str:
         f"KV cache {found['kv_cache_dtype']}",
         f"{found['max_model_len']:,} tokens" if found["max_model_len"] else "",
         f"{speculation['method']} speculation" if speculation else "",
+        f"{ranks} ranks" if (ranks := found["tensor_parallel_size"] or 1) > 1 else "",
     ]
     return ", ".join(part for part in parts if part)
 

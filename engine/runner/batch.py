@@ -145,7 +145,7 @@ class RowBatch(ABC):
 
     def controlled(self, plan: StepPlan) -> Int64:
         """Which of the step's choices have controls that change their logits."""
-        index, positions = plan.choices()
+        index, positions = plan.choices
         return np.nonzero(positions < self._control_end[plan.rows[index]])[0]
 
     def _note(self, admission: RowAdmission) -> None:
@@ -227,7 +227,7 @@ class HostRowBatch(RowBatch):
 
     def choose(self, logits: Tensor, plan: StepPlan) -> Sampled:
         """Sample a token from each of the logits [L, V] and put it behind its row's last token, for the next step to read."""
-        index, position = plan.choices()
+        index, position = plan.choices
         rows = plan.rows[index]
         controlled = self.controlled(plan)
         settings = SampleSettings(
@@ -253,7 +253,7 @@ class HostRowBatch(RowBatch):
 
     def put_chosen(self, token_ids: Tensor, plan: StepPlan) -> None:
         """What `choose` does with its tokens [L], for tokens that another rank chose."""
-        index, position = plan.choices()
+        index, position = plan.choices
         self._tokens[plan.rows[index], position] = token_ids.numpy()
 
     def _edits(self, index: int, row: int, position: int) -> LogitEdits:
@@ -319,7 +319,7 @@ def flat_layout(plan: StepPlan) -> FlatLayout:
     np.cumsum(count, out=query_start[1:])
     row_of = np.repeat(rows, count)
     positions = np.arange(len(row_of)) + np.repeat(start - query_start[:-1], count)
-    index, chosen = plan.choices()
+    index, chosen = plan.choices
     return FlatLayout(
         row_of, positions, query_start, start + count, query_start[index] + chosen - 1 - start[index]
     )

@@ -71,7 +71,7 @@ class DeviceRowBatch(RowBatch):
 
     def step_inputs(self, plan: StepPlan) -> StepInputs:
         """The flat tensors of the plan that was applied last, by one copy to the device."""
-        layout, (index, chosen) = flat_layout(plan), plan.choices()
+        layout, (index, chosen) = flat_layout(plan), plan.choices
         row_at, at, rows, starts, seq_lens, logit_index, *rest = self._upload(
             layout.row_of, layout.positions, plan.rows, layout.query_start, layout.seq_lens, layout.logit_index,
             plan.rows[index], chosen, self.wanted(plan),
@@ -155,7 +155,7 @@ class DeviceRowBatch(RowBatch):
 
     def wanted(self, plan: StepPlan) -> Int64:
         """Of which choices log-probabilities are wanted."""
-        return np.nonzero(self.num_logprobs[plan.rows[plan.choices().row_index]] >= 0)[0]
+        return np.nonzero(self.num_logprobs[plan.rows[plan.choices.row_index]] >= 0)[0]
 
     def is_filtered(self, plan: StepPlan) -> bool:
         """Whether any of the rows that sample drops tokens before it draws."""

@@ -364,7 +364,7 @@ class ModelRunner:
             prompt = self._prompt_logprobs(plan, decoder, batch, hidden)
             if batch.pooling:
                 pooled = pool_rows(plan, batch, decoder, hidden)
-        wanted = batch.num_logprobs[plan.rows[plan.choices().row_index]][list(sampled.logprob_rows)].tolist()
+        wanted = batch.num_logprobs[plan.rows[plan.choices.row_index]][list(sampled.logprob_rows)].tolist()
         if not isinstance(
             batch, HostRowBatch
         ):  # there is nothing to copy there, and asking would let other threads in
@@ -430,7 +430,7 @@ def _agreed(ranks: Ranks, sampled: Sampled, batch: RowBatch, plan: StepPlan) -> 
     if ranks.rank == 0:
         ranks.from_first(sampled.token_ids.to(torch.int32, copy=True))
         return sampled
-    token_ids = torch.empty(len(plan.choices().positions), dtype=torch.int32, device=batch.tokens.device)
+    token_ids = torch.empty(len(plan.choices.positions), dtype=torch.int32, device=batch.tokens.device)
     batch.put_chosen(ranks.from_first(token_ids), plan)
     return Sampled(token_ids, None, ())
 

@@ -96,7 +96,7 @@ class GrammarRows:
         """The rows that follow a grammar and sample in this step; None where there are none."""
         if not self._followers:
             return None
-        sampling = plan.rows[plan.choices().row_index].tolist()
+        sampling = plan.rows[plan.choices.row_index].tolist()
         places = [j for j, row in enumerate(sampling) if row in self._followers]
         if not places:
             return None
