@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench.resident import Resident
 
-_NAMES = ("dtype", "quantization", "kv_cache_dtype", "max_model_len", "enable_lora", "tensor_parallel_size")
+_NAMES = ("dtype", "quantization", "max_model_len", "enable_lora", "tensor_parallel_size")
 
 
 def format_of(resident: Resident) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def format_of(resident: Resident) -> dict[str, Any]:
     return {
         "stored_as": resident.card.stored_as if resident.card else "",
         **{name: getattr(config, name, None) for name in _NAMES},
+        "kv_cache_dtype": config.kv_cache_dtype if config and resident.task == "generate" else None,
         "speculative_config": asdict(speculation) if speculation else None,
     }
 
@@ -37,7 +38,7 @@ def told(found: Mapping[str, Any]) -> str:
     speculation = found["speculative_config"]
     parts = [
         weights,
-        f"KV cache {found['kv_cache_dtype']}",
+        f"KV cache {found['kv_cache_dtype']}" if found["kv_cache_dtype"] else "",
         f"{found['max_model_len']:,} tokens" if found["max_model_len"] else "",
         f"{speculation['method']} speculation" if speculation else "",
         f"{ranks} ranks" if (ranks := found["tensor_parallel_size"] or 1) > 1 else "",

@@ -16,6 +16,7 @@ from engine.sampling_params import SamplingParams
 from tests.engine.encoder.conftest import make_encoder
 from workbench.host import EngineHost
 from workbench.memory_budget import fit_beside
+from workbench.resident_format import format_of, told
 
 TEXTS = ["w1 w2 w3", "w7 w8"]
 
@@ -59,6 +60,7 @@ def test_encoders_come_move_and_go_beside_a_chat_model(
         assert (
             ledger.weights_bytes >= (encoders[3] / "model.safetensors").stat().st_size // 2 - 4096
         )  # float64 there
+        assert "KV cache" not in told(format_of(reranker))
         with pytest.raises(ConfigError, match="does not sleep"):
             host.sleep("t/3")
         assert host.find("t/3").state.ready, "a refused sleep leaves it serving"

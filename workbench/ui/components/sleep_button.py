@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ACTIONS = "sleep:"
 _SLEEP = "Give its device memory to others; running answers end first. Its adapters sleep with it, requests are refused meanwhile."
+_NEVER = "An encoder does not sleep: unload it, and load it again later."
 _WAKE = "Take requests again, with its adapters."
 
 
@@ -25,6 +26,8 @@ def show(resident: Resident, key: str, prefix: str = ACTIONS) -> None:
     host, engine = resources.host(), resident.parent or resident.id  # an adapter sleeps with its base
     is_asleep = resident.state.phase is HostPhase.SLEEPING
     label, act = ("Wake", host.wake) if is_asleep else ("Sleep", host.sleep)
-    if st.button(label, key=f"sleep_{key}", help=_WAKE if is_asleep else _SLEEP):
+    can_sleep = resident.task == "generate"
+    told = (_WAKE if is_asleep else _SLEEP) if can_sleep else _NEVER
+    if st.button(label, key=f"sleep_{key}", help=told, disabled=not can_sleep):
         action_state.start(f"{prefix}{label}:{engine}", f"{label} {engine}", lambda: act(engine))
         st.rerun()
