@@ -159,4 +159,8 @@ PATHS = (
     "/v1/feedback",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
+    "/rerank",
+    "/v2/rerank",
+    "/tokenize",
+    "/detokenize",
 )
