@@ -152,6 +152,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/responses",
     "/v1/embeddings",
     "/v1/rerank",
     "/v1/score",

@@ -23,6 +23,7 @@ from workbench.api.metrics import EngineMetrics
 from workbench.api.mlflow_proxy import MlflowProxy
 from workbench.api.pooling import PoolingRoutes
 from workbench.api.probes import Probes
+from workbench.api.responses import ResponsesRoute
 from workbench.api.tokenization import TokenizationRoutes
 from workbench.errors import WorkbenchError
 from workbench.host import EngineHost
@@ -67,6 +68,7 @@ def _public_apps(
 ) -> tuple[Starlette, Starlette]:
     """What is below /v1, and vLLM's routes beside it."""
     endpoints = Endpoints(host, settings, services)
+    responses = ResponsesRoute(endpoints, host, settings)
     feedback = FeedbackRoute(services)
     lora = LoraRoutes(host, settings)
     pooling = PoolingRoutes(host, settings, services)
@@ -74,6 +76,7 @@ def _public_apps(
     under_v1 = [
         Route("/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/completions", endpoints.completion, methods=["POST"]),
+        Route("/responses", responses.create, methods=["POST"]),
         Route("/embeddings", pooling.embeddings, methods=["POST"]),
         Route("/rerank", pooling.rerank, methods=["POST"]),
         Route("/score", pooling.score, methods=["POST"]),
