@@ -164,4 +164,5 @@ PATHS = (
     "/v2/rerank",
     "/tokenize",
     "/detokenize",
+    "/openapi.json",
 )

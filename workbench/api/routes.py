@@ -21,6 +21,7 @@ from workbench.api.internal import internal_app
 from workbench.api.lora import LoraRoutes
 from workbench.api.metrics import EngineMetrics
 from workbench.api.mlflow_proxy import MlflowProxy
+from workbench.api.openapi import OpenApiRoute
 from workbench.api.pooling import PoolingRoutes
 from workbench.api.probes import Probes
 from workbench.api.responses import ResponsesRoute
@@ -66,7 +67,7 @@ def api_routes(
 def _public_apps(
     host: EngineHost, settings: Settings, services: Services | None
 ) -> tuple[Starlette, Starlette]:
-    """What is below /v1, and vLLM's routes beside it."""
+    """What is below /v1, and beside it vLLM's routes and the document."""
     endpoints = Endpoints(host, settings, services)
     responses = ResponsesRoute(endpoints, host, settings)
     feedback = FeedbackRoute(services)
@@ -91,6 +92,7 @@ def _public_apps(
         Route("/v2/rerank", pooling.rerank, methods=["POST"]),
         Route("/tokenize", tokenization.tokenize, methods=["POST"]),
         Route("/detokenize", tokenization.detokenize, methods=["POST"]),
+        Route("/openapi.json", OpenApiRoute().get, methods=["GET"]),
     ]
     return _app(under_v1), _app(beside_v1)
 
