@@ -286,6 +286,12 @@ class DetokenizeAnswer(_Answer):
     prompt: str
 
 
+class SplitShare(_Answer):
+    model: str
+    share: float  # of the users
+    serving: str | None  # the id of what answers; None: nothing yet
+
+
 class ModelEntry(_Answer):
     id: str
     object: Literal["model"]
@@ -302,6 +308,7 @@ class ModelEntry(_Answer):
     task: str
     stored_as: str | None
     quantization: str | None
+    split: list[SplitShare] | None = None  # of a name whose traffic is split
 
 
 class ModelList(_Answer):

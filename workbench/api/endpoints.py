@@ -22,6 +22,7 @@ from workbench.api.errors import json_response
 from workbench.api.generation import GenerationResponse, submit_choices
 from workbench.api.intake import read_json, take_request_id
 from workbench.api.schema import ChatRequest, CompletionRequest, Message, parse
+from workbench.api.split_entry import split_entry
 from workbench.api.tools import offered_tools
 from workbench.api.wire import ChatWire, CompletionWire, Head, Wire
 from workbench.chat_output.syntax import find_calls
@@ -56,7 +57,10 @@ class Endpoints:
         request_id = take_request_id(request)
         body = parse(ChatRequest, await read_json(request, self._max_body_bytes))
         return await on_current_worker(
-            self._host, body.model, lambda worker: self.start_chat(worker, body, request_id, arrival_ns)
+            self._host,
+            body.model,
+            lambda worker: self.start_chat(worker, body, request_id, arrival_ns),
+            user=body.user or body.safety_identifier,
         )
 
     async def completion(self, request: Request) -> Response:
@@ -68,6 +72,7 @@ class Endpoints:
             self._host,
             body.model,
             lambda worker: self._start_completion(worker, body, request_id, arrival_ns),
+            user=body.user or body.safety_identifier,
         )
 
     async def start_chat(
@@ -156,12 +161,16 @@ class Endpoints:
         """GET /v1/models."""
         request_id = take_request_id(request)
         data = [self._model(each) for each in self._host.resident() if _is_listed(each)]
+        data += [split_entry(self._host, split, self._started) for split in self._host.splits.values()]
         return json_response({"object": "list", "data": data}, headers={"x-request-id": request_id})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{id}: also by alias, NAME/version or ``models:/…``."""
         request_id = take_request_id(request)
         model_id = request.path_params["model_id"]
+        if model_id in self._host.splits:
+            shown = split_entry(self._host, self._host.splits[model_id], self._started)
+            return json_response(shown, headers={"x-request-id": request_id})
         found = self._host.find(model_id)
         if not _is_listed(found):
             raise UnknownModelError(
@@ -197,14 +206,18 @@ class Endpoints:
 
 
 async def on_current_worker(
-    host: EngineHost, model: str | None, start: Callable[[EngineWorker], Awaitable[T]]
+    host: EngineHost,
+    model: str | None,
+    start: Callable[[EngineWorker], Awaitable[T]],
+    *,
+    user: str | None = None,
 ) -> T:
-    """`start` on the model's worker; again when that was swapped for another while the prompt was read."""
-    worker = host.worker(model)
+    """`start` on the model's worker, or the user's; again when that was swapped for another while the prompt was read."""
+    worker = host.worker(model, user)
     try:
         return await start(worker)
     except EngineDeadError:
-        successor = host.worker(model)
+        successor = host.worker(model, user)
         if successor is worker:
             raise
         return await start(successor)

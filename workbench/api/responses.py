@@ -82,7 +82,9 @@ class ResponsesRoute:
 
         with _named_as_here():
             chat = chat_request(body)
-            return await on_current_worker(self._host, body.model, start)
+            return await on_current_worker(
+                self._host, body.model, start, user=body.user or body.safety_identifier
+            )
 
 
 def chat_request(body: ResponsesRequest) -> ChatRequest:

@@ -102,11 +102,12 @@ def run_server(
         if services is not None:
             services.attach(card, worker)
 
+    given = services.settings if services else Settings(**settings)
     host = EngineHost(
         config or EngineConfig(model=FAKE_MODEL), factory=factory, resolver=resolver, on_ready=ready,
-        on_closed=metrics.unwatch,
+        on_closed=metrics.unwatch, splits=given.splits,
     )  # fmt: skip
-    wiring = Wiring(services.settings if services else Settings(**settings), host, metrics, services)
+    wiring = Wiring(given, host, metrics, services)
     app = build_api_app(wiring)
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
