@@ -64,7 +64,9 @@ def _documented() -> dict[str, Any]:
 def _validator(path: str, method: str, status: int) -> Draft202012Validator | None:
     """Of the JSON answers of a documented route; None: the document names none."""
     made = _documented()
-    content = made["paths"][path][method]["responses"][str(status)]["content"]
+    answers = made["paths"][path][method]["responses"]
+    assert str(status) in answers, f"{method} {path} answers {status}, which the document does not name"
+    content = answers[str(status)]["content"]
     if "application/json" not in content:
         return None
     return Draft202012Validator({**content["application/json"]["schema"], "components": made["components"]})

@@ -95,6 +95,20 @@ def test_an_answer_without_a_word_is_an_empty_message(script: Any) -> None:
     assert checked(ask(script, stream=True))[-1].response.output_text == ""
 
 
+@pytest.mark.full
+def test_a_real_model_answers_as_in_chat_completions(real_server: Any) -> None:
+    client, model = real_server.openai, real_server.model
+    same = {"model": model, "temperature": 0}
+    messages = [{"role": "system", "content": "the cat"}, {"role": "user", "content": "the dog reads"}]
+    chat = client.chat.completions.create(**same, messages=messages, max_tokens=12)
+    whole = client.responses.create(
+        **same, instructions="the cat", input="the dog reads", max_output_tokens=12
+    )
+    last = checked(client.responses.create(**same, input=messages, max_output_tokens=12, stream=True))[-1]
+    assert whole.output_text == last.response.output_text == chat.choices[0].message.content
+    assert whole.usage.input_tokens == last.response.usage.input_tokens == chat.usage.prompt_tokens
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_thoughts_text_and_calls_are_items_in_the_order_of_the_model(script: Any, stream: bool) -> None:
     script.says(f"<think>\n{THOUGHTS}\n</think>\n\nI look.{CALL}{CALL}", TEMPLATE)
