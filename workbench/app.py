@@ -102,6 +102,7 @@ def wire(
         factory=factory or (fake_worker if settings.fake else None),
         resolver=resolver,
         enable_lora=settings.enable_lora,
+        splits=settings.splits,
         on_ready=ready,
         on_closed=metrics.unwatch,
         on_fatal=on_fatal,

@@ -15,8 +15,10 @@ Boundary: lifecycle and lookup. It does not schedule, tokenize or render, and re
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +34,7 @@ from workbench.resident import Followed, HostPhase, HostState, Resident
 from workbench.resident_table import ResidentTable, Slot, Wish
 from workbench.settings import FAKE_MODEL
 from workbench.sleeping import Sleeper
+from workbench.traffic import Split
 from workbench.worker_factory import (
     FAKE_ANSWER,
     OnFatal,
@@ -92,12 +95,14 @@ class EngineHost:
         resolver: Resolver | None = None,
         budget: Budget | None = None,
         enable_lora: bool | None = None,
+        splits: Sequence[Split] = (),
         on_ready: OnWorker | None = None,
         on_closed: OnWorker | None = None,
         on_fatal: OnFatal | None = None,
     ) -> None:
         self._config = config
         self._resolver = resolver
+        self.splits = {split.name: split for split in splits}
         self._on_closed = on_closed
         self._lock = threading.Lock()
         self._loading = threading.Lock()  # one load at a time; never taken while _lock is held
@@ -158,17 +163,18 @@ class EngineHost:
         """The models that take no new requests and close when their running ones have ended."""
         return [self._table.describe(slot) for slot in self._table.draining]
 
-    def worker(self, model_id: str | None = None) -> EngineWorker:
+    def worker(self, model_id: str | None = None, user: str | None = None) -> EngineWorker:
         """The worker of a resident model, by id, NAME@alias, NAME/version or ``models:/…``; the default's for None.
 
-        Of an adapter it is an AdapterWorker, whose requests carry it.
+        Of an adapter it is an AdapterWorker, whose requests carry it. Of a name whose traffic is split, `user` always gets the
+        same while the same are loaded, and nobody any of them.
 
         Raises:
             UnknownModelError: no model of that name is served here.
             ModelAsleepError: it sleeps.
             NotReadyError: still loading, or failed, with progress or cause.
         """
-        slot = self._slot(model_id)
+        slot = self._slot(model_id, user)
         worker, state = slot.worker, slot.now
         if worker is None or not state.ready:
             raise not_ready(state, slot.id)
@@ -382,8 +388,10 @@ class EngineHost:
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _slot(self, model_id: str | None) -> Slot:
+    def _slot(self, model_id: str | None, user: str | None = None) -> Slot:
         table = self._table
+        if model_id in self.splits:
+            return table.split(self.splits[model_id], user or secrets.token_hex())
         found = table.default if model_id is None else table.lookup(plain(model_id))
         if found is not None:
             return found

@@ -14,10 +14,12 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from workbench.errors import UnknownModelError
 from workbench.load_options import LoadOptions
 from workbench.model_card import ModelCard
-from workbench.model_source import ModelSource, version_of
+from workbench.model_source import ModelSource, plain, version_of
 from workbench.resident import Followed, HostPhase, HostState, Resident
+from workbench.traffic import Split, choose
 
 if TYPE_CHECKING:
     from engine.records import MemoryLedger
@@ -98,6 +100,18 @@ class ResidentTable:
         if not found and version is not None:
             found = [slot for slot in self.slots if (slot.source.name, slot.source.version) == version]
         return min(found, key=lambda slot: not slot.now.loaded, default=None)
+
+    def split(self, split: Split, user: str) -> Slot:
+        """The user's model of a split: of those that are ready, else of those that are here. Raises UnknownModelError."""
+        here = {arm: slot for arm in split.arms if (slot := self.lookup(plain(arm.model))) is not None}
+        ready = [arm for arm, slot in here.items() if slot.now.ready]
+        if not here:
+            names = [arm.model for arm in split.arms]
+            raise UnknownModelError(
+                f"none of the models behind {split.name!r} is loaded", value=split.name, limit=names, param="model",
+                remedy=f"Load one of them: {', '.join(names)}.",
+            )  # fmt: skip
+        return here[choose(ready or list(here), user)]
 
     def same(self, source: ModelSource, digest: str, options: LoadOptions) -> Slot | None:
         """The loaded model that already is what is asked for."""

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from workbench.errors import HomeDirError, HostRefusedError, SettingsError
+from workbench.traffic import Split, parse_splits
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -74,6 +75,7 @@ class Settings(BaseSettings):
     log_level: LogLevel = "warning"
     fake: bool = False  # no model: the engine runs on FakeRunner (tests and page work)
     follow: str = "ticket-extractor@champion"  # aliases that stay resident, separated by commas; empty: none
+    split: str = ""  # traffic of public names between models by weight: name=model:weight,model:weight; …
     demo: bool = True  # register the bundled versions when MLflow answers for the first time
     request_text: Literal["off", "redacted", "full"] = "redacted"  # what the request log keeps of texts
     database_url: str | None = None  # of jobs, schedules and feedback; None: HOME_DIR/quire.db
@@ -101,6 +103,11 @@ class Settings(BaseSettings):
     def follow_refs(self) -> tuple[str, ...]:
         """The followed aliases, ``NAME@alias``."""
         return tuple(part.strip().removeprefix("models:/") for part in self.follow.split(",") if part.strip())
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The names whose traffic is split."""
+        return parse_splits(self.split)
 
     @property
     def lora_root_folders(self) -> tuple[Path, ...]:
@@ -177,6 +184,7 @@ def load(**overrides: Any) -> Settings:
         raise _settings_error(error) from None
     _check_loopback(settings.host)
     _check_follow(settings)
+    parse_splits(settings.split)
     if settings.port == settings.mlflow_port and not settings.mlflow_tracking_uri:
         raise SettingsError(
             f"PORT and MLFLOW_PORT are both {settings.port}", value=settings.port, param="MLFLOW_PORT",

@@ -22,8 +22,9 @@ from workbench.api.errors import json_response
 from workbench.api.generation import GenerationResponse, submit_choices
 from workbench.api.intake import read_json, take_request_id
 from workbench.api.schema import ChatRequest, CompletionRequest, Message, parse
+from workbench.api.split_entry import split_entry
 from workbench.api.tools import offered_tools
-from workbench.api.wire import ChatWire, CompletionWire, Head
+from workbench.api.wire import ChatWire, CompletionWire, Head, Wire
 from workbench.chat_output.syntax import find_calls
 from workbench.chat_request import settle_output
 from workbench.errors import ApiError, UnknownModelError
@@ -56,7 +57,10 @@ class Endpoints:
         request_id = take_request_id(request)
         body = parse(ChatRequest, await read_json(request, self._max_body_bytes))
         return await on_current_worker(
-            self._host, body.model, lambda worker: self._start_chat(worker, body, request_id, arrival_ns)
+            self._host,
+            body.model,
+            lambda worker: self.start_chat(worker, body, request_id, arrival_ns),
+            user=body.user or body.safety_identifier,
         )
 
     async def completion(self, request: Request) -> Response:
@@ -68,20 +72,27 @@ class Endpoints:
             self._host,
             body.model,
             lambda worker: self._start_completion(worker, body, request_id, arrival_ns),
+            user=body.user or body.safety_identifier,
         )
 
-    async def _start_chat(
-        self, worker: EngineWorker, body: ChatRequest, request_id: str, arrival_ns: int
+    async def start_chat(
+        self,
+        worker: EngineWorker,
+        body: ChatRequest,
+        request_id: str,
+        arrival_ns: int,
+        wire_for: Callable[[TokenizerLike], Wire] | None = None,
     ) -> Response:
+        """A conversation's answer, running. `wire_for`: another format than that of chat completions, which tells the usage."""
         worker.pooling.require_generation()
-        tokenizer = _tokenizer_of(worker)
+        tokenizer = tokenizer_of(worker)
         params, include_usage = _chat_params(body), _include_usage(body)
-        messages = [_template_message(message) for message in body.messages]
+        messages = [template_message(message) for message in body.messages]
         config = worker.config
         offered = offered_tools(body, lambda: find_calls(tokenizer, config.tool_call_parser))
         asked = constraint_of(body)
         size = sum(len(message["content"]) for message in messages)
-        prompt = await _maybe_off_loop(
+        prompt = await maybe_off_loop(
             size,
             lambda: tokenizer.apply_chat_template(
                 messages, tools=offered.tools or None, chat_template_kwargs=body.chat_template_kwargs
@@ -94,8 +105,8 @@ class Endpoints:
         if syntax.stop_after_call is not None and len(params.stop) < MAX_STOP_STRINGS:
             params = params.with_(stop=(*params.stop, syntax.stop_after_call))
         params = await constrained(params, settled.constraint, worker)
-        wire = ChatWire(
-            self._head("chatcmpl", request_id, body.model), tokenizer.token_text,
+        wire: Wire = wire_for(tokenizer) if wire_for is not None else ChatWire(
+            self.head("chatcmpl", request_id, body.model), tokenizer.token_text,
             wants_logprobs=bool(body.logprobs), include_usage=include_usage, num_prompt_logprobs=body.prompt_logprobs,
         )  # fmt: skip
         answer_log = self._answer_log(lambda: json.dumps(messages, ensure_ascii=False))
@@ -105,20 +116,20 @@ class Endpoints:
             syntax=syntax, include_reasoning=body.include_reasoning is not False,
         )  # fmt: skip
         return GenerationResponse(
-            choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage,
-            answer_log=answer_log,
+            choices, wire, request_id=request_id, stream=bool(body.stream),
+            include_usage=include_usage or wire_for is not None, answer_log=answer_log,
         )  # fmt: skip
 
     async def _start_completion(
         self, worker: EngineWorker, body: CompletionRequest, request_id: str, arrival_ns: int
     ) -> Response:
         worker.pooling.require_generation()
-        tokenizer = _tokenizer_of(worker)
+        tokenizer = tokenizer_of(worker)
         params = _completion_params(body)
         include_usage, constraint = _include_usage(body), constraint_of(body)
         given = _prompt_list(body.prompt)
         size = sum(len(p) for p in given if isinstance(p, str))
-        prompts = await _maybe_off_loop(
+        prompts = await maybe_off_loop(
             size, lambda: [tokenizer.encode(p) if isinstance(p, str) else p for p in given]
         )
         echoes = None
@@ -128,7 +139,7 @@ class Endpoints:
             ]
         params = await constrained(params, constraint, worker)
         wire = CompletionWire(
-            self._head("cmpl", request_id, body.model), tokenizer.token_text, num_logprobs=body.logprobs,
+            self.head("cmpl", request_id, body.model), tokenizer.token_text, num_logprobs=body.logprobs,
             include_usage=include_usage, num_prompt_logprobs=body.prompt_logprobs,
         )  # fmt: skip
         answer_log = self._answer_log(lambda: "\n".join(p for p in given if isinstance(p, str)))
@@ -150,12 +161,16 @@ class Endpoints:
         """GET /v1/models."""
         request_id = take_request_id(request)
         data = [self._model(each) for each in self._host.resident() if _is_listed(each)]
+        data += [split_entry(self._host, split, self._started) for split in self._host.splits.values()]
         return json_response({"object": "list", "data": data}, headers={"x-request-id": request_id})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{id}: also by alias, NAME/version or ``models:/…``."""
         request_id = take_request_id(request)
         model_id = request.path_params["model_id"]
+        if model_id in self._host.splits:
+            shown = split_entry(self._host, self._host.splits[model_id], self._started)
+            return json_response(shown, headers={"x-request-id": request_id})
         found = self._host.find(model_id)
         if not _is_listed(found):
             raise UnknownModelError(
@@ -164,7 +179,8 @@ class Endpoints:
             )  # fmt: skip
         return json_response(self._model(found), headers={"x-request-id": request_id})
 
-    def _head(self, prefix: str, request_id: str, model: str | None) -> Head:
+    def head(self, prefix: str, request_id: str, model: str | None) -> Head:
+        """The constants of an answer that begins now."""
         return Head(f"{prefix}-{request_id}", int(time.time()), model or self._host.models()[0].id)
 
     def _model(self, resident: Resident) -> dict[str, Any]:
@@ -190,14 +206,18 @@ class Endpoints:
 
 
 async def on_current_worker(
-    host: EngineHost, model: str | None, start: Callable[[EngineWorker], Awaitable[T]]
+    host: EngineHost,
+    model: str | None,
+    start: Callable[[EngineWorker], Awaitable[T]],
+    *,
+    user: str | None = None,
 ) -> T:
-    """`start` on the model's worker; again when that was swapped for another while the prompt was read."""
-    worker = host.worker(model)
+    """`start` on the model's worker, or the user's; again when that was swapped for another while the prompt was read."""
+    worker = host.worker(model, user)
     try:
         return await start(worker)
     except EngineDeadError:
-        successor = host.worker(model)
+        successor = host.worker(model, user)
         if successor is worker:
             raise
         return await start(successor)
@@ -208,7 +228,7 @@ def _is_listed(resident: Resident) -> bool:
     return resident.card is not None and (resident.state.loaded or resident.is_default)
 
 
-def _tokenizer_of(worker: EngineWorker) -> TokenizerLike:
+def tokenizer_of(worker: EngineWorker) -> TokenizerLike:
     if worker.tokenizer is None:
         raise ApiError(
             "this model has no tokenizer, so it cannot read or write text", param="model",
@@ -318,7 +338,7 @@ def _include_usage(body: ChatRequest | CompletionRequest) -> bool:
     return bool(body.stream_options and body.stream_options.include_usage)
 
 
-def _template_message(message: Message) -> dict[str, Any]:
+def template_message(message: Message) -> dict[str, Any]:
     """A message as chat templates read it: text parts joined, `developer` as the system it replaced."""
     content = message.content
     if isinstance(content, list):
@@ -362,6 +382,6 @@ def _prompt_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[
     return prompt
 
 
-async def _maybe_off_loop(size: int, work: Callable[[], T]) -> T:
+async def maybe_off_loop(size: int, work: Callable[[], T]) -> T:
     """Run `work` here when it is small, else in a thread: other streams must not wait for a long prompt."""
     return work() if size < _INLINE_CHARS else await asyncio.to_thread(work)

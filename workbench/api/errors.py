@@ -152,6 +152,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/responses",
     "/v1/embeddings",
     "/v1/rerank",
     "/v1/score",
@@ -159,4 +160,9 @@ PATHS = (
     "/v1/feedback",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
+    "/rerank",
+    "/v2/rerank",
+    "/tokenize",
+    "/detokenize",
+    "/openapi.json",
 )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from workbench.services import Services
 
 MAX_BODY_BYTES = 1 << 20
-_ID_PREFIXES = ("chatcmpl-", "cmpl-")  # of an answer's `id`; the rest is the request's
+_ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_")  # of an answer's `id`; the rest is the request's
 
 
 class StoreNotReadyError(NotReadyError):

@@ -23,7 +23,7 @@ from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from workbench.api.answer_log import AnswerLog
 from workbench.api.errors import RequestFailedError, error_body, error_response, json_response, status_of
-from workbench.api.wire import DONE, CallDelta, ChoicePart, Usage, Wire, error_chunk
+from workbench.api.wire import CallDelta, ChoicePart, Usage, Wire
 from workbench.chat_output import (
     CallArguments,
     CallBroken,
@@ -278,6 +278,8 @@ class GenerationResponse(Response):
             (b"x-request-id", self._request_id.encode()),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if beginning := self._wire.begin():
+            await send({"type": "http.response.body", "body": beginning, "more_body": True})
         if len(self._choices) == 1:
             await self._pump(self._choices[0], send)
         else:
@@ -286,7 +288,7 @@ class GenerationResponse(Response):
         rest = b""
         if self._include_usage and not self._failed:
             rest += self._wire.usage_chunk(self._usage())
-        await send({"type": "http.response.body", "body": rest + DONE})
+        await send({"type": "http.response.body", "body": rest + self._wire.done})
 
     async def _pump(self, choice: Choice, send: Send) -> None:
         try:
@@ -299,7 +301,7 @@ class GenerationResponse(Response):
         except (EngineError, WorkbenchError) as error:
             self._failed = True
             if not self._gone:
-                body = error_chunk(error_body(error, status_of(error)))
+                body = self._wire.error_chunk(error_body(error, status_of(error)))
                 await send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def _logged(self) -> None:

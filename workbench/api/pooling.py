@@ -111,7 +111,7 @@ class PoolingRoutes:
     async def _read(self, request: Request, kind: type[Body]) -> tuple[Body, Call]:
         arrival_ns, request_id = time.monotonic_ns(), take_request_id(request)
         body = parse(kind, await read_json(request, self._max_body_bytes))
-        return body, Call(request, request_id, arrival_ns)
+        return body, Call(request, request_id, arrival_ns, getattr(body, "user", None))
 
     def _answer(self, call: Call, model: str | None, content: dict[str, Any], num_tokens: int) -> Response:
         body = {
@@ -131,6 +131,7 @@ class Call:
     request: Request
     request_id: str
     arrival_ns: int
+    user: str | None = None  # whose it is, as the caller says
 
 
 class Pool:
@@ -198,7 +199,7 @@ class Pool:
             await answer_log.written()
             return await asyncio.to_thread(found, worker, completions)
 
-        return await on_current_worker(self._host, model, start)
+        return await on_current_worker(self._host, model, start, user=call.user)
 
 
 def _submit(worker: EngineWorker, asked: Asked, call: Call, answer_log: AnswerLog) -> list[Any]:

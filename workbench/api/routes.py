@@ -21,8 +21,11 @@ from workbench.api.internal import internal_app
 from workbench.api.lora import LoraRoutes
 from workbench.api.metrics import EngineMetrics
 from workbench.api.mlflow_proxy import MlflowProxy
+from workbench.api.openapi import OpenApiRoute
 from workbench.api.pooling import PoolingRoutes
 from workbench.api.probes import Probes
+from workbench.api.responses import ResponsesRoute
+from workbench.api.tokenization import TokenizationRoutes
 from workbench.errors import WorkbenchError
 from workbench.host import EngineHost
 from workbench.settings import Settings
@@ -47,36 +50,57 @@ def api_routes(
     `token` opens the internal routes. Without `services` nothing is logged and feedback is refused.
     """
     probes = Probes(host, metrics.registry)
+    under_v1, beside_v1 = _public_apps(host, settings, services)
     return [
         Route("/healthz", probes.healthz),
         Route("/readyz", probes.readyz),
         Route("/metrics", probes.metrics),
         Route("/v1", _no_such_path, methods=_METHODS),
-        Mount("/v1", _openai_app(host, settings, services)),
+        Mount("/v1", under_v1),
+        *(Route(route.path, beside_v1) for route in beside_v1.routes if isinstance(route, Route)),
         Mount("/quire", internal_app(host, token, services)),
         Route("/mlflow", _to_mlflow, methods=["GET"]),
         Mount("/mlflow", proxy),
     ]
 
 
-def _openai_app(host: EngineHost, settings: Settings, services: Services | None) -> Starlette:
+def _public_apps(
+    host: EngineHost, settings: Settings, services: Services | None
+) -> tuple[Starlette, Starlette]:
+    """What is below /v1, and beside it vLLM's routes and the document."""
     endpoints = Endpoints(host, settings, services)
+    responses = ResponsesRoute(endpoints, host, settings)
     feedback = FeedbackRoute(services)
     lora = LoraRoutes(host, settings)
     pooling = PoolingRoutes(host, settings, services)
+    tokenization = TokenizationRoutes(host, settings)
+    under_v1 = [
+        Route("/chat/completions", endpoints.chat, methods=["POST"]),
+        Route("/completions", endpoints.completion, methods=["POST"]),
+        Route("/responses", responses.create, methods=["POST"]),
+        Route("/embeddings", pooling.embeddings, methods=["POST"]),
+        Route("/rerank", pooling.rerank, methods=["POST"]),
+        Route("/score", pooling.score, methods=["POST"]),
+        Route("/feedback", feedback.post, methods=["POST"]),
+        Route("/load_lora_adapter", lora.load, methods=["POST"]),
+        Route("/unload_lora_adapter", lora.unload, methods=["POST"]),
+        Route("/models", endpoints.models, methods=["GET"]),
+        Route("/models/{model_id:path}", endpoints.model, methods=["GET"]),
+    ]
+    beside_v1 = [
+        Route("/rerank", pooling.rerank, methods=["POST"]),
+        Route("/v2/rerank", pooling.rerank, methods=["POST"]),
+        Route("/tokenize", tokenization.tokenize, methods=["POST"]),
+        Route("/detokenize", tokenization.detokenize, methods=["POST"]),
+        Route("/openapi.json", OpenApiRoute().get, methods=["GET"]),
+    ]
+    return _app(under_v1), _app(beside_v1)
+
+
+def _app(routes: list[Route]) -> Starlette:
+    """An app whose every failure has OpenAI's shape."""
     return Starlette(
-        routes=[
-            Route("/chat/completions", endpoints.chat, methods=["POST"]),
-            Route("/completions", endpoints.completion, methods=["POST"]),
-            Route("/embeddings", pooling.embeddings, methods=["POST"]),
-            Route("/rerank", pooling.rerank, methods=["POST"]),
-            Route("/score", pooling.score, methods=["POST"]),
-            Route("/feedback", feedback.post, methods=["POST"]),
-            Route("/load_lora_adapter", lora.load, methods=["POST"]),
-            Route("/unload_lora_adapter", lora.unload, methods=["POST"]),
-            Route("/models", endpoints.models, methods=["GET"]),
-            Route("/models/{model_id:path}", endpoints.model, methods=["GET"]),
-        ],
+        routes=routes,
         exception_handlers={
             EngineError: on_typed_error,
             WorkbenchError: on_typed_error,

@@ -9,7 +9,8 @@ Boundary: shapes and types. Ranges belong to ``engine.SamplingParams``, the cont
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -191,6 +192,26 @@ class ScoreRequest(_Strict):
     user: str | None = None
 
 
+class TokenizeRequest(_Strict):
+    """vLLM's fields: a prompt, or messages with what templates read."""
+
+    OF_MESSAGES: ClassVar = ("add_generation_prompt", "chat_template_kwargs", "tools")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None  # None: with a prompt, not with messages
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None  # None: yes
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+
+
+class DetokenizeRequest(_Strict):
+    model: str | None = None
+    tokens: list[int]
+
+
 class InternalEmbedRequest(_Strict):
     model: str | None = None
     texts: list[str | list[int]]
@@ -229,7 +250,8 @@ class FeedbackRequest(_Strict):
 
 
 # OpenAI's and vLLM's fields that are not served: name -> (values without effect, what to do instead).
-_NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+Unserved = Mapping[str, tuple[tuple[Any, ...], str]]
+_NEUTRAL: Unserved = {
     "functions": ((None, []), "Use tools."),
     "function_call": ((None, "auto", "none"), "Use tools and tool_choice."),
     "service_tier": ((None, "auto", "default"), "Leave it out: there is one tier."),
@@ -252,11 +274,11 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "priority": ((None, 0), "Leave it out: requests are served in order of arrival."),
 }
 
-Body = TypeVar("Body", bound=_Strict)
+Body = TypeVar("Body", bound=BaseModel)
 
 
-def parse(kind: type[Body], raw: Any) -> Body:
-    """Check a decoded JSON body.
+def parse(kind: type[Body], raw: Any, unserved: Unserved | None = None) -> Body:
+    """Check a decoded JSON body. `unserved`: fields of this endpoint that are accepted at a neutral value alone.
 
     Raises:
         UnsupportedFieldError: an unknown field, or a known one at a value that is not served.
@@ -274,21 +296,21 @@ def parse(kind: type[Body], raw: Any) -> Body:
         if name in known:
             kept[name] = value
         else:
-            _check_neutral(name, value, known)
+            _check_neutral(name, value, known, {**_NEUTRAL, **(unserved or {})})
     try:
         return kind.model_validate(kept)
     except ValidationError as error:
         raise _api_error(error) from None
 
 
-def _check_neutral(name: str, value: Any, known: Any) -> None:
-    if name not in _NEUTRAL:
-        near = difflib.get_close_matches(name, [*known, *_NEUTRAL], n=1)
+def _check_neutral(name: str, value: Any, known: Any, unserved: Unserved) -> None:
+    if name not in unserved:
+        near = difflib.get_close_matches(name, [*known, *unserved], n=1)
         raise UnsupportedFieldError(
             f"unknown field {name!r}", value=name, limit=sorted(known), param=name,
             remedy=f"Did you mean {near[0]!r}?" if near else f"Fields here: {', '.join(sorted(known))}.",
         )  # fmt: skip
-    neutral, remedy = _NEUTRAL[name]
+    neutral, remedy = unserved[name]
     if not any((type(value) is type(n) and value == n) or _equal_numbers(value, n) for n in neutral):
         raise UnsupportedFieldError(
             f"{name}={_short(value)} is not supported here",
@@ -324,7 +346,7 @@ def _api_error(error: ValidationError) -> ApiError:
 
 def _is_union_tag(part: str | int) -> bool:
     return isinstance(part, str) and (
-        part in ("str", "int", "dict", "TextPart", "NamedToolChoice") or part.endswith("]")
+        part in ("str", "int", "dict", "TextPart", "NamedToolChoice") or part.endswith(("]", "-item"))
     )
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from engine.plan import TokenLogprobs
 
@@ -87,6 +87,15 @@ class Head:
 class Wire(Protocol):
     """One endpoint's format."""
 
+    def begin(self) -> bytes:
+        """What a stream begins with, before there is anything to say; asked once."""
+        ...
+
+    @property
+    def done(self) -> bytes:
+        """What a stream ends with."""
+        ...
+
     def chunk(self, part: ChoicePart) -> bytes:
         """One event of a stream; b"" when there is nothing to say."""
         ...
@@ -94,6 +103,10 @@ class Wire(Protocol):
     def usage_chunk(self, usage: Usage) -> bytes: ...
 
     def whole(self, parts: Sequence[ChoicePart], usage: Usage) -> dict[str, Any]: ...
+
+    def error_chunk(self, body: dict[str, Any]) -> bytes:
+        """An error in the middle of a stream; `body`: as a whole answer would have it."""
+        ...
 
 
 @dataclass(slots=True)
@@ -107,6 +120,7 @@ class _Base:
     num_prompt_logprobs: int | None = None  # vLLM's, in whole answers; None: not asked for
     _prefix: str = field(init=False)
     _suffix: str = field(init=False)
+    done: ClassVar[bytes] = DONE
 
     def __post_init__(self) -> None:
         head = {
@@ -118,8 +132,15 @@ class _Base:
         self._prefix = f"data: {json.dumps(head, separators=(',', ':'))[:-1]},"
         self._suffix = "]" + (',"usage":null' if self.include_usage else "") + "}\n\n"
 
+    def begin(self) -> bytes:
+        return b""
+
     def usage_chunk(self, usage: Usage) -> bytes:
         return f'{self._prefix}"choices":[],"usage":{_json(usage.as_dict())}}}\n\n'.encode()
+
+    def error_chunk(self, body: dict[str, Any]) -> bytes:
+        """As OpenAI's clients recognise it."""
+        return f"data: {_json(body)}\n\n".encode()
 
     def _prompt_logprobs(self, part: ChoicePart) -> list[dict[str, Any] | None]:
         """vLLM's form: for each prompt token its own figures and those of the most likely ones, by token id; none for the first."""
@@ -273,11 +294,6 @@ class CompletionWire(_Base):
         return {
             self.token_text(i): finite(p) for i, p in zip(entry.top_ids[:count], entry.top_logprobs[:count])
         }
-
-
-def error_chunk(body: dict[str, Any]) -> bytes:
-    """An error in the middle of a stream, as OpenAI's clients recognise it."""
-    return f"data: {_json(body)}\n\n".encode()
 
 
 def finite(logprob: float) -> float:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+from jsonschema import Draft202012Validator
 from openai import DefaultHttpxClient, OpenAI
 
 from engine.config import EngineConfig
@@ -22,6 +23,7 @@ from engine.plan import KVSpec
 from engine.sampling_params import SamplingParams
 from engine.worker import EngineWorker
 from workbench.api.metrics import EngineMetrics
+from workbench.api.openapi import document
 from workbench.app import Wiring, build_api_app
 from workbench.host import EngineHost, WorkerFactory, fake_worker
 from workbench.ports import bind
@@ -53,6 +55,38 @@ class Server:
         return self.http.post(path, json={**base, **body})
 
 
+@cache
+def _documented() -> dict[str, Any]:
+    return document()
+
+
+@cache
+def _validator(path: str, method: str, status: int) -> Draft202012Validator | None:
+    """Of the JSON answers of a documented route; None: the document names none."""
+    made = _documented()
+    answers = made["paths"][path][method]["responses"]
+    assert str(status) in answers, f"{method} {path} answers {status}, which the document does not name"
+    content = answers[str(status)]["content"]
+    if "application/json" not in content:
+        return None
+    return Draft202012Validator({**content["application/json"]["schema"], "components": made["components"]})
+
+
+def hold_against_document(response: httpx.Response) -> None:
+    """Every answer of a documented route has a documented status and body. For clients' event hooks."""
+    path, method = response.url.path, response.request.method.lower()
+    if path.startswith("/v1/models/"):
+        path = "/v1/models/{model_id}"
+    if method not in _documented()["paths"].get(path, {}):
+        return
+    validator = _validator(path, method, response.status_code)
+    if validator is None or response.headers["content-type"].startswith("text/event-stream"):
+        return
+    response.read()
+    errors = [f"{error.json_path}: {error.message}" for error in validator.iter_errors(response.json())]
+    assert not errors, (path, response.status_code, errors[:3], response.text[:2000])
+
+
 @contextmanager
 def run_server(
     factory: WorkerFactory,
@@ -70,11 +104,12 @@ def run_server(
         if services is not None:
             services.attach(card, worker)
 
+    given = services.settings if services else Settings(**settings)
     host = EngineHost(
         config or EngineConfig(model=FAKE_MODEL), factory=factory, resolver=resolver, on_ready=ready,
-        on_closed=metrics.unwatch,
+        on_closed=metrics.unwatch, splits=given.splits,
     )  # fmt: skip
-    wiring = Wiring(services.settings if services else Settings(**settings), host, metrics, services)
+    wiring = Wiring(given, host, metrics, services)
     app = build_api_app(wiring)
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -87,13 +122,14 @@ def run_server(
         assert thread.is_alive(), "the server did not start"
         time.sleep(0.01)
     # Plain HTTP: to read the system's certificates would take longer than most of these tests.
-    plain = DefaultHttpxClient(verify=False)
+    hooks = {"response": [hold_against_document]}
+    plain = DefaultHttpxClient(verify=False, event_hooks=hooks)
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60, http_client=plain)
     try:
         if wait:
             state = host.wait(120)
             assert state.ready, state.message
-        with httpx.Client(base_url=url, timeout=60, verify=False) as http:
+        with httpx.Client(base_url=url, timeout=60, verify=False, event_hooks=hooks) as http:
             yield Server(url, host, http, client, wiring.token)
     finally:
         client.close()

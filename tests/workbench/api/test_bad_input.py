@@ -197,7 +197,7 @@ def test_a_body_over_the_limit_is_refused_declared_or_not(serve: Any) -> None:
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [
-    ("GET", "/v1", 404), ("GET", "/v1/", 404), ("POST", "/v1/responses", 404), ("GET", "/v1/models/other", 404),
+    ("GET", "/v1", 404), ("GET", "/v1/", 404), ("POST", "/v1/batches", 404), ("GET", "/v1/models/other", 404),
     ("GET", CHAT, 405), ("DELETE", "/v1/models", 405),
 ])  # fmt: skip
 def test_unknown_paths_and_methods_answer_in_openais_shape(

@@ -113,6 +113,9 @@ def test_rerank_sorts_cuts_and_tells_the_documents(pooling_server: Any) -> None:
     ]
     # float32 sums of another batch
     assert [each["relevance_score"] for each in best["results"]] == pytest.approx(scores[:2], abs=1e-6)
+    for path in ("/rerank", "/v2/rerank"):  # vLLM's other names
+        again = pooling_server.http.post(path, json=body).json()["results"]
+        assert [each["relevance_score"] for each in again] == pytest.approx(scores, abs=1e-6)
     place = next(each for each in everything["results"] if each["index"] == 2)
     assert place["document"] == {"text": "w7"}
     pairs = {"model": "reranker", "text_1": "w1 w2", "text_2": ["w4 w5", "w1 w2", "w7", "w8 w9 w10"]}

@@ -64,7 +64,8 @@ def test_children_get_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ("name", "value"),
     [("PORT", "99999"), ("PORT", "abc"), ("MLFLOW_PORT", "0"), ("QUIRE_DTYPE", "int7"), ("QUIRE_KV_CACHE_DTYPE", "int4"), ("QUIRE_THREADS", "0"),
      ("QUIRE_LOG_LEVEL", "loud"), ("QUIRE_MAX_BODY_BYTES", "1"), ("QUIRE_FOLLOW", "ticket-extractor"),
-     ("QUIRE_FOLLOW", "a@b@c"), ("QUIRE_FOLLOW", "a@champion, @x"), ("QUIRE_REQUEST_TEXT", "some"), ("QUIRE_SPECULATIVE_CONFIG", "{"), ("QUIRE_SPECULATIVE_CONFIG", "3"), ("QUIRE_DEMO", "perhaps")],
+     ("QUIRE_FOLLOW", "a@b@c"), ("QUIRE_FOLLOW", "a@champion, @x"), ("QUIRE_REQUEST_TEXT", "some"), ("QUIRE_SPECULATIVE_CONFIG", "{"), ("QUIRE_SPECULATIVE_CONFIG", "3"), ("QUIRE_DEMO", "perhaps"),
+     ("QUIRE_SPLIT", "tickets=a:0")],
 )  # fmt: skip
 def test_a_bad_variable_is_named_with_value_limit_and_remedy(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
