@@ -106,7 +106,7 @@ class Endpoints:
             params = params.with_(stop=(*params.stop, syntax.stop_after_call))
         params = await constrained(params, settled.constraint, worker)
         wire: Wire = wire_for(tokenizer) if wire_for is not None else ChatWire(
-            self.head("chatcmpl", request_id, body.model), tokenizer.token_text,
+            self.head("chatcmpl-", request_id, body.model), tokenizer.token_text,
             wants_logprobs=bool(body.logprobs), include_usage=include_usage, num_prompt_logprobs=body.prompt_logprobs,
         )  # fmt: skip
         answer_log = self._answer_log(lambda: json.dumps(messages, ensure_ascii=False))
@@ -139,7 +139,7 @@ class Endpoints:
             ]
         params = await constrained(params, constraint, worker)
         wire = CompletionWire(
-            self.head("cmpl", request_id, body.model), tokenizer.token_text, num_logprobs=body.logprobs,
+            self.head("cmpl-", request_id, body.model), tokenizer.token_text, num_logprobs=body.logprobs,
             include_usage=include_usage, num_prompt_logprobs=body.prompt_logprobs,
         )  # fmt: skip
         answer_log = self._answer_log(lambda: "\n".join(p for p in given if isinstance(p, str)))
@@ -181,7 +181,7 @@ class Endpoints:
 
     def head(self, prefix: str, request_id: str, model: str | None) -> Head:
         """The constants of an answer that begins now."""
-        return Head(f"{prefix}-{request_id}", int(time.time()), model or self._host.models()[0].id)
+        return Head(f"{prefix}{request_id}", int(time.time()), model or self._host.models()[0].id)
 
     def _model(self, resident: Resident) -> dict[str, Any]:
         card = resident.card

@@ -124,9 +124,12 @@ def document() -> dict[str, Any]:
 
 def _operation(each: Operation) -> dict[str, Any]:
     content = {_TEXT: {"schema": {"type": "string"}}} if each.answer is None else {_JSON: _ref(each.answer)}
-    good: dict[str, Any] = {"description": each.summary + ".", "content": content}
-    if each.events:
-        good["content"] = {**content, _EVENTS: {"schema": {"type": "string", "description": each.events}}}
+    good: dict[str, Any] = {"description": f"{each.summary}.", "content": content}
+    if each.events:  # 3.1 has no schema for events one by one
+        good = {
+            "description": f"{each.summary}. Streamed: {each.events}",
+            "content": {**content, _EVENTS: {}},
+        }
     refused = {
         str(status): {"description": _STATUSES[status], "content": {_JSON: _ref(answers.ErrorAnswer)}}
         for status in each.statuses

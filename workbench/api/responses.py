@@ -72,7 +72,7 @@ class ResponsesRoute:
         arrival_ns = time.monotonic_ns()
         request_id = take_request_id(request)
         body = parse(ResponsesRequest, await read_json(request, self._max_body_bytes), UNSERVED)
-        head = self._endpoints.head("resp", request_id, body.model)
+        head = self._endpoints.head("resp_", request_id, body.model)
 
         def wire(tokenizer: TokenizerLike) -> ResponsesWire:
             return ResponsesWire(head, told_again(body), tokenizer.token_text, wants_logprobs=_logprobs(body))

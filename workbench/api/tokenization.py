@@ -35,7 +35,7 @@ class TokenizationRoutes:
         self._max_body_bytes = settings.max_body_bytes
 
     async def tokenize(self, request: Request) -> Response:
-        """POST /tokenize: of a prompt, or of messages as the model's chat template renders them."""
+        """POST /tokenize: of a prompt, or of messages as the chat template renders them. `token_strs` are texts, not vocabulary entries."""
         body, request_id = await self._read(request, TokenizeRequest)
         worker = self._host.worker(body.model)
         tokenizer = tokenizer_of(worker)

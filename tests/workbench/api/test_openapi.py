@@ -90,9 +90,10 @@ def test_kept_feedback_is_told_as_documented(serve: Any, tmp_path: Path) -> None
     try:
         with serve(partial(fake_worker, delay_s=0.0), services=services) as server:
             answer = server.openai.responses.create(model=server.model, input="x", max_output_tokens=4)
+            assert answer.id == f"resp_{answer._request_id}"
             body = {"request_id": answer.id, "kind": "thumbs", "value": "up"}
             kept = server.http.post("/v1/feedback", json=body).json()
-            assert (kept["request_id"], kept["value"]) == (answer.id.removeprefix("resp_"), "up")
+            assert (kept["request_id"], kept["value"]) == (answer._request_id, "up")
             assert server.http.post("/v1/feedback", json={**body, "kind": "stars"}).status_code == 400
     finally:
         services.close()
