@@ -101,7 +101,8 @@ class Endpoints:
         answer_log = self._answer_log(lambda: json.dumps(messages, ensure_ascii=False))
         choices = submit_choices(  # the last thing that can refuse: nothing runs that is not answered
             worker, [prompt], params, request_id=request_id,
-            cache_salt=body.cache_salt or "", arrival_ns=arrival_ns, answer_log=answer_log,
+            cache_salt=body.cache_salt or "", priority=body.priority or 0, client=client_of(body), arrival_ns=arrival_ns,
+            answer_log=answer_log,
             syntax=syntax, include_reasoning=body.include_reasoning is not False,
         )  # fmt: skip
         return GenerationResponse(
@@ -134,7 +135,8 @@ class Endpoints:
         answer_log = self._answer_log(lambda: "\n".join(p for p in given if isinstance(p, str)))
         choices = submit_choices(
             worker, prompts, params, request_id=request_id,
-            cache_salt=body.cache_salt or "", arrival_ns=arrival_ns, answer_log=answer_log, echoes=echoes,
+            cache_salt=body.cache_salt or "", priority=body.priority or 0, client=client_of(body), arrival_ns=arrival_ns,
+            answer_log=answer_log, echoes=echoes,
         )  # fmt: skip
         return GenerationResponse(
             choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage,
@@ -306,6 +308,11 @@ def _common_params(
     return SamplingParams(
         max_tokens=max_tokens if max_tokens is not None else default_max, logprobs=logprobs, **values
     )
+
+
+def client_of(body: ChatRequest | CompletionRequest) -> str:
+    """Whom the request counts for: the end user that the caller names, in OpenAI's newer or older field."""
+    return body.safety_identifier or body.user or ""
 
 
 def _include_usage(body: ChatRequest | CompletionRequest) -> bool:

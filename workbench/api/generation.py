@@ -22,7 +22,14 @@ from engine.records import Completion, StreamDelta
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from workbench.api.answer_log import AnswerLog
-from workbench.api.errors import RequestFailedError, error_body, error_response, json_response, status_of
+from workbench.api.errors import (
+    QueueTimeoutError,
+    RequestFailedError,
+    error_body,
+    error_response,
+    json_response,
+    status_of,
+)
 from workbench.api.wire import DONE, CallDelta, ChoicePart, Usage, Wire, error_chunk
 from workbench.chat_output import (
     CallArguments,
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
 
 
 PLAIN = OutputSyntax()
+NO_LOG = AnswerLog(None)
 
 
 @dataclass(slots=True)
@@ -162,6 +170,8 @@ def submit_choices(
     request_id: str,
     cache_salt: str = "",
     arrival_ns: int | None = None,
+    priority: int = 0,
+    client: str = "",
     syntax: OutputSyntax = PLAIN,
     include_reasoning: bool = True,
     answer_log: AnswerLog | None = None,
@@ -171,29 +181,22 @@ def submit_choices(
 
     `echoes`: what the answers to each prompt begin with.
     """
-    choices: list[Choice] = []
-    try:
-        for place, prompt in enumerate(prompts):
-            echo = None if echoes is None else echoes[place]
-            for i, each in enumerate(params.each()):
-                engine_id = f"{request_id}-{len(choices)}" if choices else request_id
-                if answer_log is not None:
-                    answer_log.expect(engine_id)
-                stream = worker.submit(
-                    prompt,
-                    each,
-                    request_id=engine_id,
-                    cache_salt=cache_salt,
-                    arrival_ns=arrival_ns,
-                )
-                choices.append(
-                    Choice(len(choices), stream, syntax, include_reasoning, counts_prompt=i == 0, echo=echo)
-                )
-    except BaseException:
-        for choice in choices:
-            choice.stream.abort()
-        raise
-    return choices
+    each = params.each()
+    num_requests = len(prompts) * len(each)
+    engine_ids = [request_id, *(f"{request_id}-{i}" for i in range(1, num_requests))]
+    for engine_id in engine_ids:
+        (answer_log or NO_LOG).expect(engine_id)
+    streams = worker.submit_all(
+        prompts, [params] * len(prompts), request_ids=engine_ids, cache_salt=cache_salt, arrival_ns=arrival_ns,
+        priority=priority, client=client,
+    )  # fmt: skip
+    return [
+        Choice(
+            i, stream, syntax, include_reasoning, counts_prompt=i % len(each) == 0,
+            echo=None if echoes is None else echoes[i // len(each)],
+        )
+        for i, stream in enumerate(streams)
+    ]  # fmt: skip
 
 
 class GenerationResponse(Response):
@@ -214,7 +217,7 @@ class GenerationResponse(Response):
         super().__init__()
         self._choices = choices
         self._best_of = best_of
-        self._answer_log = answer_log or AnswerLog(None)
+        self._answer_log = answer_log or NO_LOG
         self._wire = wire
         self._request_id = request_id
         self._stream = stream
@@ -328,6 +331,12 @@ def _raise_if_failed(reason: FinishReason, error: str | None) -> None:
             f"the step that served this request failed: {error}", value=error,
             remedy="Send it again; if it fails again, the server's log has the cause.",
         )  # fmt: skip
+    if reason is FinishReason.TIMEOUT:
+        raise QueueTimeoutError(
+            f"the request was not begun: {error}",
+            value=error,
+            remedy="The server is busy; send it again later.",
+        )
     if reason is FinishReason.ABORT:
         raise RequestFailedError(
             f"the request was aborted{f': {error}' if error else ''}",
