@@ -229,7 +229,7 @@ class GenerationResponse(Response):
         watch = asyncio.create_task(self._watch(receive))
         try:
             if self._stream:
-                await self._send_stream(send)
+                await self._send_stream(scope, receive, send)
             else:
                 await self._send_whole(scope, receive, send)
         finally:
@@ -273,7 +273,10 @@ class GenerationResponse(Response):
             part.index = index
         return best
 
-    async def _send_stream(self, send: Send) -> None:
+    async def _send_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if await self._choices[0].stream.timed_out():  # a status can still tell it
+            await self._send_whole(scope, receive, send)
+            return
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),

@@ -78,6 +78,22 @@ def test_a_client_with_many_requests_does_not_keep_another_waiting(make_rig: Cal
     assert [record.request_id for record in began].index("one") <= 4  # behind the two that ran, and one each
 
 
+# ── giant prompts ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_giant_prompt_does_not_stall_the_tokens_of_others(make_rig: Callable[..., Any]) -> None:
+    """Each step that reads a part of it brings every other request its token."""
+    rig = make_rig(max_batched_tokens=32)
+    for name in ("a", "b"):
+        rig.add(name, [1, 2, 3], max_tokens=200, ignore_eos=True)
+    rig.step()
+    rig.add("giant", [5] * 900, max_tokens=2)
+    rig.run()
+    reading = [step for step in rig.steps if any(name == "giant" for name, _ in step.rows)]
+    assert len(reading) >= 900 // 32
+    assert all({"a", "b"} <= {name for name, _ in step.rows} for step in reading)
+
+
 # ── the limit ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
