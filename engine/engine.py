@@ -209,11 +209,11 @@ class Engine:
         self._scheduler.add(admission.make_sequence(request, self._limits))
         self._deadlines.add(request)
 
-    def abort(self, request_id: str) -> None:
-        """End a request now; its last delta comes with the next step. An id that is not live is ignored."""
+    def abort(self, request_id: str, reason: str | None = None) -> None:
+        """End a request now; its last delta, with `reason`, comes with the next step. An id that is not live is ignored."""
         seq = self._scheduler.abort(request_id)
         if seq is not None:
-            self._outbox.put_end(seq, FinishReason.ABORT, None, time.monotonic_ns())
+            self._outbox.put_end(seq, FinishReason.ABORT, reason, time.monotonic_ns())
 
     def _end_overdue(self) -> None:
         """End requests that have waited for their turn for too long."""

@@ -308,6 +308,11 @@ class EngineWorker:
         if request_id in self._hub:
             self._inbox.put(Abort(request_id))
 
+    def abort_all(self, reason: str) -> None:
+        """End all requests soon; their readers are told why."""
+        for request_id in self._hub.ids():
+            self._inbox.put(Abort(request_id, reason))
+
     # ── sleep ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def sleep(self, level: int = 1) -> None:
@@ -477,7 +482,7 @@ class EngineWorker:
                     self._hub.end_all(FinishReason.ERROR, str(error), only=[request.request_id])
                 self._num_seen += Backlog(1, len(request.prompt_token_ids))
         elif isinstance(message, Abort):
-            engine.abort(message.request_id)
+            engine.abort(message.request_id, message.reason)
         elif isinstance(message, Ask):
             self._act(engine, message)
         elif isinstance(message, Lost):

@@ -109,6 +109,9 @@ class AdapterWorker(EngineWorker):
     def abort(self, request_id: str) -> None:
         self._on.abort(request_id)
 
+    def abort_all(self, reason: str) -> None:
+        """Nothing: its engine's requests are ended by the engine's worker."""
+
     def _refuse_if_gone(self) -> None:
         if self._gone:
             raise EngineDeadError("the adapter was unloaded", value=self.lora, remedy="Load the model again.")

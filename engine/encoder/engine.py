@@ -119,11 +119,11 @@ class EncoderEngine(Engine):
         self._waiting[request.request_id] = request
         self._num_waiting_tokens += len(request.prompt_token_ids)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, reason: str | None = None) -> None:
         """End a request that waits; its last delta comes with the next step. Others are ignored."""
         request = self._waiting.pop(request_id, None)
         if request is not None:
-            self._end(request, FinishReason.ABORT, time.monotonic_ns())
+            self._end(request, FinishReason.ABORT, time.monotonic_ns(), error=reason)
 
     @property
     def backlog(self) -> Backlog:

@@ -71,6 +71,12 @@ class RequestFailedError(WorkbenchError):
     code = "request_failed"
 
 
+class RequestAbortedError(WorkbenchError):
+    """The server ended the request, most likely because it is stopping."""
+
+    code = "request_aborted"
+
+
 class QueueTimeoutError(WorkbenchError):
     """The request waited longer for its turn than this server lets requests wait."""
 
@@ -87,7 +93,7 @@ def status_of(error: Exception) -> int:
         return 403
     if isinstance(error, QueueFullError):
         return 429
-    if isinstance(error, QueueTimeoutError):
+    if isinstance(error, QueueTimeoutError | RequestAbortedError):
         return 503
     known = next((status for kind, status in _STATUS if isinstance(error, kind)), None)
     if known is None and isinstance(

@@ -24,6 +24,7 @@ from engine.sampling_params import SamplingParams
 from workbench.api.answer_log import AnswerLog
 from workbench.api.errors import (
     QueueTimeoutError,
+    RequestAbortedError,
     RequestFailedError,
     error_body,
     error_response,
@@ -341,7 +342,7 @@ def _raise_if_failed(reason: FinishReason, error: str | None) -> None:
             remedy="The server is busy; send it again later.",
         )
     if reason is FinishReason.ABORT:
-        raise RequestFailedError(
+        raise RequestAbortedError(
             f"the request was aborted{f': {error}' if error else ''}",
             remedy="The server may be stopping; send it again.",
         )

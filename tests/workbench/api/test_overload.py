@@ -123,3 +123,40 @@ def test_settings_of_the_app_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -
     config = settings.load().engine_config()
     assert (config.max_queued_requests, config.max_queued_tokens) == (7, "auto")
     assert (config.max_queue_seconds, config.client_weights) == (2.5, {"ann": 2.0})
+
+
+# ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_server_that_stops_refuses_newcomers_and_lets_the_others_end(serve: Any, eventually: Any) -> None:
+    with serve(partial(fake_worker, delay_s=0.02)) as server:
+        worker = server.worker
+        running = worker.submit([1, 2, 3], SamplingParams(max_tokens=60, ignore_eos=True))
+        stopping = threading.Thread(target=server.host.stop_serving, args=(30.0, threading.Event()))
+        stopping.start()
+        assert eventually(lambda: server.host.is_stopping)
+        body = {"messages": [{"role": "user", "content": "a"}]}
+        refused = server.http.post("/v1/chat/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_stopping")
+        assert refused.headers["retry-after"]
+        assert server.http.get("/readyz").status_code == 503
+        assert server.http.get("/healthz").status_code == 200
+        stopping.join(20)
+        assert not stopping.is_alive()
+        assert running.result(1).finish_reason is FinishReason.LENGTH
+        assert worker.num_live == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_after_the_grace_requests_end_with_the_reason(serve: Any, eventually: Any, stream: bool) -> None:
+    answers: list[Any] = []
+    with serve(partial(fake_worker, delay_s=0.01)) as server:
+        worker = server.worker
+        asked = threading.Thread(target=lambda: answers.append(server.post(stream=stream, **LONG)))
+        asked.start()
+        assert eventually(lambda: worker.stats().num_running == 1)
+        server.host.stop_serving(0.1, threading.Event())
+        asked.join(20)
+        assert answers[0].status_code == (200 if stream else 503)
+        assert "the server is stopping" in answers[0].text
+        assert eventually(lambda: [r.error for r in worker.records.requests()] == ["the server is stopping"])
