@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     tool_call_parser: str | None = None  # None: as the model's chat template shows
     reasoning_parser: str | None = None
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)  # of one API request
+    stalled_client_seconds: float = Field(
+        default=60, gt=0
+    )  # a stream's client that reads nothing is cut then
     shutdown_grace_seconds: float = Field(default=3, ge=0, le=3600)  # that running requests have to end in
     log_level: LogLevel = "warning"
     fake: bool = False  # no model: the engine runs on FakeRunner (tests and page work)

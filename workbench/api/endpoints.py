@@ -47,6 +47,7 @@ class Endpoints:
     def __init__(self, host: EngineHost, settings: Settings, services: Services | None = None) -> None:
         self._host = host
         self._max_body_bytes = settings.max_body_bytes
+        self._stalled_after_s = settings.stalled_client_seconds
         self._services = services
         self._started = int(time.time())
 
@@ -107,7 +108,7 @@ class Endpoints:
         )  # fmt: skip
         return GenerationResponse(
             choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage,
-            answer_log=answer_log,
+            answer_log=answer_log, stalled_after_s=self._stalled_after_s,
         )  # fmt: skip
 
     async def _start_completion(
@@ -140,7 +141,7 @@ class Endpoints:
         )  # fmt: skip
         return GenerationResponse(
             choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage,
-            answer_log=answer_log, best_of=params,
+            answer_log=answer_log, best_of=params, stalled_after_s=self._stalled_after_s,
         )  # fmt: skip
 
     def _answer_log(self, prompt: Callable[[], str]) -> AnswerLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from engine.errors import QueueFullError
 from engine.llm import LLM
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from workbench.api.generation import GenerationResponse, submit_choices
+from workbench.api.wire import CompletionWire, Head
 from workbench.host import fake_worker
 from workbench.settings import FAKE_MODEL
 
@@ -160,3 +163,40 @@ def test_after_the_grace_requests_end_with_the_reason(serve: Any, eventually: An
         assert answers[0].status_code == (200 if stream else 503)
         assert "the server is stopping" in answers[0].text
         assert eventually(lambda: [r.error for r in worker.records.requests()] == ["the server is stopping"])
+
+
+# ── slow readers ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_client_that_reads_nothing_is_cut_and_its_request_ends(eventually: Any) -> None:
+    """The third message is never taken, as when the connection's buffers are full."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == 3:
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def answer() -> None:
+        params = SamplingParams(max_tokens=1500, ignore_eos=True)
+        choices = submit_choices(worker, [[1, 2, 3]], params, request_id="slow")
+        head = Head("cmpl-slow", 0, "m")
+        wire = CompletionWire(head, worker.tokenizer.token_text, num_logprobs=None, include_usage=False)
+        response = GenerationResponse(
+            choices, wire, request_id="slow", stream=True, include_usage=False, stalled_after_s=0.2
+        )
+        await asyncio.wait_for(response({"type": "http"}, receive, send), 10)
+
+    worker = fake_worker(delay_s=0.01)
+    worker.start()
+    try:
+        asyncio.run(answer())
+        assert len(sent) == 3
+        assert eventually(
+            lambda: [r.finish_reason for r in worker.records.requests()] == [FinishReason.ABORT]
+        )
+    finally:
+        worker.close()
