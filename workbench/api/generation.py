@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from engine.best_of import choose_best
 from engine.errors import EngineError
@@ -33,6 +33,7 @@ from workbench.api.errors import (
     json_response,
     status_of,
 )
+from workbench.api.stalled import STALLED_AFTER_S, unless_stalled
 from workbench.api.wire import DONE, CallDelta, ChoicePart, Usage, Wire, error_chunk
 from workbench.chat_output import (
     CallArguments,
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 
 PLAIN = OutputSyntax()
 NO_LOG = AnswerLog(None)
-STALLED_AFTER_S = 60.0
 log = logging.getLogger(__name__)
 
 
@@ -231,7 +231,6 @@ class GenerationResponse(Response):
         self._stream = stream
         self._include_usage = include_usage
         self._stalled_after_s = stalled_after_s
-        self._sending_since: float | None = None  # the client takes nothing more since then
         self._gone = False
         self._failed = False
 
@@ -239,7 +238,11 @@ class GenerationResponse(Response):
         watch = asyncio.create_task(self._watch(receive))
         try:
             if self._stream:
-                await self._send_stream_unless_stalled(scope, receive, send)
+                if not await unless_stalled(
+                    partial(self._send_stream, scope, receive), send, self._stalled_after_s
+                ):
+                    log.warning("%s: its client reads nothing, it is cut", self._request_id)
+                    self._gone = True
             else:
                 await self._send_whole(scope, receive, send)
         finally:
@@ -251,28 +254,6 @@ class GenerationResponse(Response):
             pass
         self._gone = True
         self._abort()
-
-    async def _send_stream_unless_stalled(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream; a client that reads nothing for too long is left, and what it was to get is ended."""
-        answer = asyncio.create_task(self._send_stream(scope, receive, self._timed(send)))
-        try:
-            while not (await asyncio.wait({answer}, timeout=self._stalled_after_s / 2))[0]:
-                since = self._sending_since
-                if since is not None and time.monotonic() - since >= self._stalled_after_s:
-                    log.warning("%s: its client has read nothing for too long, it is cut", self._request_id)
-                    self._gone = True
-                    return
-            await answer
-        finally:
-            answer.cancel()
-
-    def _timed(self, send: Send) -> Send:
-        async def timed(message: Message) -> None:
-            self._sending_since = time.monotonic()
-            await send(message)
-            self._sending_since = None
-
-        return timed
 
     def _abort(self) -> None:
         for choice in self._choices:
