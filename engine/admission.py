@@ -146,6 +146,8 @@ def make_request(
     lora: Lora | None = None,
     arrival_ns: int | None = None,
     compiled: Compiled | None = None,
+    priority: int = 0,
+    client: str = "",
 ) -> Request:
     """A checked request with its seed drawn. Safe to call from any thread.
 
@@ -161,6 +163,8 @@ def make_request(
         seed=seeds.getrandbits(63) if params.seed is None else params.seed,
         arrival_ns=time.monotonic_ns() if arrival_ns is None else arrival_ns,
         cache_salt=cache_salt,
+        priority=priority,
+        client=client,
         lora=lora,
         grammar=None if compiled is None else compiled.grammar,
         grammar_compile_ms=0.0 if compiled is None else compiled.compile_ms,

@@ -27,7 +27,7 @@ def choose_best(completions: Sequence[Completion], params: SamplingParams) -> li
 
 
 def _rank(completion: Completion) -> tuple[bool, float]:
-    failed = completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT)
+    failed = completion.finish_reason.is_failure or completion.finish_reason is FinishReason.ABORT
     if not completion.logprobs:
         return failed, math.inf
     total = math.fsum(entry.logprob for entry in completion.logprobs)

@@ -105,6 +105,14 @@ class EngineConfig:
     swap_space_bytes: int = 0
     max_batched_tokens: int | None = None  # token budget of one step
     max_num_seqs: int = 256  # rows: sequences that run at once
+    # What may wait for a row, in requests and in tokens; more is refused. "auto": in proportion to max_num_seqs and to what the
+    # KV cache holds (engine.queue_limit); None: as much as comes.
+    max_queued_requests: int | str | None = None
+    max_queued_tokens: int | str | None = None
+    max_queue_seconds: float | None = (
+        None  # that a request may wait before it is ended; None: as long as it takes
+    )
+    client_weights: Mapping[str, float] | None = None  # shares of clients that are not 1 (engine.fair_shares)
     max_model_len: int | None = None  # prompt and output tokens of one sequence; None: the model's own
     enable_prefix_cache: bool = True
     deterministic: bool = False  # bitwise the same tokens whatever shares the batch
@@ -168,6 +176,13 @@ class EngineConfig:
         for name in ("num_blocks", "kv_memory_bytes", "max_batched_tokens", "max_model_len", "num_threads"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
+        for name in ("max_queued_requests", "max_queued_tokens"):
+            if getattr(self, name) not in (None, "auto"):
+                _at_least(name, getattr(self, name), 1)
+        if self.max_queue_seconds is not None:
+            _positive("max_queue_seconds", self.max_queue_seconds)
+        for client, weight in (self.client_weights or {}).items():
+            _positive(f"client_weights[{client!r}]", weight)
         if self.block_size & (self.block_size - 1) or self.block_size > 256:
             raise ConfigError(
                 f"block_size must be a power of two up to 256, got {self.block_size}",
@@ -210,4 +225,11 @@ def _at_least(name: str, value: Any, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ConfigError(
             f"{name} must be an integer of at least {low}, got {value!r}", value=value, limit=low, param=name
+        )
+
+
+def _positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ConfigError(
+            f"{name} must be a number above 0, got {value!r}", value=value, limit="> 0", param=name
         )

@@ -36,6 +36,8 @@ from engine.outbox import Outbox
 from engine.plan import KVSpec, Runner, StepResult
 from engine.planned_step import PlannedStep
 from engine.pooling import ModelPooling
+from engine.queue_deadlines import QueueDeadlines
+from engine.queue_limit import Backlog
 from engine.recording import Recorder, StepTiming
 from engine.records import EngineStats, MemoryLedger, RequestRecord, StepRecord, StreamDelta, TokenBatch
 from engine.request import FinishReason, Request
@@ -129,8 +131,10 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             eos_token_ids=eos_token_ids,
             max_loras=config.max_loras,
+            client_weights=config.client_weights,
             speculator=self._speculator,
         )
+        self._deadlines = QueueDeadlines(config.max_queue_seconds)
         self._loras = LoraRegistry(lora_store, self._scheduler.loras.num_live)
         self._recorder = Recorder(self._scheduler)
         self._outbox = Outbox(self._recorder)
@@ -154,11 +158,13 @@ class Engine:
         lora: str | None = None,
         arrival_ns: int | None = None,
         compiled: Compiled | None = None,
+        priority: int = 0,
+        client: str = "",
     ) -> Request:
         """A checked request with its seed drawn; it is not queued yet. Safe to call from any thread.
 
         `lora`: the name of a loaded adapter; None: the base alone. `compiled`: what ``grammars.grammar_of(params)`` gave; None: it is
-        asked here.
+        asked here. `priority`: lower runs earlier. `client`: who gets a fair share of what others get too.
 
         Raises:
             InvalidRequestError, PromptTooLongError: naming value, limit and remedy.
@@ -169,7 +175,7 @@ class Engine:
         return admission.make_request(
             prompt_token_ids, with_bad_word_ids(params, self.tokenizer), self._limits, self._seeds, request_id=request_id,
             cache_salt=cache_salt, lora=None if lora is None else self._loras.get(lora), arrival_ns=arrival_ns,
-            compiled=compiled or self.grammars.grammar_of(params),
+            compiled=compiled or self.grammars.grammar_of(params), priority=priority, client=client,
         )  # fmt: skip
 
     def add(self, request: Request) -> None:
@@ -201,12 +207,28 @@ class Engine:
             detokenizer = self.tokenizer.detokenizer(request.params.skip_special_tokens)
         self._outbox.open(request, detokenizer)
         self._scheduler.add(admission.make_sequence(request, self._limits))
+        self._deadlines.add(request)
 
-    def abort(self, request_id: str) -> None:
-        """End a request now; its last delta comes with the next step. An id that is not live is ignored."""
+    def abort(self, request_id: str, reason: str | None = None) -> None:
+        """End a request now; its last delta, with `reason`, comes with the next step. An id that is not live is ignored."""
         seq = self._scheduler.abort(request_id)
         if seq is not None:
-            self._outbox.put_end(seq, FinishReason.ABORT, None, time.monotonic_ns())
+            self._outbox.put_end(seq, FinishReason.ABORT, reason, time.monotonic_ns())
+
+    def _end_overdue(self) -> None:
+        """End requests that have waited for their turn for too long."""
+        now_ns = time.monotonic_ns()
+        for seq in self._deadlines.take_overdue(now_ns, self._scheduler.get):
+            waited_s = (now_ns - seq.request.arrival_ns) / 1e9
+            why = f"it waited {waited_s:.1f} s for its turn, at most {self.config.max_queue_seconds:g} s are allowed"
+            self._scheduler.finish(seq, FinishReason.TIMEOUT)
+            self._outbox.put_end(seq, FinishReason.TIMEOUT, why, now_ns)
+
+    @property
+    def backlog(self) -> Backlog:
+        """What waits for a row. Safe to call from any thread."""
+        waiting = self._scheduler.waiting
+        return Backlog(len(waiting), waiting.num_tokens)
 
     @property
     def vocab_size(self) -> int:
@@ -263,6 +285,7 @@ class Engine:
             EngineDeadError: the device is broken; every live request is lost, and so is the engine.
         """
         self._require_alive()
+        self._end_overdue()
         planned = self._submit_error is None and self._submit_next()
         inflight = len(self._scheduler.inflight)
         record = None
@@ -445,6 +468,7 @@ class Engine:
             model=config.model,
             version_digest=config.version_digest,
             num_waiting=len(scheduler.waiting),
+            num_waiting_tokens=scheduler.waiting.num_tokens,
             num_running=len(scheduler.running),
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free,

@@ -12,6 +12,7 @@
     │   └── CorruptWeightsError      missing shard, truncated file, wrong shape
     ├── OutOfMemoryError             the device has fewer bytes than asked for
     ├── StepFailedError              a step raised; its requests failed, the engine goes on
+    ├── QueueFullError               too much waits already; it may be sent again later
     ├── EngineBusyError              the engine cannot sleep while requests run
     ├── EngineAsleepError            the engine takes requests again after wake_up()
     └── EngineDeadError              the engine cannot take requests any more
@@ -126,6 +127,16 @@ class StepFailedError(EngineError):
     """A step raised while it computed; the requests in it failed, others go on."""
 
     code = "step_failed"
+
+
+class QueueFullError(EngineError):
+    """As much waits as may wait; nothing of the request was queued. `retry_after_s`: when there may be room."""
+
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1, **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.retry_after_s = retry_after_s
 
 
 class EngineBusyError(EngineError):

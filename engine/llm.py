@@ -26,7 +26,6 @@ from engine.lora import Lora
 from engine.pooling import PoolingParams
 from engine.prompts import Prompt, as_prompts, one_each, params_of
 from engine.records import Completion, EngineStats, HealthState
-from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from engine.scoring import Perplexity
 from engine.token_kl import TokenKL
@@ -301,7 +300,7 @@ class LLM:
             abort_all(streams)
             raise
         completions = [stream.result() for stream in streams]
-        failed = [c for c in completions if c.finish_reason is FinishReason.ERROR]
+        failed = [c for c in completions if c.finish_reason.is_failure]
         if failed and self.worker.health().state is HealthState.DEAD:
             raise EngineDeadError(failed[0].error or "the engine died", remedy="Load the model again.")
         if failed:

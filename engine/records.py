@@ -282,6 +282,7 @@ class EngineStats:
     num_cached_host_blocks: int = 0  # that it keeps: matchable
     blocks_out: int = 0  # copied to the host tier
     blocks_back: int = 0  # copied from it
+    num_waiting_tokens: int = 0  # of what waits for a row
     speculation_method: str = ""  # where guesses come from: "ngram", "draft_model"; empty: nothing is guessed
     draft_tokens: int = 0  # guesses that were computed
     accepted_tokens: int = 0  # those of them that were right

@@ -20,6 +20,12 @@ class FinishReason(str, enum.Enum):
     LENGTH = "length"  # max_tokens or the context's end
     ABORT = "abort"  # the caller, or the caller's connection, went away
     ERROR = "error"  # the step that served it failed
+    TIMEOUT = "timeout"  # it waited too long for its turn
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the server is why there is no whole output."""
+        return self in (FinishReason.ERROR, FinishReason.TIMEOUT)
 
 
 class SequenceStatus(enum.Enum):
@@ -38,6 +44,8 @@ class Request:
     seed: int = 0  # always set: the caller's, or drawn by the engine
     arrival_ns: int = 0  # time.monotonic_ns() at submission
     cache_salt: str = ""  # requests share prefix blocks only under the same salt
+    priority: int = 0  # lower runs earlier; ties by the clients' shares, then by arrival
+    client: str = ""  # whom it counts for: clients get equal or weighted shares
     lora: Lora | None = None  # the adapter that computes it; None: the base alone
     grammar: Grammar | None = None  # of params.structured_outputs, compiled
     grammar_compile_ms: float = 0.0  # that were spent on it for this request

@@ -17,8 +17,8 @@ refused before it comes here (``engine.admission``). Costs O(scheduled rows), wh
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
-from itertools import islice
+from collections import Counter, deque
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from engine.plan import RowAdmission, StepPlan, StepResult
 from engine.plan_builder import PlanBuilder
 from engine.planned_step import Chunk, Commit, Finish, PlannedStep, PooledPart, PromptLogprobs
 from engine.request import FinishReason, Sequence, SequenceStatus
+from engine.request_queue import RequestQueue
 from engine.speculation import Speculator
 
 MAX_DEFERRED = 16  # waiting sequences passed by in one plan: bounds what a plan may cost
@@ -45,13 +46,13 @@ class Scheduler:
         max_num_seqs: int,
         eos_token_ids: frozenset[int],
         max_loras: int = 1,
+        client_weights: Mapping[str, float] | None = None,
         speculator: Speculator | None = None,
     ) -> None:
         self.blocks = blocks
         self.max_batched_tokens = max_batched_tokens
         self.max_num_seqs = max_num_seqs
-        # First come, first served; preempted ones in front.
-        self.waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self.waiting = RequestQueue(client_weights)
         self.running: list[Sequence] = []  # in order of admission: the tail is preempted first
         self.inflight: deque[PlannedStep] = deque()
         self.num_preemptions = 0
@@ -78,10 +79,11 @@ class Scheduler:
     # ── in and out ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def add(self, seq: Sequence) -> None:
-        """Queue a new sequence behind all others."""
+        """Queue a new sequence."""
         request_id = seq.request_id
         assert request_id not in self._live, f"request {request_id} is already here"
-        self._live[request_id] = self.waiting[request_id] = seq
+        self._live[request_id] = seq
+        self.waiting.add(seq)
         self._stop_ids.update(seq.request.params.stop_token_ids)
         if seq.request.lora is not None:
             self.loras.begin(seq.request.lora.lora_id)
@@ -92,8 +94,8 @@ class Scheduler:
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a live sequence now: its blocks and row are free for the next plan, results in flight are dropped."""
+        self.waiting.end(seq)
         if seq.status is SequenceStatus.WAITING:
-            del self.waiting[seq.request_id]
             self._blocked = None
         else:
             self.running.remove(seq)
@@ -113,7 +115,7 @@ class Scheduler:
 
     def sequences(self) -> list[Sequence]:
         """All live sequences: running ones, then waiting ones."""
-        return [*self.running, *self.waiting.values()]
+        return [*self.running, *self.waiting.in_order()]
 
     def num_scheduled(self, seq: Sequence) -> int:
         """Tokens of `seq` that have their KV, or get it by a step in flight."""
@@ -269,7 +271,7 @@ class Scheduler:
         if not self._free_rows or self._is_blocked():
             return admitted
         self.loras.forget_claims()
-        for seq in list(islice(self.waiting.values(), len(self._free_rows) + MAX_DEFERRED)):
+        for seq in self.waiting.in_order():
             if not budget or not self._free_rows or not self.blocks.pool.num_free:
                 break
             lora = seq.request.lora
@@ -292,7 +294,11 @@ class Scheduler:
         if self._blocked is None:
             return False
         request_id, num_free = self._blocked
-        if next(iter(self.waiting)) == request_id and self.blocks.pool.num_free <= num_free and self.running:
+        if (
+            self.waiting.head.request_id == request_id
+            and self.blocks.pool.num_free <= num_free
+            and self.running
+        ):
             return True
         self._blocked = None
         return False
@@ -309,7 +315,7 @@ class Scheduler:
         tokens = list(seq.token_ids)
         num_tokens = min(len(tokens) - num_cached, budget)
         self.blocks.admit(seq, match, num_cached + num_tokens)
-        del self.waiting[seq.request_id]
+        self.waiting.admit(seq)
         self.running.append(seq)
         seq.status = SequenceStatus.RUNNING
         seq.row = self._free_rows.pop()
@@ -499,8 +505,7 @@ class Scheduler:
         seq.num_computed = 0
         seq.epoch += 1
         seq.status = SequenceStatus.WAITING
-        self.waiting[seq.request_id] = seq
-        self.waiting.move_to_end(seq.request_id, last=False)
+        self.waiting.put_back(seq)
 
     def _leave_row(self, seq: Sequence) -> None:
         if seq.request.lora is not None:
@@ -535,7 +540,9 @@ class Scheduler:
         for seq in self.running:
             refs.update(seq.block_ids)
             self._check_running(seq)
-        for request_id, seq in self.waiting.items():
+        self.waiting.check_integrity()
+        for seq in self.waiting.in_order():
+            request_id = seq.request_id
             assert seq.status is SequenceStatus.WAITING, f"{request_id} waits as {seq.status}"
             assert seq.row == -1, f"{request_id} waits with row {seq.row}"
             assert not seq.block_ids, f"{request_id} waits with blocks"

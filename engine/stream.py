@@ -109,6 +109,17 @@ class RequestStream:
         finally:
             self._abandon()
 
+    async def timed_out(self) -> bool:
+        """Wait until something came, which the reader still gets; whether it is the end of a request that waited too long."""
+        mailbox = self._hub.mailbox(asyncio.get_running_loop())
+        while not self._deltas:
+            waiter = LoopWaiter(mailbox, end_only=False)
+            self._waiter = waiter
+            if not self._deltas:  # a second look, see _wait
+                await waiter.future
+        came = self._deltas[0]
+        return isinstance(came, StreamDelta) and came.finish_reason is FinishReason.TIMEOUT
+
     def abort(self) -> None:
         """End the request soon; its reader gets a last delta with finish reason ABORT. Nothing happens after the end."""
         if not self._ended:

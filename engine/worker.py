@@ -30,6 +30,7 @@ from engine.errors import ConfigError, EngineDeadError, EngineError, InvalidRequ
 from engine.grammar import Compiled
 from engine.lora import Lora
 from engine.pooling import ModelPooling
+from engine.queue_limit import Backlog, QueueLimit
 from engine.record_log import RecordLog
 from engine.records import (
     EngineEvent,
@@ -93,6 +94,11 @@ class EngineWorker:
         self._working_since_ns: int | None = None  # None: idle
         self._last_step_ns: int | None = None
         self._next_stats_ns = 0
+        num_slots = self._stats.num_blocks * self._stats.block_size
+        self._queue_limit = QueueLimit.of(
+            engine.config, num_slots or self._stats.max_num_seqs * self._stats.max_model_len
+        )
+        self._num_sent = self._num_seen = Backlog(0, 0)  # by submitters, under the lock; by the engine thread
         self._tickets = count()
         self._answers: dict[int, Future[Any]] = {}  # of those who wait for one
 
@@ -154,6 +160,8 @@ class EngineWorker:
         cache_salt: str = "",
         lora: str | None = None,
         arrival_ns: int | None = None,
+        priority: int = 0,
+        client: str = "",
     ) -> RequestStream:
         """Queue a request; tokenization and all checks happen here, in the caller's thread.
 
@@ -161,16 +169,19 @@ class EngineWorker:
         error.
         `arrival_ns`: when it reached the server (``time.monotonic_ns``), where that was before this call: its TTFT counts
         from there.
+        `priority`: lower runs earlier. `client`: whom it counts for; clients get fair shares.
 
         Raises:
             InvalidRequestError: the request can never run, or its id is in use.
+            QueueFullError: as much waits as may wait.
             EngineDeadError: the engine takes no more requests.
         """
         token_ids, compiled = self._prompt_ids(prompt), self._grammar_of(params)
         with self._lock:
-            return self._queue(
-                [self._open_stream(token_ids, params, request_id, cache_salt, lora, arrival_ns, compiled)]
-            )[0]
+            stream = self._open_stream(
+                token_ids, params, request_id, cache_salt, lora, arrival_ns, compiled, priority, client
+            )
+            return self._queue([stream])[0]
 
     def compile_grammar(self, structured: StructuredOutputsParams) -> None:
         """Have a grammar ready, so that no request that names it waits; returns when it is, at once where it is known.
@@ -197,25 +208,40 @@ class EngineWorker:
         params: Sequence[SamplingParams],
         *,
         loras: Sequence[str | None] | None = None,
+        request_ids: Sequence[str] | None = None,
+        cache_salt: str = "",
+        arrival_ns: int | None = None,
+        priority: int = 0,
+        client: str = "",
     ) -> list[RequestStream]:
         """Queue requests together: all are checked before any runs, and the first step sees all of them.
 
         A prompt whose params ask for n completions becomes n requests side by side, ``params.each()``; those behind the first
-        take the prompt's KV from the prefix cache. `loras`: the adapter of each prompt; None: the base alone.
+        take the prompt's KV from the prefix cache. `loras`: the adapter of each prompt; None: the base alone. `request_ids`: of
+        each of these requests. The others are as in `submit`, for all of them.
 
         Raises:
-            InvalidRequestError: one of them can never run; none was queued.
+            InvalidRequestError: one of them can never run, or its id is in use; none was queued.
+            QueueFullError: as much waits as may wait; none was queued.
             EngineDeadError: the engine takes no more requests.
         """
         tokenized = [self._prompt_ids(prompt) for prompt in prompts]
         grammars = map(self._grammar_of, params)
         asked = zip(tokenized, params, loras or [None] * len(tokenized), grammars, strict=True)
         each = [(ids, one, lora, compiled) for ids, given, lora, compiled in asked for one in given.each()]
+        names: Sequence[str | None] = request_ids or [None] * len(each)
+        if len(names) != len(each):
+            raise InvalidRequestError(
+                f"{len(names)} ids were given for {len(each)} requests", value=len(names), limit=len(each),
+                param="request_ids", remedy="Give one for each of params.each() of each prompt.",
+            )  # fmt: skip
         with self._lock:
             return self._queue(
                 [
-                    self._open_stream(ids, one, lora=lora, compiled=compiled)
-                    for ids, one, lora, compiled in each
+                    self._open_stream(
+                        ids, one, name, cache_salt, lora, arrival_ns, compiled, priority, client
+                    )
+                    for (ids, one, lora, compiled), name in zip(each, names, strict=True)
                 ]
             )
 
@@ -228,6 +254,8 @@ class EngineWorker:
         lora: str | None = None,
         arrival_ns: int | None = None,
         compiled: Compiled | None = None,
+        priority: int = 0,
+        client: str = "",
     ) -> RequestStream:
         self._refuse_if_dead()
         if request_id is not None and request_id in self._hub:
@@ -240,18 +268,31 @@ class EngineWorker:
         assert self._engine is not None
         request = self._engine.make_request(
             token_ids, params, request_id=request_id, cache_salt=cache_salt, lora=lora, arrival_ns=arrival_ns,
-            compiled=compiled,
+            compiled=compiled, priority=priority, client=client,
         )  # fmt: skip
         detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens) if self.tokenizer else None
         return RequestStream(request, self._hub, detokenizer, self.abort)
 
     def _queue(self, streams: list[RequestStream]) -> list[RequestStream]:
+        coming = Backlog(len(streams), sum(len(stream.prompt_token_ids) for stream in streams))
+        self._queue_limit.enter(coming, self._waiting(), time.monotonic_ns())
+        self._num_sent += coming
         for stream in streams:
             self._hub.add(stream)
         self._inbox.put(Add(tuple(stream.request for stream in streams)))
         if self._death is not None:  # died meanwhile: the streams that it ended may not include these
             self._hub.end_all(FinishReason.ERROR, self._death)
         return streams
+
+    def _waiting(self) -> Backlog:
+        """What waits for a row, here and in the engine; for a moment some may be counted twice, never left out."""
+        engine, sent, seen = self._engine, self._num_sent, self._num_seen
+        return sent - seen + (Backlog(0, 0) if engine is None else engine.backlog)
+
+    @property
+    def num_refused(self) -> int:
+        """Requests that were refused because as much waited as may wait."""
+        return self._queue_limit.num_refused
 
     @property
     def num_live(self) -> int:
@@ -266,6 +307,11 @@ class EngineWorker:
         """End a request soon; unknown and finished ids are ignored."""
         if request_id in self._hub:
             self._inbox.put(Abort(request_id))
+
+    def abort_all(self, reason: str) -> None:
+        """End all requests soon; their readers are told why."""
+        for request_id in self._hub.ids():
+            self._inbox.put(Abort(request_id, reason))
 
     # ── sleep ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -434,8 +480,9 @@ class EngineWorker:
                     engine.add(request)
                 except EngineError as error:
                     self._hub.end_all(FinishReason.ERROR, str(error), only=[request.request_id])
+                self._num_seen += Backlog(1, len(request.prompt_token_ids))
         elif isinstance(message, Abort):
-            engine.abort(message.request_id)
+            engine.abort(message.request_id, message.reason)
         elif isinstance(message, Ask):
             self._act(engine, message)
         elif isinstance(message, Lost):
@@ -488,10 +535,12 @@ class EngineWorker:
         if now >= self._next_stats_ns:
             self._next_stats_ns = now + STATS_INTERVAL_NS
             self._stats = engine.stats()
+            self._queue_limit.sample(self._waiting(), now)
 
     def _go_idle(self, engine: Engine) -> None:
         self._stats = engine.stats()
         self._working_since_ns = None
+        self._queue_limit.forget_samples()
 
     def _finish(self, engine: Engine) -> None:
         """Orderly end: every live request is aborted and recorded, then the engine gives its memory back."""

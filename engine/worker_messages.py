@@ -20,6 +20,7 @@ class Add:
 @dataclass(frozen=True, slots=True)
 class Abort:
     request_id: str
+    reason: str | None = None  # told to its reader, where it is not the reader who wants it
 
 
 @dataclass(frozen=True, slots=True)

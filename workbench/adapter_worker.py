@@ -64,11 +64,14 @@ class AdapterWorker(EngineWorker):
         cache_salt: str = "",
         lora: str | None = None,
         arrival_ns: int | None = None,
+        priority: int = 0,
+        client: str = "",
     ) -> RequestStream:
         """As the engine's worker does, with this adapter unless `lora` names another one."""
         self._refuse_if_gone()
         return self._on.submit(
-            prompt, params, request_id=request_id, cache_salt=cache_salt, lora=lora or self.lora, arrival_ns=arrival_ns
+            prompt, params, request_id=request_id, cache_salt=cache_salt, lora=lora or self.lora, arrival_ns=arrival_ns,
+            priority=priority, client=client,
         )  # fmt: skip
 
     def submit_all(
@@ -77,11 +80,23 @@ class AdapterWorker(EngineWorker):
         params: Sequence[SamplingParams],
         *,
         loras: Sequence[str | None] | None = None,
+        request_ids: Sequence[str] | None = None,
+        cache_salt: str = "",
+        arrival_ns: int | None = None,
+        priority: int = 0,
+        client: str = "",
     ) -> list[RequestStream]:
         """As the engine's worker does, with this adapter where `loras` names none."""
         self._refuse_if_gone()
         each = [lora or self.lora for lora in loras or [None] * len(prompts)]
-        return self._on.submit_all(prompts, params, loras=each)
+        return self._on.submit_all(
+            prompts, params, loras=each, request_ids=request_ids, cache_salt=cache_salt, arrival_ns=arrival_ns,
+            priority=priority, client=client,
+        )  # fmt: skip
+
+    @property
+    def num_refused(self) -> int:
+        return self._on.num_refused
 
     @property
     def num_live(self) -> int:
@@ -93,6 +108,9 @@ class AdapterWorker(EngineWorker):
 
     def abort(self, request_id: str) -> None:
         self._on.abort(request_id)
+
+    def abort_all(self, reason: str) -> None:
+        """Nothing: its engine's requests are ended by the engine's worker."""
 
     def _refuse_if_gone(self) -> None:
         if self._gone:

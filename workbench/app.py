@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from workbench.versions.ref import ResolvedVersion
 
 log = logging.getLogger(__name__)
-_DRAIN_S = 3  # running streams may finish after SIGTERM
+_FLUSH_S = 3  # for the ends of answers to be sent, once no request runs any more
 _HARD_EXIT_S = 8.0  # whatever still hangs then does not keep the process
 
 
@@ -203,11 +203,20 @@ def configure_streamlit(settings: Settings) -> None:
 
 
 class AppServer(uvicorn.Server):
-    """uvicorn, telling when it listens, and ending for good when told to."""
+    """uvicorn, telling when it listens, and ending for good when told to.
 
-    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
+    Told once, it goes on listening, so that newcomers are told when to come again, until `host` has no more requests, at most
+    `grace_s`. Told twice, it does not wait.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, on_listening: Callable[[], None], host: EngineHost, grace_s: float
+    ) -> None:
         super().__init__(config)
         self._on_listening = on_listening
+        self._host = host
+        self._grace_s = grace_s
+        self._hurry = threading.Event()
         self.exit_code = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -216,8 +225,20 @@ class AppServer(uvicorn.Server):
             self._on_listening()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        hard_exit_after(_HARD_EXIT_S)
-        super().handle_exit(sig, frame)
+        if self.should_exit:
+            super().handle_exit(sig, frame)
+            return
+        if self._host.is_stopping:
+            self._hurry.set()
+            return
+        self._host.is_stopping = True
+        hard_exit_after(self._grace_s + _HARD_EXIT_S)
+
+        def stop() -> None:
+            self._host.stop_serving(self._grace_s, self._hurry)
+            super(AppServer, self).handle_exit(sig, frame)
+
+        threading.Thread(target=stop, name="quire-stop", daemon=True).start()
 
     def die(self, error: BaseException) -> None:
         """The engine is dead: leave, so that the supervisor can start a new process. Any thread may call it."""
@@ -274,7 +295,9 @@ def _serve(
             target=_announce_load, args=(wiring.host, announce), name="quire-announce", daemon=True
         ).start()
 
-    server = AppServer(_uvicorn_config(app, settings), on_listening)
+    server = AppServer(
+        _uvicorn_config(app, settings), on_listening, wiring.host, settings.shutdown_grace_seconds
+    )
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, _ignore)  # uvicorn restores and raises it again after its own clean shutdown
     try:
@@ -346,7 +369,7 @@ def _uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         use_colors=False,
         server_header=False,
         lifespan="on",
-        timeout_graceful_shutdown=_DRAIN_S,
+        timeout_graceful_shutdown=_FLUSH_S,
         ws="websockets-sansio",
         ws_max_size=200 * 2**20,  # Streamlit's default for messages and uploads
         ws_ping_interval=30,

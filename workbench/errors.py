@@ -8,7 +8,8 @@
     ├── AlreadyRunningError      another supervisor owns this HOME_DIR
     ├── UnknownModelError        no model of that id is loaded here
     ├── NotReadyError            the model is still loading, or its load failed
-    │   └── ModelAsleepError     the model sleeps until somebody wakes it
+    │   ├── ModelAsleepError     the model sleeps until somebody wakes it
+    │   └── ServerStoppingError  the server was told to stop; running requests may end
     ├── ApiError                 an API request that cannot be answered
     │   ├── UnsupportedFieldError    a field, or a value of one, that this API does not serve
     │   └── BodyTooLargeError        the request body is over the limit
@@ -74,6 +75,12 @@ class ModelAsleepError(NotReadyError):
     """The model gave its device memory back; requests do not wake it, because others may have that memory now."""
 
     code = "model_asleep"
+
+
+class ServerStoppingError(NotReadyError):
+    """The server was told to stop and takes no more requests; those that run may end."""
+
+    code = "server_stopping"
 
 
 class ApiError(WorkbenchError):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.draining import give_memory_back, wait_until_idle
-from workbench.errors import UnknownModelError, WorkbenchError
+from workbench.errors import ServerStoppingError, UnknownModelError, WorkbenchError
 from workbench.load_options import PLAIN, LoadOptions
 from workbench.loading import Loader, OnWorker, not_ready, typed_error
 from workbench.memory_budget import Budget
@@ -75,6 +75,9 @@ class ResidentInUseError(WorkbenchError):
     code = "model_in_use"
 
 
+_STOP_POLL_S = 0.02
+
+
 class EngineHost:
     """Holds the resident engines and tells how they are.
 
@@ -108,6 +111,7 @@ class EngineHost:
         self._loading = threading.Lock()  # one load at a time; never taken while _lock is held
         self._done = threading.Event()  # the first load ended, well or not
         self._stopping = threading.Event()
+        self.is_stopping = False  # no more requests; those that run may end
         self._table = ResidentTable()
         self._without_default = HostState(HostPhase.IDLE, "Not started")
         self._thread: threading.Thread | None = None
@@ -173,7 +177,13 @@ class EngineHost:
             UnknownModelError: no model of that name is served here.
             ModelAsleepError: it sleeps.
             NotReadyError: still loading, or failed, with progress or cause.
+            ServerStoppingError: `stop_serving` was called.
         """
+        if self.is_stopping:
+            raise ServerStoppingError(
+                "the server is stopping and takes no more requests",
+                remedy="Send it to another server, or again when it has restarted.",
+            )
         slot = self._slot(model_id, user)
         worker, state = slot.worker, slot.now
         if worker is None or not state.ready:
@@ -363,6 +373,22 @@ class EngineHost:
         return self._load(f"{found[0]}/{version}", wish, PLAIN, wakes=False)
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def stop_serving(self, grace_s: float, hurry: threading.Event) -> None:
+        """Take no more requests, and return when those that run have ended: by themselves, or after `grace_s` by an abort that
+        tells why. `hurry`: set by whoever does not want to wait any longer.
+        """
+        self.is_stopping = True
+        deadline = time.monotonic() + grace_s
+        while self._num_live() and time.monotonic() < deadline and not hurry.wait(_STOP_POLL_S):
+            pass
+        for slot in self._table.everyone():
+            if slot.worker is not None:
+                slot.worker.abort_all("the server is stopping")
+
+    def _num_live(self) -> int:
+        workers = [slot.worker for slot in self._table.everyone() if slot.base is None]
+        return sum(worker.num_live for worker in workers if worker is not None)
 
     def close(self) -> None:
         """Abort what runs, give the memory back. A load under way ends first, unseen. A second call does nothing."""

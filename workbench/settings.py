@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -52,6 +52,11 @@ class Settings(BaseSettings):
     tensor_parallel_size: int = Field(default=1, ge=1)  # processes that each compute a part of every layer
     threads: int | None = Field(default=None, ge=1)  # CPU threads of the forward pass, of each of them
     max_num_seqs: int = Field(default=256, ge=1)
+    # What may wait for a row; more is refused until there is room. "auto": in proportion to the engine.
+    max_queued_requests: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    max_queued_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    max_queue_seconds: float | None = Field(default=None, gt=0)  # that a request may wait; None: for ever
+    client_weights: dict[str, float] | None = None  # JSON: {"end user": share}, 1 for all others
     max_model_len: int | None = Field(default=None, ge=1)
     num_blocks: int | None = Field(default=None, ge=1)
     swap_space_bytes: int = Field(default=0, ge=0)  # host memory for cached KV blocks; 0: none
@@ -72,6 +77,10 @@ class Settings(BaseSettings):
     tool_call_parser: str | None = None  # None: as the model's chat template shows
     reasoning_parser: str | None = None
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)  # of one API request
+    stalled_client_seconds: float = Field(
+        default=60, gt=0
+    )  # a stream's client that reads nothing is cut then
+    shutdown_grace_seconds: float = Field(default=3, ge=0, le=3600)  # that running requests have to end in
     log_level: LogLevel = "warning"
     fake: bool = False  # no model: the engine runs on FakeRunner (tests and page work)
     follow: str = "ticket-extractor@champion"  # aliases that stay resident, separated by commas; empty: none
@@ -133,6 +142,10 @@ class Settings(BaseSettings):
             tensor_parallel_size=self.tensor_parallel_size,
             num_threads=self.threads,
             max_num_seqs=self.max_num_seqs,
+            max_queued_requests=self.max_queued_requests,
+            max_queued_tokens=self.max_queued_tokens,
+            max_queue_seconds=self.max_queue_seconds,
+            client_weights=self.client_weights,
             max_model_len=self.max_model_len,
             num_blocks=self.num_blocks,
             swap_space_bytes=self.swap_space_bytes,

@@ -31,7 +31,7 @@ from workbench.errors import AlreadyRunningError
 from workbench.ports import bind, check_free
 from workbench.settings import Settings
 
-_TERM_GRACE_S = 9.0  # then SIGKILL: all children are gone within 10 s
+_TERM_GRACE_S = 9.0  # beyond the grace of running requests, then SIGKILL
 _MLFLOW_HEADSTART_S = 30.0  # MLflow's imports must not slow the first page and the model's load down
 _MLFLOW_PROBE_S = 1.0
 
@@ -220,7 +220,7 @@ class Supervisor:
         children = self._children
         for child in children:
             child.signal_group(signal.SIGTERM)
-        deadline = time.monotonic() + _TERM_GRACE_S
+        deadline = time.monotonic() + self.settings.shutdown_grace_seconds + _TERM_GRACE_S
         while any(c.group_alive() for c in children) and time.monotonic() < deadline:
             time.sleep(0.05)
         for child in children:

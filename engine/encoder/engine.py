@@ -24,6 +24,7 @@ from engine.errors import ConfigError, EngineDeadError, InvalidRequestError
 from engine.grammar import Compiled, GrammarCompiler
 from engine.lora import Lora, LoraWeights
 from engine.pooling import ModelPooling, Pooling, Vector
+from engine.queue_limit import Backlog
 from engine.records import EngineStats, MemoryLedger, RequestRecord, StepRecord, StreamDelta
 from engine.request import FinishReason, Request
 from engine.sampling_params import SamplingParams
@@ -72,6 +73,7 @@ class EncoderEngine(Engine):
         self._waiting: dict[str, Request] = {}  # oldest first
         self._deltas: list[StreamDelta] = []
         self._records: list[RequestRecord] = []
+        self._num_waiting_tokens = 0
         self._finished: Counter[str] = Counter()
         self._num_steps = self._num_errors = self._num_tokens = 0
 
@@ -87,6 +89,8 @@ class EncoderEngine(Engine):
         lora: str | None = None,
         arrival_ns: int | None = None,
         compiled: Compiled | None = None,
+        priority: int = 0,
+        client: str = "",
     ) -> Request:
         """A checked request; it is not queued yet. Safe to call from any thread.
 
@@ -101,7 +105,7 @@ class EncoderEngine(Engine):
             raise self._no_adapters(lora)
         return admission.make_request(
             prompt_token_ids, params, self._limits, self._seeds, request_id=request_id, cache_salt=cache_salt,
-            arrival_ns=arrival_ns,
+            arrival_ns=arrival_ns, priority=priority, client=client,
         )  # fmt: skip
 
     def add(self, request: Request) -> None:
@@ -113,12 +117,18 @@ class EncoderEngine(Engine):
                 remedy="Use an id of its own for each request.",
             )  # fmt: skip
         self._waiting[request.request_id] = request
+        self._num_waiting_tokens += len(request.prompt_token_ids)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, reason: str | None = None) -> None:
         """End a request that waits; its last delta comes with the next step. Others are ignored."""
         request = self._waiting.pop(request_id, None)
         if request is not None:
-            self._end(request, FinishReason.ABORT, time.monotonic_ns())
+            self._end(request, FinishReason.ABORT, time.monotonic_ns(), error=reason)
+
+    @property
+    def backlog(self) -> Backlog:
+        """What waits for a batch. Safe to call from any thread."""
+        return Backlog(len(self._waiting), self._num_waiting_tokens)
 
     @property
     def vocab_size(self) -> int:
@@ -133,11 +143,23 @@ class EncoderEngine(Engine):
     def step(self) -> StepOutput:
         """Compute one batch of what waits, and hand out what has ended."""
         self._require_open()
+        self._end_overdue()
         record = self._run(self._next_batch()) if self._waiting else None
         output = StepOutput(None, tuple(self._deltas), record, tuple(self._records))
         self._deltas.clear()
         self._records.clear()
         return output
+
+    def _end_overdue(self) -> None:
+        """End requests that have waited for too long; the oldest are the first."""
+        longest_s, now_ns = self.config.max_queue_seconds, time.monotonic_ns()
+        while longest_s is not None and self._waiting:
+            request = next(iter(self._waiting.values()))
+            waited_s = (now_ns - request.arrival_ns) / 1e9
+            if waited_s < longest_s:
+                break
+            why = f"it waited {waited_s:.1f} s for its turn, at most {longest_s:g} s are allowed"
+            self._end(self._waiting.pop(request.request_id), FinishReason.TIMEOUT, now_ns, error=why)
 
     def _next_batch(self) -> list[Request]:
         """The oldest request and those nearest to it in length, within the budget; they wait no more."""
@@ -211,6 +233,7 @@ class EncoderEngine(Engine):
             )
         )
         self._finished[reason.value] += 1
+        self._num_waiting_tokens -= len(request.prompt_token_ids)
 
     # ── what encoders do not have ───────────────────────────────────────────────────────────────────────────────────
 

@@ -20,7 +20,7 @@ class _Answer(BaseModel):
 
 class ErrorFacts(_Answer):
     message: str
-    type: Literal["invalid_request_error", "server_error"]
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
     param: str | None  # the field, header or setting that is meant
     code: str
 

@@ -48,6 +48,7 @@ class Endpoints:
     def __init__(self, host: EngineHost, settings: Settings, services: Services | None = None) -> None:
         self._host = host
         self._max_body_bytes = settings.max_body_bytes
+        self._stalled_after_s = settings.stalled_client_seconds
         self._services = services
         self._started = int(time.time())
 
@@ -112,12 +113,14 @@ class Endpoints:
         answer_log = self._answer_log(lambda: json.dumps(messages, ensure_ascii=False))
         choices = submit_choices(  # the last thing that can refuse: nothing runs that is not answered
             worker, [prompt], params, request_id=request_id,
-            cache_salt=body.cache_salt or "", arrival_ns=arrival_ns, answer_log=answer_log,
+            cache_salt=body.cache_salt or "", priority=body.priority or 0, client=client_of(body), arrival_ns=arrival_ns,
+            answer_log=answer_log,
             syntax=syntax, include_reasoning=body.include_reasoning is not False,
         )  # fmt: skip
         return GenerationResponse(
             choices, wire, request_id=request_id, stream=bool(body.stream),
             include_usage=include_usage or wire_for is not None, answer_log=answer_log,
+            stalled_after_s=self._stalled_after_s,
         )  # fmt: skip
 
     async def _start_completion(
@@ -145,11 +148,12 @@ class Endpoints:
         answer_log = self._answer_log(lambda: "\n".join(p for p in given if isinstance(p, str)))
         choices = submit_choices(
             worker, prompts, params, request_id=request_id,
-            cache_salt=body.cache_salt or "", arrival_ns=arrival_ns, answer_log=answer_log, echoes=echoes,
+            cache_salt=body.cache_salt or "", priority=body.priority or 0, client=client_of(body), arrival_ns=arrival_ns,
+            answer_log=answer_log, echoes=echoes,
         )  # fmt: skip
         return GenerationResponse(
             choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage,
-            answer_log=answer_log, best_of=params,
+            answer_log=answer_log, best_of=params, stalled_after_s=self._stalled_after_s,
         )  # fmt: skip
 
     def _answer_log(self, prompt: Callable[[], str]) -> AnswerLog:
@@ -326,6 +330,11 @@ def _common_params(
     return SamplingParams(
         max_tokens=max_tokens if max_tokens is not None else default_max, logprobs=logprobs, **values
     )
+
+
+def client_of(body: ChatRequest | CompletionRequest) -> str:
+    """Whom the request counts for: the end user that the caller names, in OpenAI's newer or older field."""
+    return body.safety_identifier or body.user or ""
 
 
 def _include_usage(body: ChatRequest | CompletionRequest) -> bool:

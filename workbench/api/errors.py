@@ -22,6 +22,7 @@ from engine.errors import (
     ModelLoadError,
     ModelNotFoundError,
     OutOfMemoryError,
+    QueueFullError,
     StepFailedError,
 )
 from workbench.errors import ApiError, BodyTooLargeError, NotReadyError, UnknownModelError, WorkbenchError
@@ -70,6 +71,18 @@ class RequestFailedError(WorkbenchError):
     code = "request_failed"
 
 
+class RequestAbortedError(WorkbenchError):
+    """The server ended the request, most likely because it is stopping."""
+
+    code = "request_aborted"
+
+
+class QueueTimeoutError(WorkbenchError):
+    """The request waited longer for its turn than this server lets requests wait."""
+
+    code = "queue_timeout"
+
+
 def status_of(error: Exception) -> int:
     """The HTTP status of a typed error; 500 for everything else."""
     if isinstance(error, MediaTypeError):
@@ -78,6 +91,10 @@ def status_of(error: Exception) -> int:
         return 401
     if isinstance(error, ForbiddenError):
         return 403
+    if isinstance(error, QueueFullError):
+        return 429
+    if isinstance(error, QueueTimeoutError | RequestAbortedError):
+        return 503
     known = next((status for kind, status in _STATUS if isinstance(error, kind)), None)
     if known is None and isinstance(
         error, WorkbenchError
@@ -97,6 +114,8 @@ def error_body(error: Exception, status: int) -> dict[str, Any]:
             "internal_error",
         )
     kind = "invalid_request_error" if status < 500 else "server_error"
+    if status == 429:
+        kind = "rate_limit_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -106,6 +125,8 @@ def error_response(error: Exception, request_id: str | None = None, *, details: 
     headers = {"x-request-id": request_id} if request_id else {}
     if status == 503:
         headers["retry-after"] = _RETRY_AFTER_S
+    if isinstance(error, QueueFullError):
+        headers["retry-after"] = str(error.retry_after_s)
     body = error_body(error, status)
     if details and isinstance(error, EngineError | WorkbenchError):
         facts = {"value": error.value, "limit": error.limit, "remedy": error.remedy}

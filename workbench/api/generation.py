@@ -9,8 +9,10 @@ Boundary: from RequestStreams to bytes; the format is the wire's, the checks wer
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -22,7 +24,16 @@ from engine.records import Completion, StreamDelta
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from workbench.api.answer_log import AnswerLog
-from workbench.api.errors import RequestFailedError, error_body, error_response, json_response, status_of
+from workbench.api.errors import (
+    QueueTimeoutError,
+    RequestAbortedError,
+    RequestFailedError,
+    error_body,
+    error_response,
+    json_response,
+    status_of,
+)
+from workbench.api.stalled import STALLED_AFTER_S, unless_stalled
 from workbench.api.wire import CallDelta, ChoicePart, Usage, Wire
 from workbench.chat_output import (
     CallArguments,
@@ -44,6 +55,8 @@ if TYPE_CHECKING:
 
 
 PLAIN = OutputSyntax()
+NO_LOG = AnswerLog(None)
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -162,6 +175,8 @@ def submit_choices(
     request_id: str,
     cache_salt: str = "",
     arrival_ns: int | None = None,
+    priority: int = 0,
+    client: str = "",
     syntax: OutputSyntax = PLAIN,
     include_reasoning: bool = True,
     answer_log: AnswerLog | None = None,
@@ -171,29 +186,22 @@ def submit_choices(
 
     `echoes`: what the answers to each prompt begin with.
     """
-    choices: list[Choice] = []
-    try:
-        for place, prompt in enumerate(prompts):
-            echo = None if echoes is None else echoes[place]
-            for i, each in enumerate(params.each()):
-                engine_id = f"{request_id}-{len(choices)}" if choices else request_id
-                if answer_log is not None:
-                    answer_log.expect(engine_id)
-                stream = worker.submit(
-                    prompt,
-                    each,
-                    request_id=engine_id,
-                    cache_salt=cache_salt,
-                    arrival_ns=arrival_ns,
-                )
-                choices.append(
-                    Choice(len(choices), stream, syntax, include_reasoning, counts_prompt=i == 0, echo=echo)
-                )
-    except BaseException:
-        for choice in choices:
-            choice.stream.abort()
-        raise
-    return choices
+    each = params.each()
+    num_requests = len(prompts) * len(each)
+    engine_ids = [request_id, *(f"{request_id}-{i}" for i in range(1, num_requests))]
+    for engine_id in engine_ids:
+        (answer_log or NO_LOG).expect(engine_id)
+    streams = worker.submit_all(
+        prompts, [params] * len(prompts), request_ids=engine_ids, cache_salt=cache_salt, arrival_ns=arrival_ns,
+        priority=priority, client=client,
+    )  # fmt: skip
+    return [
+        Choice(
+            i, stream, syntax, include_reasoning, counts_prompt=i % len(each) == 0,
+            echo=None if echoes is None else echoes[i // len(each)],
+        )
+        for i, stream in enumerate(streams)
+    ]  # fmt: skip
 
 
 class GenerationResponse(Response):
@@ -209,16 +217,20 @@ class GenerationResponse(Response):
         include_usage: bool,
         answer_log: AnswerLog | None = None,
         best_of: SamplingParams | None = None,
+        stalled_after_s: float = STALLED_AFTER_S,
     ) -> None:
-        """`best_of`: the params that say how many of each prompt's choices are told; None: all."""
+        """`best_of`: the params that say how many of each prompt's choices are told; None: all. `stalled_after_s`: how long a
+        client may leave what was sent to it unread before its answer is cut.
+        """
         super().__init__()
         self._choices = choices
         self._best_of = best_of
-        self._answer_log = answer_log or AnswerLog(None)
+        self._answer_log = answer_log or NO_LOG
         self._wire = wire
         self._request_id = request_id
         self._stream = stream
         self._include_usage = include_usage
+        self._stalled_after_s = stalled_after_s
         self._gone = False
         self._failed = False
 
@@ -226,7 +238,11 @@ class GenerationResponse(Response):
         watch = asyncio.create_task(self._watch(receive))
         try:
             if self._stream:
-                await self._send_stream(send)
+                if not await unless_stalled(
+                    partial(self._send_stream, scope, receive), send, self._stalled_after_s
+                ):
+                    log.warning("%s: its client reads nothing, it is cut", self._request_id)
+                    self._gone = True
             else:
                 await self._send_whole(scope, receive, send)
         finally:
@@ -270,7 +286,10 @@ class GenerationResponse(Response):
             part.index = index
         return best
 
-    async def _send_stream(self, send: Send) -> None:
+    async def _send_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if await self._choices[0].stream.timed_out():  # a status can still tell it
+            await self._send_whole(scope, receive, send)
+            return
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
@@ -330,8 +349,14 @@ def _raise_if_failed(reason: FinishReason, error: str | None) -> None:
             f"the step that served this request failed: {error}", value=error,
             remedy="Send it again; if it fails again, the server's log has the cause.",
         )  # fmt: skip
+    if reason is FinishReason.TIMEOUT:
+        raise QueueTimeoutError(
+            f"the request was not begun: {error}",
+            value=error,
+            remedy="The server is busy; send it again later.",
+        )
     if reason is FinishReason.ABORT:
-        raise RequestFailedError(
+        raise RequestAbortedError(
             f"the request was aborted{f': {error}' if error else ''}",
             remedy="The server may be stopping; send it again.",
         )

@@ -259,17 +259,10 @@ def _submit(
     answer_log: AnswerLog,
 ) -> list[RequestStream]:
     """Submit all of them or none."""
-    streams: list[RequestStream] = []
-    try:
-        for prompt, each in zip(prompts, params, strict=True):
-            request_id = uuid.uuid4().hex
-            answer_log.expect(request_id)
-            streams.append(worker.submit(prompt, each, request_id=request_id))
-    except BaseException:
-        for stream in streams:
-            stream.abort()
-        raise
-    return streams
+    request_ids = [uuid.uuid4().hex for _ in prompts]
+    for request_id in request_ids:
+        answer_log.expect(request_id)
+    return worker.submit_all(prompts, params, request_ids=request_ids)
 
 
 def resident_to_json(resident: Resident) -> dict[str, Any]:

@@ -255,6 +255,7 @@ def _stats_families(model: str, worker: EngineWorker) -> Iterator[Metric]:
             used / stats.num_blocks if stats.num_blocks else 0.0,
             "Used KV blocks, 1 is all",
         ),
+        ("num_tokens_waiting", stats.num_waiting_tokens, "Tokens of the requests in the queue"),
         ("kv_cache_blocks", stats.num_blocks, "KV blocks in the pool"),
         ("kv_cache_cached_blocks", stats.num_cached_blocks, "Free blocks that can still be matched"),
         ("kv_cache_host_blocks", stats.num_host_blocks, "KV blocks that host memory can keep"),
@@ -271,6 +272,7 @@ def _stats_families(model: str, worker: EngineWorker) -> Iterator[Metric]:
         ("num_preemptions", stats.preemptions, "Preemptions"),
         ("spec_decode_num_draft_tokens", stats.draft_tokens, "Guessed tokens that were computed"),
         ("spec_decode_num_accepted_tokens", stats.accepted_tokens, "Guessed tokens that were right"),
+        ("num_requests_refused", worker.num_refused, "Requests refused because the queue was full"),
         ("engine_steps", stats.steps, "Steps"),
         ("engine_step_errors", stats.step_errors, "Steps that failed"),
     )

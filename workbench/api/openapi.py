@@ -30,8 +30,9 @@ _STATUSES = {
     413: "The body is over the limit.",
     415: "The body is not declared as application/json.",
     422: "The files cannot be served.",
+    429: "As much waits as may wait; `retry-after` says when there may be room.",
     500: "A step failed; send it again.",
-    503: "No model can answer now; `retry-after` says when to try again.",
+    503: "No model can answer now, the request waited too long, or the server stops; `retry-after` says when to try again.",
 }
 _TEXT, _EVENTS, _JSON = "text/plain", "text/event-stream", "application/json"
 
@@ -57,19 +58,20 @@ class Operation:
 
 
 _MODEL = (404, 503)
+_QUEUE = (404, 429, 503)
 _CHUNKS = '`data: {…}` for each chunk, then `data: [DONE]`; an error in between is `data: {"error": …}`.'
 _RERANK = "Documents by relevance to a query, the best first"
 OPERATIONS = (
     Operation("post", "/v1/chat/completions", "An answer to a conversation", answers.ChatCompletion,
-              schema.ChatRequest, _MODEL, _CHUNKS),
-    Operation("post", "/v1/completions", "How a text goes on", answers.Completion, schema.CompletionRequest, _MODEL, _CHUNKS),
+              schema.ChatRequest, _QUEUE, _CHUNKS),
+    Operation("post", "/v1/completions", "How a text goes on", answers.Completion, schema.CompletionRequest, _QUEUE, _CHUNKS),
     Operation("post", "/v1/responses", "An answer to a conversation, as items", answers.ResponseAnswer,
-              responses_schema.ResponsesRequest, _MODEL,
+              responses_schema.ResponsesRequest, _QUEUE,
               "OpenAI's events, numbered, from `response.created` to `response.completed`, `.incomplete` or `.failed`."),
-    Operation("post", "/v1/embeddings", "Texts as vectors", answers.EmbeddingList, schema.EmbeddingRequest, _MODEL),
-    *(Operation("post", path, _RERANK, answers.RerankAnswer, schema.RerankRequest, _MODEL)
+    Operation("post", "/v1/embeddings", "Texts as vectors", answers.EmbeddingList, schema.EmbeddingRequest, _QUEUE),
+    *(Operation("post", path, _RERANK, answers.RerankAnswer, schema.RerankRequest, _QUEUE)
       for path in ("/v1/rerank", "/rerank", "/v2/rerank")),
-    Operation("post", "/v1/score", "How well the texts of each pair fit", answers.ScoreAnswer, schema.ScoreRequest, _MODEL),
+    Operation("post", "/v1/score", "How well the texts of each pair fit", answers.ScoreAnswer, schema.ScoreRequest, _QUEUE),
     Operation("post", "/tokenize", "A prompt's or conversation's tokens", answers.TokenizeAnswer, schema.TokenizeRequest, _MODEL),
     Operation("post", "/detokenize", "The text of tokens", answers.DetokenizeAnswer, schema.DetokenizeRequest, _MODEL),
     Operation("get", "/v1/models", "The models that answer here", answers.ModelList),

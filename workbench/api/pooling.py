@@ -205,17 +205,12 @@ class Pool:
 def _submit(worker: EngineWorker, asked: Asked, call: Call, answer_log: AnswerLog) -> list[Any]:
     """Tokenize and submit all texts, or none."""
     requests = asked(worker)
-    streams: list[Any] = []
-    try:
-        for prompt, params in zip(requests.prompts, requests.params, strict=True):
-            engine_id = f"{call.request_id}-{len(streams)}" if streams else call.request_id
-            answer_log.expect(engine_id)
-            streams.append(worker.submit(prompt, params, request_id=engine_id, arrival_ns=call.arrival_ns))
-    except BaseException:
-        for stream in streams:
-            stream.abort()
-        raise
-    return streams
+    engine_ids = [call.request_id, *(f"{call.request_id}-{i}" for i in range(1, len(requests.prompts)))]
+    for engine_id in engine_ids:
+        answer_log.expect(engine_id)
+    return worker.submit_all(
+        requests.prompts, requests.params, request_ids=engine_ids, arrival_ns=call.arrival_ns
+    )
 
 
 def _inputs(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | Sequence[int]]:

@@ -28,7 +28,11 @@ class Probes:
     async def healthz(self, request: Request) -> Response:
         facts = self._facts()
         waiting = facts["phase"] in (HostPhase.IDLE.value, HostPhase.LOADING.value, HostPhase.SLEEPING.value)
-        alive = waiting or facts["engine"] in (HealthState.HEALTHY.value, HealthState.STARTING.value)
+        alive = (
+            waiting
+            or self._host.is_stopping
+            or facts["engine"] in (HealthState.HEALTHY.value, HealthState.STARTING.value)
+        )
         return json_response({"status": "alive" if alive else "failed", **facts}, 200 if alive else 503)
 
     async def readyz(self, request: Request) -> Response:

@@ -102,10 +102,11 @@ class _Generation(_Strict):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
-    # labels of the caller: accepted, without effect
-    user: str | None = None
-    metadata: dict[str, str] | None = None
+    # the end user, who gets a fair share; the second is OpenAI's older name
     safety_identifier: str | None = None
+    user: str | None = None
+    # labels of the caller: accepted, without effect
+    metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
     # vLLM's extras
     top_k: int | None = None
@@ -121,6 +122,7 @@ class _Generation(_Strict):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     cache_salt: str | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # lower runs earlier
     # what the output must look like: one of them; ``workbench.api.constraints`` reads them
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -271,7 +273,6 @@ _NEUTRAL: Unserved = {
     "chat_template": ((None,), "Leave it out: the model's own template is used."),
     "add_generation_prompt": ((None, True), "Leave it out."),
     "continue_final_message": ((None, False), "Leave it out."),
-    "priority": ((None, 0), "Leave it out: requests are served in order of arrival."),
 }
 
 Body = TypeVar("Body", bound=BaseModel)

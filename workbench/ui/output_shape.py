@@ -18,6 +18,7 @@ _CUTS = {
     FinishReason.LENGTH: "cut by the token limit",
     FinishReason.ABORT: "stopped",
     FinishReason.ERROR: "broken off",
+    FinishReason.TIMEOUT: "waited too long",
 }
 
 

@@ -137,6 +137,7 @@ class Harness:
             max_model_len=MAX_MODEL_LEN,
             enable_prefix_cache=shape.enable_prefix_cache,
             speculative_config=_guesses(shape.num_guesses, shape.has_draft_model),
+            client_weights={"a": 3.0},
         )
         self.engine = Engine(
             config,
@@ -163,7 +164,9 @@ class Harness:
     def capacity(self) -> int:
         return self.shape.num_blocks * self.shape.block_size
 
-    def add(self, prompt: list[int], params: SamplingParams, salt: str = "") -> None:
+    def add(
+        self, prompt: list[int], params: SamplingParams, salt: str = "", priority: int = 0, client: str = ""
+    ) -> None:
         room = min(MAX_MODEL_LEN - (params.max_tokens != 0), self.capacity)
         if not prompt or len(prompt) > room or params.logprob_start_len >= max(1, len(prompt)):
             return
@@ -173,7 +176,11 @@ class Harness:
         if params.max_tokens is not None and total - 1 > self.capacity:
             return
         request_id = f"r{self.num_added}"
-        self.engine.add(self.engine.make_request(prompt, params, request_id=request_id, cache_salt=salt))
+        self.engine.add(
+            self.engine.make_request(
+                prompt, params, request_id=request_id, cache_salt=salt, priority=priority, client=client
+            )
+        )
         self.num_added += 1
         self.prompts = [*self.prompts[-7:], prompt]
         self.expected[request_id] = alone(prompt, params, min(total, self.capacity + 1))
@@ -375,6 +382,8 @@ class EngineMachine(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "", "other"]),
         score=st.sampled_from([None, None, None, 0, 2]),
         score_from=st.sampled_from([0, 0, 1, 2, 7]),
+        priority=st.sampled_from([0, 0, -1, 1]),
+        client=st.sampled_from("ab"),
     )
     def add(
         self,
@@ -389,6 +398,8 @@ class EngineMachine(RuleBasedStateMachine):
         salt,
         score,
         score_from,
+        priority,
+        client,
     ) -> None:
         if reuse is not None and self.harness.prompts:
             old = self.harness.prompts[reuse[0] % len(self.harness.prompts)]
@@ -405,7 +416,7 @@ class EngineMachine(RuleBasedStateMachine):
             prompt_logprobs=score,
             logprob_start_len=score_from if score is not None else 0,
         )
-        self.harness.add(prompt, params, salt)
+        self.harness.add(prompt, params, salt, priority, client)
 
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
@@ -490,7 +501,11 @@ def drive(
             roll = rng.random()
             if roll < 0.22:
                 harness.add(
-                    random_prompt(rng, harness.prompts), random_params(rng), rng.choice(["", "", "other"])
+                    random_prompt(rng, harness.prompts),
+                    random_params(rng),
+                    rng.choice(["", "", "other"]),
+                    rng.choice([0, 0, -1, 1]),
+                    rng.choice("ab"),
                 )
             elif roll < 0.26:
                 harness.abort(rng.randrange(16))

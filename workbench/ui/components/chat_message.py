@@ -26,6 +26,7 @@ _ENDS = {
     FinishReason.LENGTH: "token limit",
     FinishReason.ABORT: "stopped",
     FinishReason.ERROR: "error",
+    FinishReason.TIMEOUT: "waited too long",
 }
 _SIGNS = {"ok": "✓ ", "warn": "! ", "bad": "✕ ", "": ""}
 

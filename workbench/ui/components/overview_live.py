@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from engine.request import FinishReason
 from workbench.ui import formats, glossary, markup, resources, theme
 from workbench.ui.components import (
     checklist,
@@ -103,7 +102,7 @@ def _tiles(
 
 
 def _attention(stats: EngineStats, requests: list[RequestRecord]) -> str:
-    failed = sum(r.finish_reason is FinishReason.ERROR for r in requests)
+    failed = sum(r.finish_reason.is_failure for r in requests)
     preempted = sum(r.num_preemptions for r in requests)
     held = stats.num_blocks - stats.num_free_blocks
     found = [

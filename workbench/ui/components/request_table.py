@@ -14,7 +14,7 @@ from workbench.ui.markup import Cell
 if TYPE_CHECKING:
     from engine.records import RequestRecord
 
-_TONE = {FinishReason.ERROR: "bad", FinishReason.ABORT: "warn"}
+_TONE = {FinishReason.ERROR: "bad", FinishReason.TIMEOUT: "bad", FinishReason.ABORT: "warn"}
 
 
 def show(requests: Sequence[RequestRecord], now_ns: int) -> None:
