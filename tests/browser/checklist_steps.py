@@ -79,6 +79,6 @@ def own_model(bundled: Path, folder: Path) -> Path:
 
 def load_own(page: Page, folder: Path) -> None:
     go_to(page, "Versions")
-    page.get_by_role("textbox", name="Folder or hub id").fill(str(folder))
+    page.get_by_role("textbox", name="Folder, hub id or version").fill(str(folder))
     page.get_by_role("button", name="Load", exact=True).last.click()
     expect(page.get_by_text(re.compile(f"Load .*{folder.name}.*: done"))).to_be_visible(timeout=SWAP_MS)
