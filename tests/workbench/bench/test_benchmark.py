@@ -30,7 +30,8 @@ from workbench.settings import Settings
 from workbench.store import open_store
 
 AGREE_MS = 3.0
-QUIET_LAG_MS = 1.15  # p99 of a timer's lateness on a machine that has a core to spare; 1 ms is the timer's own
+# p99 of a timer's lateness on a machine that has a core to spare; 1 ms is the timer's own.
+QUIET_LAG_MS = 1.15
 ATTEMPTS = 6
 
 
