@@ -284,9 +284,8 @@ def load_part(
     tell: Progress,
     *,
     draft: Draft | None = None,
-    has_front: bool = True,
 ) -> Loaded:
-    """Load what a rank, or the only process, has of a model. `has_front`: with its tokenizer."""
+    """Load what a rank, or the only process, has of a model; rank 0 with its tokenizer."""
     device = torch.device(config.device)
     if device.type == "cuda":
         keep_triton_kernels()
@@ -298,7 +297,7 @@ def load_part(
         ranks = Ranks(shard, device, timeout_s=config.distributed_timeout_seconds * (2 if shard.rank else 1))
     load_decoder = partial(_load_decoder, config, shard.share, folder, load, ranks)
     with ThreadPoolExecutor(1, "tokenizer") as beside:  # most of it is imports, while weights are copied
-        loading = beside.submit(_load_tokenizer, folder, config) if has_front else None
+        loading = beside.submit(_load_tokenizer, folder, config) if shard.rank == 0 else None
         decoder = load_decoder(tell)
         loaded_draft = None if draft is None else _load_draft(config, draft, load)
         tokenizer = None if loading is None else loading.result()

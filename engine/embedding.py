@@ -21,7 +21,7 @@ from engine.prompts import Prompt
 from engine.records import Completion
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
-from engine.waiting import abort_all, wait_for_all
+from engine.waiting import finished
 
 if TYPE_CHECKING:
     from engine.tokenizer import TokenizerLike
@@ -185,12 +185,7 @@ def _run(
     worker: EngineWorker, requests: PooledRequests, lora: str | None, use_tqdm: bool
 ) -> list[Completion]:
     streams = worker.submit_all(requests.prompts, requests.params, loras=[lora] * len(requests.prompts))
-    try:
-        wait_for_all(streams, use_tqdm)
-    except BaseException:
-        abort_all(streams)
-        raise
-    return [stream.result() for stream in streams]
+    return finished(streams, use_tqdm)
 
 
 def _texts_of(pairs: Sequence[tuple[str, str]]) -> list[str]:

@@ -30,7 +30,7 @@ from engine.sampling_params import SamplingParams
 from engine.scoring import Perplexity
 from engine.token_kl import TokenKL
 from engine.tokenizer import TokenizerLike
-from engine.waiting import abort_all, wait_for_all
+from engine.waiting import finished
 from engine.worker import EngineWorker
 
 
@@ -294,12 +294,7 @@ class LLM:
     ) -> list[Completion]:
         loras = one_each(lora, str, len(prompts), param="lora", what="adapters")
         streams = self.worker.submit_all(prompts, params, loras=loras)
-        try:
-            wait_for_all(streams, use_tqdm)
-        except BaseException:
-            abort_all(streams)
-            raise
-        completions = [stream.result() for stream in streams]
+        completions = finished(streams, use_tqdm)
         failed = [c for c in completions if c.finish_reason.is_failure]
         if failed and self.worker.health().state is HealthState.DEAD:
             raise EngineDeadError(failed[0].error or "the engine died", remedy="Load the model again.")

@@ -20,9 +20,8 @@ from engine.plan import TokenLogprobs
 from engine.records import Completion
 from engine.request import FinishReason
 from engine.sampling_params import ALL_LOGPROBS, SamplingParams
-from engine.stream import RequestStream
 from engine.token_kl import KLBuilder, TokenKL
-from engine.waiting import abort_all, wait_for_all
+from engine.waiting import abort_all, finished
 
 if TYPE_CHECKING:
     from engine.llm import LLM
@@ -140,7 +139,7 @@ def perplexity(
             [scoring_params(window.first - window.begin) for _, window in part],
             loras=[lora] * len(part),
         )
-        for (i, window), completion in zip(part, _finished(streams, use_tqdm), strict=True):
+        for (i, window), completion in zip(part, finished(streams, use_tqdm), strict=True):
             counts[i] += window.end - window.first
             totals[i] += math.fsum(entry.logprob for entry in entries_of(completion))
     return [Perplexity(count, total) for count, total in zip(counts, totals, strict=True)]
@@ -163,7 +162,7 @@ def token_kl(
         except BaseException:
             abort_all(streams)
             raise
-        entries = [entries_of(completion) for completion in _finished(streams)]
+        entries = [entries_of(completion) for completion in finished(streams)]
         for piece, own, others in zip(pieces, entries[: len(pieces)], entries[len(pieces) :], strict=True):
             builders[piece.text].add(own, others)
     return [builder.build() for builder in builders]
@@ -183,15 +182,6 @@ def entries_of(completion: Completion) -> tuple[TokenLogprobs, ...]:
     if completion.finish_reason is not FinishReason.LENGTH:
         raise StepFailedError(completion.error or "scoring failed", value=completion.request_id)
     return completion.prompt_logprobs
-
-
-def _finished(streams: list[RequestStream], use_tqdm: bool = False) -> list[Completion]:
-    try:
-        wait_for_all(streams, use_tqdm)
-    except BaseException:
-        abort_all(streams)
-        raise
-    return [stream.result() for stream in streams]
 
 
 def _ids_of(llm: LLM, text: Prompt) -> list[int]:

@@ -5,10 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from engine.records import Completion
 from engine.stream import RequestStream
 
 REFRESH_S = 0.1  # how often output is taken in and the progress bar moves
 ABORT_WAIT_S = 5.0
+
+
+def finished(streams: Sequence[RequestStream], use_tqdm: bool = False) -> list[Completion]:
+    """The completions of all streams, in their order. Whoever interrupts the wait ends them."""
+    try:
+        wait_for_all(streams, use_tqdm)
+    except BaseException:
+        abort_all(streams)
+        raise
+    return [stream.result() for stream in streams]
 
 
 def wait_for_all(streams: Sequence[RequestStream], use_tqdm: bool) -> None:

@@ -17,6 +17,7 @@ from workbench.settings import FAKE_MODEL
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
+    from engine.memory import DeviceMemory
     from engine.records import MemoryLedger
 
 CPU_SHARE = 0.8  # of the memory that this process may use: for all engines together
@@ -100,10 +101,8 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
         return replace(config, num_blocks=_first_on_gpu(needs, memory.free_bytes))
     reserved = sum(ledger.engine_bytes for ledger in others.values())
     left = memory.free_bytes
-    if (
-        device.type == "cpu"
-    ):  # an allocation there takes memory only when it is written to: count what was promised
-        left = min(left, int(CPU_SHARE * memory.total_bytes) - reserved) // config.tensor_parallel_size
+    if device.type == "cpu":
+        left = _left_on_cpu(memory, reserved) // config.tensor_parallel_size
     asked = _further(config, needs, left, on_cpu=device.type == "cpu")
     fewest = min(asked, needs.blocks_a_context, -(-LEAST_TOKENS // config.block_size))
     num_blocks = min(asked, (left - needs.fixed) // needs.block)
@@ -134,7 +133,7 @@ def _fit_encoder(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> En
     left = memory.free_bytes
     if resolved.device == "cpu":
         reserved = sum(ledger.engine_bytes for ledger in others.values())
-        left = max(0, min(left, int(CPU_SHARE * memory.total_bytes) - reserved))
+        left = max(0, _left_on_cpu(memory, reserved))
     needed = demand_of(replace(resolved, enable_lora=False), folder).num_bytes
     if needed > left:
         raise OutOfMemoryError(
@@ -162,7 +161,7 @@ def check_wake(
 
     memory = device_memory(torch.device("cpu"))
     promised = asleep.engine_bytes + sum(ledger.engine_bytes for ledger in others.values())
-    left = max(0, min(memory.free_bytes, int(CPU_SHARE * memory.total_bytes) - promised))
+    left = max(0, _left_on_cpu(memory, promised))
     needed = awake.engine_bytes - asleep.engine_bytes
     if needed > left:
         raise OutOfMemoryError(
@@ -170,6 +169,11 @@ def check_wake(
             f"left. Resident: {_holders(others)}",
             value=needed, limit=left, param="id", remedy="Unload another model or put it to sleep first.",
         )  # fmt: skip
+
+
+def _left_on_cpu(memory: DeviceMemory, promised: int) -> int:
+    """Bytes for one more engine. An allocation takes memory only when it is written to: what was promised counts."""
+    return min(memory.free_bytes, int(CPU_SHARE * memory.total_bytes) - promised)
 
 
 def _holders(others: Mapping[str, MemoryLedger]) -> str:

@@ -75,7 +75,7 @@ def _load(start: Start) -> Callable[[Path], FollowerRunner]:
     config, folder = replace(start.config, device=str(device)), find_model(start.config.model)
     model = read_model_config(folder, trust_remote_code=config.trust_remote_code)
     shard = shard_of(model, start.rank, config.tensor_parallel_size)
-    loaded = load_part(start.asked, config, shard, folder, load_weights, _tell_nobody, has_front=False)
+    loaded = load_part(start.asked, config, shard, folder, load_weights, _tell_nobody)
     allocator = CudaAllocator(device) if device.type == "cuda" else None
 
     def meet(meeting: Path) -> FollowerRunner:
