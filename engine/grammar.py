@@ -232,7 +232,10 @@ class GrammarCompiler:
             return job, frozenset()
         tokenizer, tag = self._checked_tokenizer(), json.loads(job.text)
         markers = "\n".join(markers_in(tag))
-        texts = {i: tokenizer.token_text(i) for i in tokenizer.special_token_ids - self._eos}
+        known = min(
+            self._vocab_size, tokenizer.vocab_size
+        )  # a tokenizer may know more than the model can say
+        texts = {i: tokenizer.token_text(i) for i in tokenizer.special_token_ids - self._eos if i < known}
         named = {i: text for i, text in texts.items() if text and text in markers}
         if not named:
             return job, frozenset()

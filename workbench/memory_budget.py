@@ -113,7 +113,7 @@ def fit_beside(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> Engi
 
 
 def _fit_encoder(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> EngineConfig:
-    """`config` without what concerns models that generate; an encoder has no KV pool that could be made smaller."""
+    """`config` without what the server sets for models that generate; an encoder has no KV pool that could be smaller."""
     import torch
 
     from engine.device_choice import resolve_device
@@ -126,7 +126,10 @@ def _fit_encoder(config: EngineConfig, others: Mapping[str, MemoryLedger]) -> En
     folder = find_model(config.model)
     context = read_encoder_config(folder).max_context
     config = replace(
-        config, speculative_config=None, max_model_len=min(config.max_model_len or context, context)
+        config,
+        speculative_config=None,
+        tensor_parallel_size=1,
+        max_model_len=min(config.max_model_len or context, context),
     )
     resolved = resolve_device(config)
     memory = device_memory(torch.device(resolved.device))

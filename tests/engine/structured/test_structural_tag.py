@@ -68,6 +68,14 @@ def test_special_tokens_are_markers_where_a_tag_writes_them_out_and_nothing_else
     assert not accepts(named, '<|tool|>"a<|tool|>"<|tool|>')
 
 
+def test_markers_that_the_model_cannot_say_are_none():
+    special = max(TOKENIZER.special_token_ids - TOKENIZER.eos_token_ids)
+    smaller = GrammarCompiler(TOKENIZER, vocab_size=special, eos_token_ids=TOKENIZER.eos_token_ids)
+    text = TOKENIZER.token_text(special)
+    compiled = ask(smaller, {"type": "tag", "begin": text, "content": json_part(POINT), "end": ""})
+    assert not accepts(compiled, text + '{"x": 1}')
+
+
 def test_the_older_form_is_read_as_todays(compiler: GrammarCompiler):
     older = {"structures": [{"begin": "<call>", "schema": POINT, "end": "</call>"}], "triggers": ["<call>"]}
     structured = StructuredOutputsParams(structural_tag=json.dumps(older))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.config import EngineConfig
 from engine.embedding import embed, rerank
 from engine.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
 from engine.records import MemoryLedger
@@ -29,6 +30,11 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     make_encoder("roberta", root / "2")
     make_encoder("bert", root / "3", "ForSequenceClassification", num_labels=1)
     return {version: root / str(version) for version in (1, 2, 3)}
+
+
+def test_what_is_set_for_models_that_generate_is_not_asked_of_encoders(encoders: dict[int, Path]) -> None:
+    config = EngineConfig(model=str(encoders[1]), tensor_parallel_size=2, num_blocks=64)
+    assert fit_beside(config, {}).tensor_parallel_size == 1
 
 
 def vectors(host: EngineHost, model: str) -> list[Any]:
