@@ -55,7 +55,8 @@ test:
 	$(BIN)/python -m pytest -m "not full" $(SIDE_BY_SIDE) --durations=15
 
 test-full: test
-	$(BIN)/python -m pytest -m full --durations=25
+	$(BIN)/python -m pytest -m "full and not alone" $(SIDE_BY_SIDE) --durations=25
+	$(BIN)/python -m pytest -m "full and alone" --durations=25
 
 bench: $(VENV)/.installed-test browser
 	$(BIN)/python -m engine.bench overhead

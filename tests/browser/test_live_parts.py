@@ -145,6 +145,7 @@ def test_missing_answers_are_told_and_asked_for_less_often_until_they_come(fake,
     chip_says(page, "idle")
 
 
+@pytest.mark.full
 def test_server_that_stops_is_told_and_its_successor_is_followed(start_fake_app, visit):
     """The process ends and another one takes its port."""
     with start_fake_app() as (url, _):

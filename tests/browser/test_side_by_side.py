@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from browser_steps import ask, chip_says, finished_answers
 from playwright.sync_api import expect
 from residency_steps import resident, sleep_and_wake, unload
@@ -12,6 +13,7 @@ _STACKED = """new Set([...document.querySelectorAll("[data-testid=stColumn]:has(
   .map(column => column.getBoundingClientRect().y)).size > 1"""
 
 
+@pytest.mark.full
 def test_two_versions_answer_beside_each_other_and_one_is_stopped(start_fake_app, visit, screenshots):
     with start_fake_app(beside="other") as (url, _):
         here = visit(url)

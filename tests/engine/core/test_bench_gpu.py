@@ -146,6 +146,7 @@ def test_structured_compares_runs_with_a_grammar_and_without(capsys):
         assert row["rounds"] == 2
 
 
+@pytest.mark.full
 @no_gpu
 def test_attention_without_a_gpu_checks_its_results():
     # In a process of its own: Triton reads whether to interpret when kernels are imported.

@@ -106,6 +106,7 @@ def test_a_peer_that_takes_too_long_is_stopped():
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.full
 def test_a_peer_in_its_process_gives_what_was_asked_for():
     result = run_peer(STATIC, SESSION, TINY, WORKLOAD, 200)
     assert (result.output_tokens, result.note) == (7, "")

@@ -13,6 +13,7 @@ from engine.bench import cpu
 from engine.bench.parts import cpu_peers
 
 
+@pytest.mark.full
 def test_quick_run_reports_every_variant(library, capsys):
     parser = argparse.ArgumentParser()
     cpu.add_arguments(parser)

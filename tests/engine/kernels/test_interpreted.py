@@ -27,6 +27,7 @@ LONG = {
     "cases_engine_quantized_kv.py",
     "cases_families.py",
     "cases_invariant_linear.py",
+    "cases_lora.py",
     "cases_quantized_kv.py",
     "cases_sampling.py",
     "cases_weight_only.py",

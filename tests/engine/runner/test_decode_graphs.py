@@ -373,6 +373,7 @@ def test_late_results_and_captured_steps_give_the_same_tokens(
         assert any(key[4] for key in replay.captured if key[0] == "sampler"), "and so do rows with typical_p"
 
 
+@pytest.mark.full
 def test_a_draft_model_guesses_in_device_rows(run: Callable[..., Ran], alone: Ran) -> None:
     """Beside captured steps, in a pool that is too small for all; the same weights guess nearly everything rightly."""
     replay, requests = GuardedReplay(), workload()
@@ -442,6 +443,7 @@ def test_waking_up_captures_anew_and_gives_the_same_tokens(
     runner.close()
 
 
+@pytest.mark.full
 def test_blocks_that_return_from_the_host_give_the_same_tokens(run: Callable[..., Ran], alone: Ran) -> None:
     """Copies are made beside the captured work, which finds everything where it was."""
     replay, requests = GuardedReplay(), workload()

@@ -98,15 +98,17 @@ def test_a_sleeping_engine_is_healthy_and_asks_to_try_again(serve: Any) -> None:
 
 
 def test_while_loading_it_is_alive_but_not_ready(serve: Any) -> None:
-    gate = threading.Event()
+    gate, began = threading.Event(), threading.Event()
 
     def slow(config: Any, *, progress: Any, on_fatal: Any) -> Any:
         progress("Reading weights", 0.4)
+        began.set()
         assert gate.wait(30)
         return fake_worker(config, on_fatal=on_fatal)
 
     with serve(slow, wait=False) as server:
         try:
+            assert began.wait(30)
             alive, ready = server.http.get("/healthz"), server.http.get("/readyz")
             refused = server.http.post("/v1/chat/completions", json={"messages": USER})
         finally:

@@ -44,6 +44,7 @@ def test_the_wheel_holds_what_the_app_reads(installed: Path) -> None:
         assert not missing, f"the wheel lacks {sorted(missing)[:3]}"
 
 
+@pytest.mark.full
 def test_quire_up_works_from_the_wheel(installed: Path, quire: Callable[..., Any]) -> None:
     code = "import workbench.settings as s; print(s.resource_root())"
     env = {**os.environ, "PYTHONPATH": str(installed)}

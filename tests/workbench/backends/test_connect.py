@@ -30,6 +30,7 @@ with workbench.connect() as backend:
 """
 
 
+@pytest.mark.full
 def test_a_second_process_attaches_to_the_app_and_loads_nothing(app: Any, child_environment: Any) -> None:
     done = subprocess.run(
         [sys.executable, "-c", ASK], env=child_environment(app.home), capture_output=True, text=True, timeout=120,

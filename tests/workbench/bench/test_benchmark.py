@@ -79,6 +79,8 @@ def test_what_is_saved_gives_the_same_figures(app):
         saved.load(app.home_dir, "")
 
 
+@pytest.mark.full
+@pytest.mark.alone
 def test_client_and_engine_agree_per_request(app):
     """TTFT, TPOT and E2E of the same requests, the client's against the engine's RequestRecords: within 3 ms at p95.
 
@@ -347,6 +349,7 @@ def test_without_an_app_it_brings_its_own_engine_and_leaves_nothing(tiny_model, 
         run(settings, url=record.target["url"], requests=1)
 
 
+@pytest.mark.full
 def test_a_model_that_cannot_be_loaded_is_told(tmp_path):
     settings = settings_of(tmp_path / "home", model=str(tmp_path / "nothing")).model_copy(
         update={"fake": False}

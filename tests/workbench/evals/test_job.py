@@ -148,6 +148,7 @@ def independent_interval(x: np.ndarray, name: str, resamples: int, seed: int) ->
     return (float(low), float(high)) if sign > 0 else (-float(high), -float(low))
 
 
+@pytest.mark.full
 def test_bca_metrics_are_recomputed_too(table_backend: Make, write_dataset: Make, settings: Settings) -> None:
     """Answers with two fields of which one may be wrong: differences of F1 that are no whole wins."""
 

@@ -102,6 +102,7 @@ def arguments(command: Any, *given: str) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+@pytest.mark.full
 def test_quire_compare_ends_with_one_line_of_json(
     models: tuple[Path, Path],
     questions: Path,

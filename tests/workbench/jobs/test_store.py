@@ -50,6 +50,7 @@ def request_ids(store: Store) -> list[str]:
         return list(connection.execute(sa.select(feedback_outbox.c.request_id)).scalars())
 
 
+@pytest.mark.full
 def test_four_processes_with_a_thousand_rows_each_lose_none(home: Path) -> None:
     writers = [write(home, f"w{i}", 1000) for i in range(4)]  # all make the schema at once, too
     for writer in writers:

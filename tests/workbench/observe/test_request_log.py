@@ -294,6 +294,7 @@ def test_two_processes_and_a_live_journal_are_left_alone(tmp_path):
     assert sorted(RequestLog.read(tmp_path)["request_id"]) == ["one", "three", "two"]
 
 
+@pytest.mark.full
 def test_sigkill_at_random_moments_loses_no_acknowledged_request(tmp_path):
     """Segments of 40 rows, so that kills hit appends, syncs, compactions, renames and removals alike."""
     generator = random.Random(0)

@@ -79,6 +79,7 @@ def test_the_lab_s_token_is_kept_and_its_owner_s_alone(settings: Settings) -> No
     assert (notebook_folder(settings) / "nightly_gate.ipynb").is_file()
 
 
+@pytest.mark.full
 def test_the_lab_listens_on_loopback_and_asks_for_its_token(settings: Settings, tmp_path: Path) -> None:
     port = free_port()
     out = (tmp_path / "out").open("wb")

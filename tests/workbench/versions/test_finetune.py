@@ -88,6 +88,7 @@ finetune(config, lambda p: print(p.step, flush=True))
 """
 
 
+@pytest.mark.full
 def test_killed_while_saving_leaves_a_checkpoint_to_go_on_from(
     config: LoraConfig, data: JsonlData, tmp_path: Path
 ) -> None:
@@ -163,6 +164,7 @@ def test_data_is_told_and_read_back(data: JsonlData) -> None:
             data_from(bad)
 
 
+@pytest.mark.full
 def test_encoding_in_processes_is_the_same(tiny_model: Path) -> None:
     tokenizer = tiny_model / "tokenizer.json"
     assert encode_all(TicketData(30), tokenizer, 1) == encode_all(TicketData(30), tokenizer)
