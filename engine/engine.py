@@ -348,11 +348,18 @@ class Engine:
         if not result.dead_ends:
             return []
         sampling = step.sampling()
-        lost = [(sampling[j], why) for j, why in result.dead_ends.items() if sampling[j] not in step.dropped]
-        for seq, why in lost:
+        lost: list[RequestSequence] = []
+        for j, why in result.dead_ends.items():
+            seq = sampling[j]
+            if seq in step.dropped:
+                continue  # ended before, perhaps here: guesses give one request several tokens
+            lost.append(seq)
+            held = seq.block_ids
             self._scheduler.finish(seq, FinishReason.ERROR)
+            if result.token_ids[j] < 0:
+                self._scheduler.blocks.withdraw(held)
             self._outbox.put_end(seq, FinishReason.ERROR, why, now_ns)
-        return [seq for seq, _ in lost]
+        return lost
 
     def _collect(self) -> StepResult:
         if self._submit_error is not None and len(self._scheduler.inflight) == 1:

@@ -198,7 +198,7 @@ class StepResult:
     maps the row index i to the log-probabilities of the tokens at positions ``start[i] + 1 … start[i] + num_tokens[i]``
     that are prompt tokens and not before logprob_start_len, for rows that asked. `pooled` maps i to what the step adds to the
     row's pooled vector (``engine.runner.pooled``). `dead_ends` maps j to the reason why no token
-    was possible: its token is none.
+    was possible: its token is none, and negative where the row's logits were no numbers.
     """
 
     step_id: int

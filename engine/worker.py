@@ -7,7 +7,7 @@ no I/O, and sleeps on the inbox when there is nothing to do.
 
 Failures: a sink that raises is removed; a step that fails is the engine's affair (its requests end with an error, others go
 on); whatever escapes ``Engine.step`` (a broken device, a bug) ends all streams with an error, makes the worker DEAD and calls
-`on_fatal`. Dead workers are replaced, not revived.
+`on_fatal`; a step that hangs is for others to see, who `give_up`. Dead workers are replaced, not revived.
 
 Boundary: threads and delivery. What a step computes is ``engine.engine``'s.
 """
@@ -54,14 +54,15 @@ if TYPE_CHECKING:
 
 SWITCH_INTERVAL_S = 1e-4  # how long a busy Python thread may keep the engine thread from the interpreter
 STATS_INTERVAL_NS = 50_000_000
+_GIVEN_UP_S = 0.5  # that a thread which was given up has to end in
 STALL_AFTER_S = 60.0  # the first step of a model may compile kernels
 
 
 class EngineWorker:
     """Owns the thread that steps `engine`. All public methods may be called from any thread.
 
-    `on_fatal` is called once, on the dying thread, after all streams have ended. `stall_after_s`: how long work may wait
-    without a step that succeeds before health says STALLED.
+    `on_fatal` is called once, on the dying thread or that of `give_up`, after all streams have ended. `stall_after_s`: how long
+    work may wait without a step that succeeds before health says STALLED.
     """
 
     lora: str | None = None  # the adapter of requests that name none; a worker of a whole model has none
@@ -91,6 +92,8 @@ class EngineWorker:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._death: str | None = None  # why the engine takes no more requests
+        self._given_up = False  # its thread may hang for ever
+        self._dying = threading.Lock()  # taken once, by who ends it in disorder, and never given back
         self._working_since_ns: int | None = None  # None: idle
         self._last_step_ns: int | None = None
         self._next_stats_ns = 0
@@ -135,8 +138,10 @@ class EngineWorker:
             self._inbox.put(Close())
             if thread is threading.current_thread():
                 return  # a finalizer or sink on the engine thread: it will see the message
-            thread.join(timeout_s)
+            thread.join(_GIVEN_UP_S if self._given_up else timeout_s)
             if thread.is_alive():
+                if self._given_up:
+                    return  # its streams have ended, and nothing can end the thread
                 self._die_quietly("the engine was closed while a step hung")
                 raise EngineDeadError(
                     f"the engine thread did not end within {timeout_s} s; a step hangs",
@@ -148,6 +153,16 @@ class EngineWorker:
         if engine is not None:
             self._die_quietly(self._death or "the engine is closed")
             engine.close()
+
+    def give_up(self, error: EngineDeadError) -> None:
+        """Be dead with `error`, as if the step that runs had raised it, without waiting for that step; its thread ends if it
+        ever returns.
+
+        A second call does nothing.
+        """
+        self._given_up = True
+        self._inbox.put(Lost(error))
+        self._die(error)
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -411,7 +426,7 @@ class EngineWorker:
 
     def health(self) -> Health:
         """Whether the engine serves: idle, or a step succeeded lately."""
-        last, since = self._last_step_ns, self._working_since_ns
+        last, since = self._last_step_ns, self.awaited_since_ns
         thread = self._thread
         if self._death is not None or self._closing:
             return Health(HealthState.DEAD, last, self._death or "closed")
@@ -420,10 +435,16 @@ class EngineWorker:
         if not thread.is_alive():
             return Health(HealthState.DEAD, last, "the engine thread is gone")
         if since is not None:
-            waited_ns = time.monotonic_ns() - max(since, last or 0)
+            waited_ns = time.monotonic_ns() - since
             if waited_ns > self._stall_after_ns:
                 return Health(HealthState.STALLED, last, f"no step succeeded for {waited_ns / 1e9:.0f} s")
         return Health(HealthState.HEALTHY, last, "asleep" if self._stats.is_sleeping else "")
+
+    @property
+    def awaited_since_ns(self) -> int | None:
+        """Since when (``time.monotonic_ns``) a step that succeeds is due; None: nothing is to be computed."""
+        last, since = self._last_step_ns, self._working_since_ns
+        return None if since is None else max(since, last or 0)
 
     def add_sink(self, sink: Sink, *, lora: str | None = None) -> None:
         """Send every record from now on to `sink`, on the engine thread. One that raises is removed.
@@ -484,7 +505,9 @@ class EngineWorker:
         elif isinstance(message, Abort):
             engine.abort(message.request_id, message.reason)
         elif isinstance(message, Ask):
+            self._working_since_ns = None  # waking up and loading take what they take, and are no step
             self._act(engine, message)
+            self._working_since_ns = time.monotonic_ns()
         elif isinstance(message, Lost):
             raise message.error
         else:
@@ -555,7 +578,9 @@ class EngineWorker:
         self._event("stopped", self.config.model)
 
     def _die(self, error: BaseException) -> None:
-        """Disorderly end: whatever happened, no reader waits on."""
+        """Disorderly end: whatever happened, no reader waits on. Once, on the engine's thread or on that of `give_up`."""
+        if not self._dying.acquire(blocking=False):
+            return
         reason = f"the engine stopped: {type(error).__name__}: {error}"
         running = self._hub.loras()
         self._death = reason

@@ -1,4 +1,5 @@
-"""What holds for every test: in which order they run, what the garbage collector looks at, and that Ctrl+C can be sent."""
+"""What holds for every test: in which order they run, what the garbage collector looks at, that Ctrl+C can be sent, and how
+tests that inject faults tell what came of them."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
+
+from tests.faults_table import Teller, test_of
 
 BROWSER = Path(__file__).parent / "browser"
 
@@ -28,3 +31,9 @@ def settled_heap() -> None:
     walking all of that took half of such a test's time. What a test makes itself is collected as ever."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def fault(request: pytest.FixtureRequest) -> Teller:
+    """``fault("name", fails=…, goes_on=…, afterwards=…)``: the row of docs/faults.md that this test has seen."""
+    return Teller(test_of(request.path, request.function.__name__))

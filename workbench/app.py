@@ -48,6 +48,7 @@ from workbench.ports import bind
 from workbench.run_state import RunState
 from workbench.services import Services
 from workbench.settings import Settings
+from workbench.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from engine.worker import EngineWorker
@@ -72,6 +73,7 @@ class Wiring:
     host: EngineHost
     metrics: EngineMetrics
     services: Services | None = None
+    watchdog: Watchdog | None = None
     token: str = field(
         default_factory=lambda: secrets.token_urlsafe(32), repr=False
     )  # of the internal routes
@@ -83,11 +85,14 @@ def wire(
     """Make the parts; nothing is started. `factory` replaces the engine's own. Raises ConfigError."""
     metrics = EngineMetrics()
     services = Services(settings)
+    # Without somebody who restarts what ends (`on_fatal` is how it ends), a process is not the watchdog's to end.
+    watchdog = Watchdog(settings.step_timeout_seconds, owns_process=on_fatal is not None)
 
     def ready(card: ModelCard, worker: EngineWorker) -> None:
         metrics.watch(card, worker)
         services.attach(card, worker)
         if worker.lora is None:
+            watchdog.watch(worker)
             # What start-up made lives as long as the process: a full collection that walks it holds the GIL for 50 ms.
             gc.collect()
             gc.freeze()
@@ -107,7 +112,7 @@ def wire(
         on_closed=metrics.unwatch,
         on_fatal=on_fatal,
     )
-    return Wiring(settings, host, metrics, services)
+    return Wiring(settings, host, metrics, services, watchdog)
 
 
 def build_api_app(wiring: Wiring) -> ASGIApp:
@@ -169,9 +174,13 @@ async def running(wiring: Wiring, proxy: MlflowProxy) -> AsyncIterator[None]:
     host.start()
     if services is not None:
         services.start(host)
+    if wiring.watchdog is not None:
+        wiring.watchdog.start()
     try:
         yield
     finally:
+        if wiring.watchdog is not None:
+            wiring.watchdog.close()
         await proxy.aclose()
         if services is not None:
             await asyncio.to_thread(services.stop)

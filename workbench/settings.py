@@ -80,6 +80,7 @@ class Settings(BaseSettings):
     stalled_client_seconds: float = Field(
         default=60, gt=0
     )  # a stream's client that reads nothing is cut then
+    step_timeout_seconds: float = Field(default=300, ge=0)  # of an engine; then the app restarts. 0: never
     shutdown_grace_seconds: float = Field(default=3, ge=0, le=3600)  # that running requests have to end in
     log_level: LogLevel = "warning"
     fake: bool = False  # no model: the engine runs on FakeRunner (tests and page work)

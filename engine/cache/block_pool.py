@@ -150,6 +150,22 @@ class BlockPool:
         self.num_cached = 0
         return forgotten
 
+    def withdraw(self, block_ids: Iterable[int]) -> tuple[int, ...]:
+        """Make those of these blocks that nobody holds matchable no more, here and in the tier; ids of those that were."""
+        withdrawn = []
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            if block.ref_count or block.digest is None:
+                continue
+            del self._by_digest[block.digest]
+            if self.tier is not None:
+                self.tier.drop(block.digest)
+            block.digest = None
+            self._matchable[block_id] = 0
+            self.num_cached -= 1
+            withdrawn.append(block_id)
+        return tuple(withdrawn)
+
     def release(self, block_ids: Sequence[int]) -> None:
         """Give back one reference on each block of a table, its tail first."""
         blocks = self._blocks

@@ -112,6 +112,15 @@ class HostTier:
             self._forget(slot)
             self._free.append(slot)
 
+    def drop(self, digest: bytes) -> None:
+        """Hold the block of this digest no more, unless a step reads it."""
+        slot = self._slots.get(digest)
+        if slot is not None and slot in self._kept:
+            del self._kept[slot]
+            self._out.pop(slot, None)
+            self._forget(slot)
+            self._free.append(slot)
+
     def forget(self) -> None:
         """Hold nothing any more, with no step in flight: the memory behind the slots goes."""
         assert not self._back, "blocks are to be brought back"

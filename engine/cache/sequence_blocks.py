@@ -201,10 +201,16 @@ class SequenceBlocks:
 
     def forget(self) -> None:
         """Empty the prefix cache, while no sequence holds a block: what the blocks held is gone."""
-        forgotten = self.pool.forget()
-        if forgotten:
+        self._tell_gone(self.pool.forget())
+
+    def withdraw(self, block_ids: Iterable[int]) -> None:
+        """Make these blocks matchable no more, but for those that others hold: what they hold may be garbage."""
+        self._tell_gone(self.pool.withdraw(block_ids))
+
+    def _tell_gone(self, block_ids: tuple[int, ...]) -> None:
+        if block_ids:
             # As if someone had taken them and given them back: who follows the events knows no other way.
-            self.events.append(BlockEvent(ACQUIRE, NOBODY, forgotten))
+            self.events.append(BlockEvent(ACQUIRE, NOBODY, block_ids))
             self.events.append(BlockEvent(RELEASE, NOBODY))
 
     def release(self, seq: Sequence) -> None:

@@ -16,6 +16,7 @@ namespace quire {
 
 constexpr int64_t FEW = 256;                // most likely tokens that top_p looks at first
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // logits of a step from which threads share its rows
+constexpr int64_t NO_TOKEN = -1;            // engine/runner/sampler.py's
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 // How one row's logits change before anything else; engine/runner/sampler.py's LogitEdits.
@@ -38,7 +39,7 @@ struct Sampling {
     const int64_t* masked;  // [num_masks], ascending: rows with a mask
     const int32_t* masks;   // [num_masks, ceil(vocab / 32)]: bit j % 32 of word j / 32 is token j's, 0 where it must not come
     int64_t num_masks, num_threads;
-    int64_t* chosen;  // [rows]
+    int64_t* chosen;  // [rows]; NO_TOKEN where the logits are none
 };
 
 struct Wanted {
@@ -107,6 +108,16 @@ inline int64_t first_of(const float* x, int64_t size, float value) {
     for (int64_t i = 0; i < size; i++)
         if (x[i] == value) return i;
     return 0;
+}
+
+// Whether no logit is NaN or +infinity: what follows orders numbers.
+inline bool has_numbers(const float* x, int64_t size) {
+    vf wrong{};
+    in_vectors(size, [&](int64_t i, int64_t n) {
+        const vf v = load_or_nothing(x + i, n);
+        wrong += v == splat(NOTHING) ? vf{} : v * splat(0.0f);
+    });
+    return sum(wrong) == 0.0f;
 }
 
 // Σ exp(x - peak) over the values that are at least `floor`.
@@ -274,6 +285,10 @@ inline void apply(const int32_t* mask, float* x, int64_t size) {
 
 inline void sample_row(const Sampling& s, int64_t row, std::vector<float>& scratch, std::vector<Candidate>& found) {
     const float* logits = s.logits + row * s.vocab;
+    if (!has_numbers(logits, s.vocab)) {
+        s.chosen[row] = NO_TOKEN;
+        return;
+    }
     const double temperature = s.temperature[row];
     bool is_copied = false;
     const auto copy = [&] {

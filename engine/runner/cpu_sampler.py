@@ -21,7 +21,15 @@ from torch import Tensor
 
 from engine.kernels import cpu_library
 from engine.kernels.cpu_library import CpuLibrary
-from engine.runner.sampler import LogitEdits, LogprobTensors, Masks, Sampled, SampleSettings, sample
+from engine.runner.sampler import (
+    NO_TOKEN,
+    LogitEdits,
+    LogprobTensors,
+    Masks,
+    Sampled,
+    SampleSettings,
+    sample,
+)
 
 Sampler = Callable[[Tensor, SampleSettings], Sampled]
 
@@ -116,7 +124,7 @@ class CpuSampler:
             _of(chosen, np.int64),
         )  # fmt: skip
         self._functions.quire_sample(ctypes.byref(call))
-        wanted = np.nonzero(settings.num_logprobs >= 0)[0]
+        wanted = np.nonzero((settings.num_logprobs >= 0) & (chosen != NO_TOKEN))[0]
         logprobs = self._logprobs(logits, wanted, chosen[wanted], settings) if len(wanted) else None
         return Sampled(torch.from_numpy(chosen), logprobs, tuple(wanted.tolist()))
 

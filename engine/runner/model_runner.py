@@ -36,7 +36,7 @@ from engine.runner.host_blocks import HostBlocks, by_block
 from engine.runner.host_zeros import host_zeros
 from engine.runner.parked_weights import ParkedWeights
 from engine.runner.pooled import pool_rows
-from engine.runner.sampler import LogprobTensors, Sampled, token_logprobs
+from engine.runner.sampler import NO_TOKEN, LogprobTensors, Sampled, token_logprobs
 from engine.runner.step_clock import StepClock
 from engine.runner.step_cost import StepCost, StepNeeds
 from engine.runner.structured import Followed
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 # Rows of logits at once; a whole prompt's would be gigabytes with a large vocabulary.
 PROMPT_LOGPROB_ROWS = 256
+NOT_NUMBERS = "the model computed no numbers for it: its logits hold NaN or infinity"
 _DEVICE_ERRORS: tuple[type[BaseException], ...] = tuple(
     error for error in (getattr(torch, "AcceleratorError", None),) if error is not None
 )
@@ -455,6 +456,7 @@ def _result(started: _Started) -> StepResult:
     plan = started.plan
     logprobs: dict[int, TokenLogprobs] = {}
     sampled = started.sampled
+    token_ids: list[int] = sampled.token_ids.tolist()
     if sampled.logprobs is not None:
         entries = sampled.logprobs.entries(started.num_logprobs)
         logprobs = dict(zip(sampled.logprob_rows, entries, strict=True))
@@ -463,12 +465,12 @@ def _result(started: _Started) -> StepResult:
         prompt.setdefault(i, []).extend(figures.entries([max(0, num_top)] * len(figures.token_ids)))
     return StepResult(
         step_id=plan.step_id,
-        token_ids=sampled.token_ids.tolist(),
+        token_ids=token_ids,
         logprobs=logprobs,
         prompt_logprobs=prompt,
         guesses=started.guesses.by_row(),
         pooled={i: vector.numpy() for i, vector in started.pooled},
-        dead_ends={} if started.followed is None else started.followed.dead_ends,
+        dead_ends=_dead_ends(token_ids, started.followed),
         prepare_ms=started.clock.prepare_ms,
         forward_ms=started.clock.elapsed_ms(0),
         sample_ms=started.clock.elapsed_ms(1),
@@ -478,6 +480,13 @@ def _result(started: _Started) -> StepResult:
         weight_bytes=started.needs.weight_bytes,
         attention_flops=started.needs.attention_flops,
     )
+
+
+def _dead_ends(token_ids: list[int], followed: Followed | None) -> dict[int, str]:
+    found = {} if followed is None else followed.dead_ends
+    if token_ids and min(token_ids) == NO_TOKEN:
+        found = found | {j: NOT_NUMBERS for j, token in enumerate(token_ids) if token == NO_TOKEN}
+    return found
 
 
 def _as_engine_error(error: BaseException) -> BaseException:

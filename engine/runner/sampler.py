@@ -39,6 +39,9 @@ from engine.kernels.gumbel import MIN_TEMPERATURE, gumbel_noise, mix_keys
 from engine.kernels.penalties import penalized
 from engine.plan import TokenLogprobs
 
+NO_TOKEN = (
+    -1
+)  # what is chosen of a row whose logits hold NaN or +inf: a model or a device that computes no numbers
 FEW = 256  # tokens looked at first where a filter keeps few: sorting and hashing them is cheap
 
 
@@ -172,8 +175,7 @@ def noise_keys(seed: NDArray[np.int64], position: NDArray[np.int64]) -> Tensor:
 
 
 def sample(logits: Tensor, settings: SampleSettings, *, invariant: bool = False) -> Sampled:
-    """Choose a token for each row of logits [L, V] (float32 or float64, left as they are)."""
-    wanted = np.nonzero(settings.num_logprobs >= 0)[0]
+    """Choose a token for each row of logits [L, V] (float32 or float64, left as they are); NO_TOKEN where they are no numbers."""
     allowed = _masked(_edited(logits, settings.edits), settings.masks)
     drawn = np.nonzero(settings.temperature > 0.0)[0]
     if len(drawn) == len(logits):
@@ -183,6 +185,8 @@ def sample(logits: Tensor, settings: SampleSettings, *, invariant: bool = False)
         if len(drawn):
             index = torch.from_numpy(drawn)
             chosen[index] = _draw(allowed[index], settings, drawn, invariant)
+    chosen[~(logits < float("inf")).all(dim=-1)] = NO_TOKEN
+    wanted = np.nonzero((settings.num_logprobs >= 0) & (chosen.numpy() != NO_TOKEN))[0]
     logprobs = None
     if len(wanted):
         index = torch.from_numpy(wanted)

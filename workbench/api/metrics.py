@@ -12,6 +12,7 @@ Source of names: vLLM's metrics design page (docs.vllm.ai, "Metrics").
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -244,6 +245,11 @@ class EngineMetrics(Collector):
         yield from found.values()
 
 
+def _due_s(worker: EngineWorker) -> float:
+    since = worker.awaited_since_ns
+    return 0.0 if since is None else (time.monotonic_ns() - since) / 1e9
+
+
 def _stats_families(model: str, worker: EngineWorker) -> Iterator[Metric]:
     stats = worker.stats()
     used = stats.num_blocks - stats.num_free_blocks
@@ -261,6 +267,11 @@ def _stats_families(model: str, worker: EngineWorker) -> Iterator[Metric]:
         ("kv_cache_host_blocks", stats.num_host_blocks, "KV blocks that host memory can keep"),
         ("kv_cache_cached_host_blocks", stats.num_cached_host_blocks, "KV blocks that are kept there"),
         ("engine_healthy", float(worker.health().ok), "1 while the engine is healthy"),
+        (
+            "engine_step_due_seconds",
+            _due_s(worker),
+            "How long a step that succeeds has been due, 0 when idle",
+        ),
     )
     counters = (
         ("prompt_tokens", stats.prompt_tokens, "Prompt tokens of admitted requests"),

@@ -9,6 +9,7 @@ Boundary: HTTP. Shapes are ``workbench.backends.codec``'s; the routes ``workbenc
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import httpx
 
 from engine.embedding import Embedding, Relevance
-from engine.errors import EngineError
+from engine.errors import EngineError, QueueFullError
 from engine.llm import Score
 from engine.pooling import PoolingParams
 from engine.records import Completion, EngineStats
@@ -42,6 +43,8 @@ from workbench.errors import NotReadyError, ServerUnreachableError, UnknownModel
 from workbench.run_state import RunningApp
 
 READY_TIMEOUT_S = 180.0
+QUEUE_PATIENCE_S = 600.0  # how long work is sent again to an app whose queue is full
+_MAX_PAUSE_S = 5.0  # room may come before the app expects it
 _LOADING = ("idle", "loading")
 
 
@@ -65,6 +68,7 @@ class AppBackend(AppClient):
         self._default: str | None = None
         self._held: list[str] = []  # what this backend has loaded there and not given back
         self._lock = threading.Lock()
+        self._hung_up = threading.Event()  # a new one after each hang-up
         try:
             self._wait_ready(ready_timeout_s)
             if model is not None or deterministic:
@@ -116,7 +120,7 @@ class AppBackend(AppClient):
 
     def score(self, texts: Prompt | Sequence[Prompt], *, model: str | None = None) -> list[Score]:
         many = [text if isinstance(text, str) else list(text) for text in as_prompts(texts)]
-        answer = self._post("/quire/score", {"model": model or self._default, "texts": many})
+        answer = self._insist("/quire/score", {"model": model or self._default, "texts": many})
         return [codec.score_from_json(score) for score in answer["scores"]]
 
     def embed(
@@ -127,7 +131,7 @@ class AppBackend(AppClient):
         model: str | None = None,
     ) -> list[Embedding]:
         many = [text if isinstance(text, str) else list(text) for text in as_prompts(texts)]
-        answer = self._post("/quire/embed", self._pooled(model, params, texts=many))
+        answer = self._insist("/quire/embed", self._pooled(model, params, texts=many))
         return [codec.embedding_from_json(each) for each in answer["embeddings"]]
 
     def rerank(
@@ -139,14 +143,16 @@ class AppBackend(AppClient):
         model: str | None = None,
     ) -> list[Relevance]:
         body = self._pooled(model, params, query=query, documents=list(documents))
-        return [codec.relevance_from_json(each) for each in self._post("/quire/rerank", body)["relevances"]]
+        return [codec.relevance_from_json(each) for each in self._insist("/quire/rerank", body)["relevances"]]
 
     def token_kl(
         self, texts: Prompt | Sequence[Prompt], *, other: str, model: str | None = None
     ) -> list[TokenKL]:
         many = [text if isinstance(text, str) else list(text) for text in as_prompts(texts)]
         body = {"model": model or self._default, "other": other, "texts": many}
-        return [codec.token_kl_from_json(each) for each in self._post("/quire/token_kl", body)["divergences"]]
+        return [
+            codec.token_kl_from_json(each) for each in self._insist("/quire/token_kl", body)["divergences"]
+        ]
 
     def _pooled(self, model: str | None, params: PoolingParams | None, **content: Any) -> dict[str, Any]:
         return {"model": model or self._default, "params": asdict(params or PoolingParams()), **content}
@@ -199,14 +205,30 @@ class AppBackend(AppClient):
                 self._post("/quire/unload", {"id": model})
         super().close()
 
+    def hang_up(self) -> None:
+        super().hang_up()
+        former, self._hung_up = self._hung_up, threading.Event()
+        former.set()
+
     # ── wire ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _complete(
         self, path: str, bodies: list[dict[str, Any]], model: str | None, max_concurrency: int
     ) -> list[Completion]:
-        calls = [partial(self._post, path, {"model": model or self._default, **body}) for body in bodies]
+        calls = [partial(self._insist, path, {"model": model or self._default, **body}) for body in bodies]
         answers = in_window(calls, check_concurrency(max_concurrency), self.hang_up)
         return [codec.completion_from_json(answer["completions"][0]) for answer in answers]
+
+    def _insist(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Post work, and again when the app says so while its queue is full. Raises QueueFullError after QUEUE_PATIENCE_S."""
+        hung_up, deadline = self._hung_up, time.monotonic() + QUEUE_PATIENCE_S
+        while True:
+            try:
+                return self._post(path, body)
+            except QueueFullError as error:
+                pause_s = min(error.retry_after_s, _MAX_PAUSE_S) * random.uniform(0.7, 1.3)  # not all at once
+                if time.monotonic() + pause_s > deadline or hung_up.wait(pause_s):
+                    raise
 
     def _wait_ready(self, timeout_s: float) -> None:
         """An app that has just been started loads its model first."""

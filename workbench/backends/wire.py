@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import httpx
 
-from engine.errors import TypedError
+from engine.errors import QueueFullError, TypedError
 from workbench.backends.protocol import BackendError, BackendLostError, ClosesItself
 
 
@@ -47,6 +47,8 @@ def error_of(response: httpx.Response, who: str) -> TypedError:
     if facts["remedy"] and message.endswith(facts["remedy"]):
         message = message.removesuffix(facts["remedy"]).rstrip(" .")
     kind = _kinds().get(str(error.get("code")), BackendError)
+    if kind is QueueFullError and response.headers.get("retry-after", "").isdigit():
+        facts["retry_after_s"] = int(response.headers["retry-after"])
     try:
         return kind(message, **facts)
     except TypeError:  # a type that is made in another way

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from functools import partial
 from typing import Any
 
 import openai
 import pytest
 
+from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.errors import EngineDeadError, ModelNotFoundError
+from engine.fake_runner import FakeRunner, FakeTokenizer, scripted
+from engine.plan import KVSpec
 from engine.request import FinishReason
+from engine.worker import EngineWorker
 from workbench.host import fake_worker
+from workbench.watchdog import Watchdog
 
 USER = [
     {"role": "user", "content": "Hello there, this is a prompt of more than one block of sixteen tokens."}
@@ -57,7 +64,7 @@ def test_others_go_on_when_one_leaves(serve: Any, eventually: Any) -> None:
         assert answer.usage.completion_tokens == 60
 
 
-def test_a_failed_step_is_told_and_the_server_goes_on(serve: Any) -> None:
+def test_a_failed_step_is_told_and_the_server_goes_on(serve: Any, fault: Any) -> None:
     with serve(
         partial(fake_worker, delay_s=0.0, fail_at={0: RuntimeError("boom"), 8: RuntimeError("bang")})
     ) as server:
@@ -65,7 +72,7 @@ def test_a_failed_step_is_told_and_the_server_goes_on(serve: Any) -> None:
         assert (whole.status_code, whole.json()["error"]["type"]) == (500, "server_error")
         assert "boom" in whole.json()["error"]["message"]
         chunks = []
-        with pytest.raises(openai.APIError, match="bang"):
+        with pytest.raises(openai.APIError, match="bang") as caught:
             for chunk in server.openai.chat.completions.create(
                 model=server.model, messages=USER, stream=True
             ):
@@ -74,6 +81,83 @@ def test_a_failed_step_is_told_and_the_server_goes_on(serve: Any) -> None:
         assert server.post(max_tokens=4).status_code == 200
         assert server.http.get("/healthz").status_code == 200
         assert server.http.get("/readyz").status_code == 200
+        assert [r.finish_reason.value for r in server.worker.records.requests()] == [
+            "error",
+            "error",
+            "length",
+        ]
+        fault(
+            "exception in a step", fails=f"the requests of that step, with the exception's text: {told(whole)}; one that streams gets "
+            f"an error event `{caught.value.code}` after its tokens", goes_on="all others, recomputed where they were in flight; the "
+            "next request succeeds", afterwards="failed requests are on the log with finish reason `error`",
+        )  # fmt: skip
+
+
+def told(response: Any) -> str:
+    """Status and code of a refusal."""
+    return f"{response.status_code} `{response.json()['error']['code']}`"
+
+
+class Hanging(FakeRunner):
+    """A runner whose steps do not return while `hangs` is set."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.hangs = threading.Event()
+        self.released = threading.Event()
+
+    def collect(self) -> Any:
+        if self.hangs.is_set():
+            self.released.wait(60)
+        return super().collect()
+
+
+def test_a_step_that_hangs_ends_its_requests_and_the_engine(serve: Any, eventually: Any, fault: Any) -> None:
+    tokenizer = FakeTokenizer()
+    runner = Hanging(64, choose=scripted("Hello " * 50), vocab_size=tokenizer.vocab_size)
+    died: list[BaseException] = []
+
+    def factory(config: Any, *, progress: Any, on_fatal: Any) -> EngineWorker:
+        def fatal(error: BaseException) -> None:
+            died.append(error)
+            on_fatal(error)
+
+        resolved = EngineConfig(model=config.model, num_blocks=64, max_model_len=512, max_batched_tokens=512)
+        engine = Engine(
+            resolved, runner, kv_spec=KVSpec(1, 1, 1, 16, 8), eos_token_ids=tokenizer.eos_token_ids,
+            vocab_size=tokenizer.vocab_size, tokenizer=tokenizer,
+        )  # fmt: skip
+        return EngineWorker(engine, on_fatal=fatal)
+
+    watchdog = Watchdog(0.5, first_step_s=30)
+    with serve(factory) as server:
+        watchdog.watch(server.worker)
+        watchdog.start()
+        try:
+            assert server.post(max_tokens=4).status_code == 200
+            time.sleep(0.7)
+            assert server.http.get("/readyz").status_code == 200, "idle, however long"
+            runner.hangs.set()
+            whole: list[Any] = []
+            asking = threading.Thread(target=lambda: whole.append(server.post(max_tokens=4)))
+            asking.start()
+            with pytest.raises(openai.APIError, match="no step succeeded for") as streamed:
+                list(server.openai.chat.completions.create(model=server.model, messages=USER, stream=True))
+            asking.join(20)
+            assert "no step succeeded for" in whole[0].json()["error"]["message"]
+            assert eventually(lambda: server.http.get("/readyz").status_code == 503)
+            late = server.post(max_tokens=4)
+            assert [type(error) for error in died] == [EngineDeadError]
+        finally:
+            watchdog.close()
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 5, "who closes a host waits for no step that hangs"
+    runner.released.set()
+    fault(
+        "hang in a step", fails=f"after `QUIRE_STEP_TIMEOUT_SECONDS` everything of that engine: {told(whole[0])}, in a stream as an error "
+        f"event `{streamed.value.code}`; newcomers until the restart: {told(late)}", goes_on="pages and probes, /readyz says 503; the "
+        "log has the traceback of every thread", afterwards="the app leaves with the code of a dead engine and is started again",
+    )  # fmt: skip
 
 
 def test_a_dead_engine_is_unhealthy_and_refuses(serve: Any, eventually: Any) -> None:

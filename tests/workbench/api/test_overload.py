@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -19,7 +20,9 @@ from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from workbench.api.generation import GenerationResponse, submit_choices
 from workbench.api.wire import CompletionWire, Head
+from workbench.backends.app import AppBackend
 from workbench.host import fake_worker
+from workbench.run_state import RunningApp
 from workbench.settings import FAKE_MODEL
 
 LONG = {"max_tokens": 1500, "ignore_eos": True}
@@ -83,6 +86,15 @@ def test_programs_of_this_machine_get_the_typed_error(busy: Any) -> None:
     )
     assert (refused.status_code, refused.json()["error"]["limit"]) == (429, 2)
     assert busy.worker.num_live == 2
+
+
+def test_a_program_that_asks_the_app_comes_again_when_there_is_room(serve: Any) -> None:
+    with serve(partial(fake_worker, delay_s=0.01), small(max_queued_requests=1)) as server:
+        app = RunningApp(server.url, os.getpid(), "", server.model, server.token)
+        with AppBackend(app) as backend:
+            found = backend.generate([[i] for i in range(4)], SamplingParams(max_tokens=10, ignore_eos=True))
+        assert [each.num_output_tokens for each in found] == [10] * 4
+        assert server.worker.num_refused > 0, "nothing was ever refused: the test proves nothing"
 
 
 @pytest.mark.parametrize("stream", [True, False])

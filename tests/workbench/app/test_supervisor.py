@@ -163,6 +163,66 @@ def test_the_app_leaves_with_its_own_code_when_the_engine_dies(tmp_path: Path) -
         assert app.wait(20) == exit_codes.ENGINE_DEAD
 
 
+HANGING_APP = """
+import ctypes, sys, time
+from workbench import app, settings
+from workbench.host import fake_worker
+from workbench.ports import bind
+
+def hanging(config, **hooks):
+    worker = fake_worker(config, delay_s=0.0, **hooks)
+    runner = worker._engine._runner
+    collect = runner.collect
+
+    def collect_or_hang():
+        if len(runner.plans) > 20:
+            {hang}
+        return collect()
+
+    runner.collect = collect_or_hang
+    return worker
+
+chosen = settings.load()
+settings.prepare_home(chosen)
+announce = lambda event, **facts: print(event, flush=True)
+sys.exit(app.serve(chosen, with_ui=False, listener=bind(chosen.host, chosen.port), announce=announce, factory=hanging))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("hang", "code"),
+    [
+        pytest.param("time.sleep(600)", exit_codes.ENGINE_DEAD, id="in Python"),
+        pytest.param("ctypes.PyDLL(None).sleep(600)", 1, id="with the interpreter"),
+    ],
+)
+def test_an_app_whose_step_hangs_leaves_and_says_where(tmp_path: Path, hang: str, code: int) -> None:
+    port = free_port()
+    env = {**os.environ, "PORT": str(port), "HOME_DIR": str(tmp_path / "home"), "QUIRE_FAKE": "1",
+           "QUIRE_STEP_TIMEOUT_SECONDS": "4", **NO_MLFLOW}  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING_APP.replace("{hang}", hang)], env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as app:  # fmt: skip
+        assert app.stdout is not None
+        assert app.stderr is not None
+        assert [app.stdout.readline().strip() for _ in range(2)] == ["listening", "loaded"]
+        address = f"http://127.0.0.1:{port}/v1/completions"
+        assert httpx.post(address, json={"prompt": "hi", "max_tokens": 4}, timeout=30).status_code == 200
+        if code == exit_codes.ENGINE_DEAD:
+            answer = httpx.post(
+                address, json={"prompt": "hi", "max_tokens": 90, "ignore_eos": True}, timeout=30
+            )
+            assert answer.status_code == 500
+            assert "no step succeeded for" in answer.json()["error"]["message"]
+        else:
+            with pytest.raises(httpx.HTTPError):
+                httpx.post(address, json={"prompt": "hi", "max_tokens": 90, "ignore_eos": True}, timeout=30)
+        assert app.wait(20) == code
+        assert "collect_or_hang" in app.stderr.read(), "the traceback of the thread that hangs"
+
+
 def test_serve_has_the_api_and_no_pages(quire: Callable[..., Any]) -> None:
     running = quire("serve", "--json")
     running.wait_line('"event": "loaded"')
