@@ -6,8 +6,8 @@ decode. A sequence computes its tokens in order: first chunks of what is known o
 while the step before it may still be choosing it. Out of blocks, the tail of the running list is preempted and recomputed
 later; the head always gets its blocks, so that every sequence finishes.
 
-At most one running sequence has a prefill that is not over: the tail, which took what was left of a step's budget. All others
-decode, never more of them than the budget, as each got a token of it when it was admitted. What each of their steps changes
+A running sequence whose prefill is not over is the tail, which took what was left of a step's budget, or the one before it, which
+overtakes a long prefill (``engine.long_prefill``). All others decode, never more of them than the budget, as each got a token of it when it was admitted. What each of their steps changes
 stands in columns by row, so that a step changes all rows at once; Python visits a row only where something happens: a
 block begins or is full, a token may end it.
 
@@ -24,6 +24,8 @@ import numpy as np
 
 from engine.cache.sequence_blocks import Match, SequenceBlocks
 from engine.decode_rows import DecodeRows, without
+from engine.long_prefill import LongPrefill
+from engine.long_prefill import find as find_long_prefill
 from engine.lora_queue import LoraQueue
 from engine.plan import RowAdmission, StepPlan, StepResult
 from engine.plan_builder import PlanBuilder
@@ -134,10 +136,16 @@ class Scheduler:
         step = PlannedStep(self._next_step_id, preempted=self._preempted)
         num_preempted = len(step.preempted)
         num_guessing = self._plan_guesses(step) if self._speculator is not None else 0
-        budget = self._plan_prefill(step, self._plan_decoding(step) - num_guessing)
+        budget = self._plan_decoding(step) - num_guessing
+        long = self._long_prefill(budget)
+        num_kept = budget if long is None else long.num_kept
+        left = self._plan_prefill(step, num_kept, -1 if long is None else -2)
         admitted: list[RowAdmission] = []
-        if budget > 0 and self.waiting and len(step.preempted) == num_preempted:
-            admitted = self._plan_waiting(step, budget)
+        if left > 0 and self.waiting and len(step.preempted) == num_preempted:
+            admitted = self._plan_waiting(step, left, long)
+            left -= sum(chunk.num_tokens for chunk in step.chunks[len(step.chunks) - len(admitted) :])
+        if long is not None and self.running[-1] is long.seq:
+            self._plan_prefill(step, budget - num_kept + left, -1)
         if not len(step.decoding) and not step.chunks:
             assert self.inflight or not self._live, (
                 "live sequences, nothing in flight, and nothing can be planned"
@@ -205,8 +213,9 @@ class Scheduler:
         step.full = self._beginning = ((end & self._block_mask) == 0).nonzero()[0].tolist()
         step.decoding, step.start = decoding, start
         step.num_decode_tokens = len(decoding) + sum(chunk.num_tokens for chunk in step.chunks)
-        if len(decoding) and start[-1] < decoding.sequences[-1].num_prompt_tokens:
-            step.num_decode_tokens -= 1  # the last token of a prompt whose prefill left just this one
+        for seq, at in zip(decoding.sequences[-2:], start[-2:].tolist(), strict=True):
+            if at < seq.num_prompt_tokens:
+                step.num_decode_tokens -= 1  # the last token of a prompt whose prefill left just this one
         self._until_last -= 1
         if not self._until_last:
             step.last = np.flatnonzero(end + 1 == self._max_total_tokens[decoding.index]).tolist()
@@ -225,11 +234,19 @@ class Scheduler:
             self._until_last = int(left.min()) - 1 if len(rows) else 0
         return self._decode_rows
 
-    def _plan_prefill(self, step: PlannedStep, budget: int) -> int:
-        """Go on with the prefill of the tail, if it has not ended; returns the budget left."""
-        if not budget or not self.running or self.running[-1].is_decoding:
+    def _long_prefill(self, budget: int) -> LongPrefill | None:
+        """The prefill of the tail, if others may go before it in this step."""
+        last = self.running[-2:]
+        if not last or last[-1].is_decoding:
+            return None
+        lefts = [0 if seq.is_decoding else len(seq.token_ids) - self.num_scheduled(seq) for seq in last]
+        return find_long_prefill(last, lefts, budget, somebody_waits=bool(self.waiting))
+
+    def _plan_prefill(self, step: PlannedStep, budget: int, place: int) -> int:
+        """Go on with the prefill at this place of the running list, if it has not ended; returns the budget left."""
+        if not budget or len(self.running) < -place or self.running[place].is_decoding:
             return budget
-        seq = self.running[-1]
+        seq = self.running[place]
         start = self.num_scheduled(seq)
         num_tokens = min(len(seq.token_ids) - start, budget)
         if num_tokens <= 0:
@@ -260,8 +277,8 @@ class Scheduler:
                 return False
         return True
 
-    def _plan_waiting(self, step: PlannedStep, budget: int) -> list[RowAdmission]:
-        """Admit waiting sequences while rows, blocks and budget last.
+    def _plan_waiting(self, step: PlannedStep, budget: int, long: LongPrefill | None) -> list[RowAdmission]:
+        """Admit waiting sequences while rows, blocks and budget last; beside a long prefill only those that it lets pass.
 
         A sequence whose next block a running one is about to publish stays where it is and is passed by: waiting a step
         or two costs less than computing the same prefix again. So is one whose adapter has to wait for a slot.
@@ -277,15 +294,18 @@ class Scheduler:
             lora = seq.request.lora
             has_slot = lora is None or self.loras.admits(lora.lora_id)
             match = Match([], []) if not has_slot or self.blocks.awaits(seq) else self.blocks.match(seq)
-            if not has_slot or self.blocks.awaits(seq) or self.blocks.look_out(seq, len(match)):
+            num_tokens = len(seq.token_ids) - len(match) * self.blocks.block_size
+            must_wait = long is not None and not long.lets_pass(seq, num_tokens, budget)
+            if must_wait or not has_slot or self.blocks.awaits(seq) or self.blocks.look_out(seq, len(match)):
                 deferred += 1
                 if deferred > MAX_DEFERRED:
                     break
                 continue
-            if not self._fits(seq, match.blocks):
-                self._blocked = (seq.request_id, self.blocks.pool.num_free)
+            if not self._fits(seq, match.blocks, long):
+                if long is None:
+                    self._blocked = (seq.request_id, self.blocks.pool.num_free)
                 break
-            admitted.append(self._admit(seq, match, step, budget))
+            admitted.append(self._admit(seq, match, step, budget, long))
             budget -= step.chunks[-1].num_tokens
         return admitted
 
@@ -303,20 +323,24 @@ class Scheduler:
         self._blocked = None
         return False
 
-    def _fits(self, seq: Sequence, matched: list[int]) -> bool:
-        """Whether the free blocks hold all tokens known of `seq`: a prefill that starts should also end."""
+    def _fits(self, seq: Sequence, matched: list[int], long: LongPrefill | None) -> bool:
+        """Whether the free blocks hold all tokens known of `seq`: a prefill that starts should also end, and so should `long`."""
         pool = self.blocks.pool
         missing = self.blocks.num_missing(seq, len(seq.token_ids)) - len(matched)
+        if long is not None:
+            missing += self.blocks.num_missing(long.seq, len(long.seq.token_ids))
         return missing <= pool.num_free - pool.count_free(matched)
 
-    def _admit(self, seq: Sequence, match: Match, step: PlannedStep, budget: int) -> RowAdmission:
+    def _admit(
+        self, seq: Sequence, match: Match, step: PlannedStep, budget: int, long: LongPrefill | None
+    ) -> RowAdmission:
         """Give `seq` a row, its matched blocks and its first chunk."""
         num_cached = len(match) * self.blocks.block_size
         tokens = list(seq.token_ids)
         num_tokens = min(len(tokens) - num_cached, budget)
         self.blocks.admit(seq, match, num_cached + num_tokens)
         self.waiting.admit(seq)
-        self.running.append(seq)
+        self.running.insert(len(self.running) - (long is not None), seq)
         seq.status = SequenceStatus.RUNNING
         seq.row = self._free_rows.pop()
         # What comes from the host is there, and published, when the step is committed.
@@ -577,7 +601,11 @@ class Scheduler:
         )
         is_decoding = num_choosing >= 0 and num_scheduled + 1 < seq.max_total_tokens and not any(guessed)
         assert seq.is_decoding == is_decoding, f"{name}: decodes is {seq.is_decoding} at {num_scheduled}"
-        assert num_choosing >= 0 or seq is self.running[-1], f"{name}: a prefill amid the running list"
+        if num_choosing < 0 and seq is not self.running[-1]:
+            tail = self.running[-1]
+            num_left = len(tail.token_ids) - self.num_scheduled(tail)
+            assert [seq, tail] == self.running[-2:], f"{name}: a prefill amid the running list"
+            assert num_tokens - num_scheduled <= num_left, f"{name} overtakes a shorter one"
         for i, block in enumerate(seq.block_ids):
             if (i + 1) * size > seq.num_computed:
                 assert self.blocks.pool.ref_count(block) == 1, f"{name}: unfinished block {block} is shared"

@@ -19,16 +19,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from engine.config import EngineConfig, SpeculativeConfig
 from engine.engine import Engine, StepOutput
-from engine.errors import OutOfMemoryError
+from engine.errors import OutOfMemoryError, QueueFullError
 from engine.fake_runner import FakeRunner, FakeTokenizer, fake_logprobs, next_state, next_token
 from engine.plan import KVSpec, TokenLogprobs
+from engine.queue_limit import Backlog, QueueLimit
 from engine.records import BlockEventKind
-from engine.request import FinishReason
+from engine.request import FinishReason, Sequence
 from engine.sampling_params import SamplingParams
 
 VOCAB_SIZE = 11
 EOS = 7
 MAX_MODEL_LEN = 40
+MAX_QUEUED = 12  # requests that may wait
+MAX_QUEUE_SECONDS = 3600  # no engine of these tests lives so long: who is to be late comes late
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,10 @@ class Harness:
             enable_prefix_cache=shape.enable_prefix_cache,
             speculative_config=_guesses(shape.num_guesses, shape.has_draft_model),
             client_weights={"a": 3.0},
+            max_queue_seconds=MAX_QUEUE_SECONDS,
         )
+        self.queue_limit = QueueLimit(MAX_QUEUED, MAX_QUEUED * MAX_MODEL_LEN // 4)
+        self.overdue: set[str] = set()  # those that end unless they begin at once
         self.engine = Engine(
             config,
             self.runner,
@@ -158,6 +164,7 @@ class Harness:
         self.published: set[int] = set()
         self.num_added = self.num_finished = 0
         self.head_waits = 0
+        self.last_head: str | None = None
         self.seen: set[str] = set()  # what has happened at least once
 
     @property
@@ -165,7 +172,14 @@ class Harness:
         return self.shape.num_blocks * self.shape.block_size
 
     def add(
-        self, prompt: list[int], params: SamplingParams, salt: str = "", priority: int = 0, client: str = ""
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        salt: str = "",
+        priority: int = 0,
+        client: str = "",
+        *,
+        is_overdue: bool = False,
     ) -> None:
         room = min(MAX_MODEL_LEN - (params.max_tokens != 0), self.capacity)
         if not prompt or len(prompt) > room or params.logprob_start_len >= max(1, len(prompt)):
@@ -175,12 +189,23 @@ class Harness:
             total = min(len(prompt) + params.max_tokens, MAX_MODEL_LEN)
         if params.max_tokens is not None and total - 1 > self.capacity:
             return
+        backlog, now_ns = self.engine.backlog, time.monotonic_ns()
+        try:
+            self.queue_limit.enter(Backlog(1, len(prompt)), backlog, now_ns)
+        except QueueFullError:
+            self.seen.add("refused")
+            return
+        assert not backlog.num_requests or backlog.num_requests < MAX_QUEUED
         request_id = f"r{self.num_added}"
+        arrival_ns = now_ns - (MAX_QUEUE_SECONDS + 1) * 1_000_000_000 if is_overdue else now_ns
         self.engine.add(
             self.engine.make_request(
-                prompt, params, request_id=request_id, cache_salt=salt, priority=priority, client=client
+                prompt, params, request_id=request_id, cache_salt=salt, priority=priority, client=client,
+                arrival_ns=arrival_ns,
             )
-        )
+        )  # fmt: skip
+        if is_overdue:
+            self.overdue.add(request_id)
         self.num_added += 1
         self.prompts = [*self.prompts[-7:], prompt]
         self.expected[request_id] = alone(prompt, params, min(total, self.capacity + 1))
@@ -208,11 +233,23 @@ class Harness:
 
     def step(self) -> None:
         head = next(iter(self.running()), None)
+        tail, before_tail = self._long_prefill()
         before = self._progress(head)
         output = self.engine.step()
         self._check_progress(head, before, output)
+        now_running = self.engine._scheduler.running
+        if tail is not None and now_running[-1:] == [tail] and now_running[-2:-1] not in ([], before_tail):
+            self.seen.add("overtaking")
         self._take(output)
         self.check()
+
+    def _long_prefill(self) -> tuple[Sequence | None, list[Sequence]]:
+        """The running list's tail if its prefill is not over, and who stands before it."""
+        scheduler = self.engine._scheduler
+        for tail in scheduler.running[-1:]:
+            if not tail.is_decoding and scheduler.num_scheduled(tail) < tail.num_tokens:
+                return tail, scheduler.running[-2:-1]
+        return None, []
 
     def _progress(self, request_id: str | None) -> int:
         scheduler = self.engine._scheduler
@@ -226,7 +263,8 @@ class Harness:
         if head is None or failed or after == -1 or after > before:
             self.head_waits = 0
             return
-        self.head_waits += 1
+        self.head_waits = self.head_waits + 1 if head == self.last_head else 1
+        self.last_head = head
         assert self.head_waits < self.shape.max_inflight, f"{head} did not advance in {self.head_waits} steps"
 
     def _take(self, output: StepOutput) -> None:
@@ -251,6 +289,9 @@ class Harness:
                 failed.add(request_id)
             elif delta.finish_reason is FinishReason.ABORT:
                 assert request_id in self.aborted
+            elif delta.finish_reason is FinishReason.TIMEOUT:
+                assert request_id in self.overdue, request_id
+                assert not got, f"{request_id} had begun"
             else:
                 ended = (delta.finish_reason, delta.stop_reason, got)
                 assert ended == (expected.reason, expected.stop_reason, expected.token_ids), request_id
@@ -384,6 +425,7 @@ class EngineMachine(RuleBasedStateMachine):
         score_from=st.sampled_from([0, 0, 1, 2, 7]),
         priority=st.sampled_from([0, 0, -1, 1]),
         client=st.sampled_from("ab"),
+        is_overdue=st.sampled_from([False, False, False, True]),
     )
     def add(
         self,
@@ -400,6 +442,7 @@ class EngineMachine(RuleBasedStateMachine):
         score_from,
         priority,
         client,
+        is_overdue,
     ) -> None:
         if reuse is not None and self.harness.prompts:
             old = self.harness.prompts[reuse[0] % len(self.harness.prompts)]
@@ -416,7 +459,7 @@ class EngineMachine(RuleBasedStateMachine):
             prompt_logprobs=score,
             logprob_start_len=score_from if score is not None else 0,
         )
-        self.harness.add(prompt, params, salt, priority, client)
+        self.harness.add(prompt, params, salt, priority, client, is_overdue=is_overdue)
 
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
@@ -467,6 +510,8 @@ def random_prompt(rng: random.Random, known: list[list[int]]) -> list[int]:
     if known and rng.random() < 0.6:
         old = rng.choice(known)
         return (old[: rng.randint(1, len(old))] + ending[: rng.randint(0, 4)])[:30]
+    if rng.random() < 0.2:
+        return [rng.randint(0, 3) for _ in range(rng.randint(20, 36))]
     return ending
 
 
@@ -506,6 +551,7 @@ def drive(
                     rng.choice(["", "", "other"]),
                     rng.choice([0, 0, -1, 1]),
                     rng.choice("ab"),
+                    is_overdue=rng.random() < 0.05,
                 )
             elif roll < 0.26:
                 harness.abort(rng.randrange(16))
@@ -529,6 +575,9 @@ EVERYTHING = {
     "mixed step",
     "keyframe",
     "scored only",
+    "timeout",
+    "refused",
+    "overtaking",
 }
 
 
