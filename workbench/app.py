@@ -35,6 +35,7 @@ from starlette.types import ASGIApp
 
 from workbench import exit_codes
 from workbench import settings as settings_module
+from workbench.api.auth import RequireKey
 from workbench.api.metrics import EngineMetrics
 from workbench.api.mlflow_proxy import MlflowProxy
 from workbench.api.origin import LoopbackOnly
@@ -111,6 +112,7 @@ def wire(
         on_ready=ready,
         on_closed=metrics.unwatch,
         on_fatal=on_fatal,
+        audit=services.audit,
     )
     return Wiring(settings, host, metrics, services, watchdog)
 
@@ -124,7 +126,7 @@ def build_api_app(wiring: Wiring) -> ASGIApp:
         async with running(wiring, proxy):
             yield
 
-    return Starlette(routes=_routes(wiring, proxy), middleware=[Middleware(LoopbackOnly)], lifespan=lifespan)
+    return Starlette(routes=_routes(wiring, proxy), middleware=_middleware(wiring), lifespan=lifespan)
 
 
 def build_app(wiring: Wiring) -> ASGIApp:
@@ -152,8 +154,17 @@ def build_app(wiring: Wiring) -> ASGIApp:
 
     script = Path(__file__).resolve().parent / "ui" / "main.py"
     routes = [*_routes(wiring, proxy), *LiveRoute().routes()]
-    app: ASGIApp = st.App(script, routes=routes, middleware=[Middleware(LoopbackOnly)], lifespan=lifespan)
+    app: ASGIApp = st.App(script, routes=routes, middleware=_middleware(wiring), lifespan=lifespan)
     return app
+
+
+def _middleware(wiring: Wiring) -> list[Middleware]:
+    """What stands before every route, the outermost first."""
+    required = wiring.settings.require_key
+    return [
+        Middleware(LoopbackOnly),
+        Middleware(RequireKey, services=wiring.services, token=wiring.token, is_required=required),
+    ]
 
 
 def _routes(wiring: Wiring, proxy: MlflowProxy) -> list[BaseRoute]:

@@ -30,6 +30,8 @@ COMMAND_MODULES = (
     "notebook",
     "schedule",
     "lab",
+    "keys",
+    "audit",
     "quantize",
 )
 

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workbench.access.audit import Audit, audited
 from workbench.draining import give_memory_back, wait_until_idle
 from workbench.errors import ServerStoppingError, UnknownModelError, WorkbenchError
 from workbench.load_options import PLAIN, LoadOptions
@@ -87,7 +88,7 @@ class EngineHost:
     until one comes, which is every engine on a CPU, and on a GPU one that is loaded for an adapter; False: they are merged.
     `on_ready` sees each worker before it takes requests, in the loading thread; `on_closed` sees it after it was closed.
     `on_fatal` is called, from the engine's thread, when an engine dies under load: the process should then exit for its
-    supervisor.
+    supervisor. `audit`: where it is written down who loads, unloads and puts to sleep.
     """
 
     def __init__(
@@ -102,8 +103,10 @@ class EngineHost:
         on_ready: OnWorker | None = None,
         on_closed: OnWorker | None = None,
         on_fatal: OnFatal | None = None,
+        audit: Audit | None = None,
     ) -> None:
         self._config = config
+        self.audit = audit or Audit()
         self._resolver = resolver
         self.splits = {split.name: split for split in splits}
         self._on_closed = on_closed
@@ -207,6 +210,7 @@ class EngineHost:
 
     # ── loading and unloading ───────────────────────────────────────────────────────────────────────────────────────
 
+    @audited("load model")
     def load(
         self, ref: str, *, deterministic: bool = False, options: LoadOptions = PLAIN, as_default: bool = False,
         hold: bool = False,
@@ -235,6 +239,7 @@ class EngineHost:
         )
         return self._load(ref, wish, options)
 
+    @audited("unload model")
     def unload(self, model_id: str) -> None:
         """Let a model go, whoever asked for it: new requests do not reach it, running ones end on it. Does not wait.
 
@@ -277,6 +282,7 @@ class EngineHost:
                     slot.holds = 0
             self._settle()
 
+    @audited("load adapter")
     def load_adapter(self, name: str, folder: str, *, load_inplace: bool = False) -> Resident:
         """Serve a PEFT folder over a resident engine of its base, under a name that requests give. Blocks.
 
@@ -319,6 +325,7 @@ class EngineHost:
 
     # ── sleep ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    @audited("put model to sleep")
     def sleep(self, model_id: str, level: int = 1) -> Resident:
         """Have a model give its device memory back until `wake`; its running requests end first. Blocks.
 
@@ -336,6 +343,7 @@ class EngineHost:
         self._sleeper.sleep(slot, level)
         return self._table.describe(slot)
 
+    @audited("wake model")
     def wake(self, model_id: str) -> Resident:
         """Have a model take requests again; one that is awake stays so. Blocks.
 

@@ -11,6 +11,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
+from workbench.access.audit import Audit
 from workbench.alias_watcher import AliasWatcher, Lookup, registry_lookup
 from workbench.errors import WorkbenchError
 from workbench.limits import LimitKeeper, LimitStore
@@ -18,6 +19,7 @@ from workbench.settings import Settings
 
 if TYPE_CHECKING:
     from engine.worker import EngineWorker
+    from workbench.access.key_ring import KeyRing
     from workbench.host import EngineHost
     from workbench.jobs import JobRunner, Jobs
     from workbench.model_card import ModelCard
@@ -37,6 +39,8 @@ class Services:
         self.store: Store | None = None
         self.jobs: Jobs | None = None
         self.request_log: RequestLog | None = None
+        self.keys: KeyRing | None = None
+        self.audit = Audit()
         self.limits = LimitStore(settings.home_dir)
         self._runner: JobRunner | None = None
         self._watcher: AliasWatcher | None = None
@@ -45,6 +49,7 @@ class Services:
 
     def open(self) -> None:
         """Open store and request log. A second call does nothing. Raises StoreError, RequestLogError."""
+        from workbench.access.key_ring import KeyRing
         from workbench.jobs import Jobs
         from workbench.observe.request_log import RequestLog
         from workbench.store import open_store
@@ -59,11 +64,14 @@ class Services:
                 store.close()
                 raise
             self.store, self.jobs = store, Jobs(store, self.settings.home_dir)
+            self.audit.store, self.keys = store, KeyRing(store)
 
     def attach(self, card: ModelCard, worker: EngineWorker) -> None:
-        """Log the requests of a worker that is about to start."""
+        """Log the requests of a worker that is about to start, and count them for the keys that ask."""
         if self.request_log is not None:
             worker.add_sink(self.request_log.sink(card.id, card.digest, worker.lora))
+        if self.keys is not None:
+            worker.add_sink(self.keys.meter)
 
     def start(self, host: EngineHost) -> None:
         """Run jobs, follow aliases, and measure the machine when it is idle, from now on."""
@@ -92,6 +100,8 @@ class Services:
             request_log, store = self.request_log, self.store
         if request_log is not None:
             request_log.close()
+        if self.keys is not None:
+            self.keys.close()
         if store is not None:
             store.close()
 

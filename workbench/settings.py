@@ -76,6 +76,7 @@ class Settings(BaseSettings):
     )
     tool_call_parser: str | None = None  # None: as the model's chat template shows
     reasoning_parser: str | None = None
+    require_key: bool = False  # ask for an API key even before the first one was made
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)  # of one API request
     stalled_client_seconds: float = Field(
         default=60, gt=0

@@ -1,4 +1,4 @@
-"""Store: the workbench's own tables (jobs, schedules, occurrences, feedback) in ``HOME_DIR/quire.db``.
+"""Store: the workbench's own tables (jobs, schedules, occurrences, feedback, keys, audit log) in ``HOME_DIR/quire.db``.
 
 One SQLite file in WAL mode with a busy timeout, so that several processes write at once; ``QUIRE_DATABASE_URL`` names another
 database. A transaction is the unit of truth: what `begin` has left without an error is on the disk, anything else never was.
@@ -106,6 +106,41 @@ feedback_outbox = sa.Table(
     sa.Column("user", sa.Text),
     sa.Column("sent_at", sa.String(40)),
     sa.Index("feedback_by_request", "request_id"),
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(20), primary_key=True),  # a part of the key's text that is safe to show
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),  # of the whole text, which is kept nowhere
+    sa.Column("rights", sa.JSON, nullable=False),
+    sa.Column("limits", sa.JSON, nullable=False),  # those of KeyLimits that are set
+    sa.Column("created_at", sa.String(40), nullable=False),
+    sa.Column("created_by", sa.Text, nullable=False),
+    sa.Column("expires_at", sa.String(40)),
+    sa.Column("last_used_at", sa.String(40)),
+    sa.Column("revoked_at", sa.String(40)),  # the row stays: the request log and the audit log name its id
+)
+
+api_key_usage = sa.Table(
+    "api_key_usage",
+    metadata,
+    sa.Column("key_id", sa.String(20), primary_key=True),
+    sa.Column("day", sa.String(10), primary_key=True),  # UTC, ISO 8601
+    sa.Column("num_tokens", sa.BigInteger, nullable=False),
+)
+
+audit_log = sa.Table(
+    "audit_log",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.String(40), nullable=False),
+    sa.Column("principal", sa.Text, nullable=False),  # a Principal's id
+    sa.Column("act", sa.String(40), nullable=False),
+    sa.Column("target", sa.Text, nullable=False),
+    sa.Column("outcome", sa.String(80), nullable=False),  # "ok", or the code of the error
+    sa.Column("detail", sa.Text, nullable=False, default=""),
 )
 
 

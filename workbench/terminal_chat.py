@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
 
+from workbench.access.client_key import authorization
 from workbench.chat_request import ChatOptions, prepare
 from workbench.device_lock import DeviceLock
 from workbench.errors import ApiError, NotReadyError, ServerUnreachableError, WorkbenchError
@@ -84,9 +85,9 @@ class ChatPartner(Protocol):
 
 
 class ServerPartner:
-    """An OpenAI-compatible server."""
+    """An OpenAI-compatible server. `token`: the running app's own; default: QUIRE_API_KEY."""
 
-    def __init__(self, url: str, model: str | None = None) -> None:
+    def __init__(self, url: str, model: str | None = None, token: str = "") -> None:
         self._base = url.rstrip("/").removesuffix("/v1")
         if not self._base.startswith(("http://", "https://")):
             raise ServerUnreachableError(
@@ -95,7 +96,7 @@ class ServerPartner:
                 param="--url",
                 remedy="Use one like http://127.0.0.1:8501.",
             )
-        self._client = httpx.Client(timeout=_TIMEOUT)
+        self._client = httpx.Client(timeout=_TIMEOUT, headers=authorization(url, token))
         self.name = model or self._first_model()
 
     def ask(self, messages: Messages, options: ChatOptions, answer: Answer) -> Iterator[str]:
@@ -122,6 +123,8 @@ class ServerPartner:
     def _first_model(self) -> str:
         try:
             response = self._client.get(f"{self._base}/v1/models")
+            if response.status_code in (401, 403):
+                raise _server_error(response)
             name: str = response.raise_for_status().json()["data"][0]["id"]
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             raise self._unreachable(error) from error
@@ -217,12 +220,12 @@ def _partner(settings: Settings, url: str | None, model: str | None) -> ChatPart
                 f"{model} is a version of the registry, and no app runs under {settings.home_dir}", value=model, param="--model",
                 remedy="Start one with `quire up` and load it, or name a folder or hub id.",
             )  # fmt: skip
-        return ServerPartner(app.url, model)
+        return ServerPartner(app.url, model, app.token)
     if model is None and settings.model is None and not settings.fake:
         app = RunState(settings.run_dir).read()
         if app is not None:
             try:
-                return ServerPartner(app.url)
+                return ServerPartner(app.url, token=app.token)
             except ServerUnreachableError:
                 pass  # it is starting or stopping: answer from here
     return EnginePartner(settings)

@@ -230,6 +230,7 @@ class EncoderEngine(Engine):
                 num_preemptions=0,
                 finish_reason=reason,
                 error=error,
+                client=request.client,
             )
         )
         self._finished[reason.value] += 1

@@ -25,6 +25,7 @@ from engine.errors import (
     QueueFullError,
     StepFailedError,
 )
+from workbench.access.limits import RateLimitError
 from workbench.errors import ApiError, BodyTooLargeError, NotReadyError, UnknownModelError, WorkbenchError
 from workbench.host import ResidentInUseError
 
@@ -59,10 +60,22 @@ class UnauthorizedError(ApiError):
     code = "unauthorized"
 
 
+class InvalidApiKeyError(UnauthorizedError):
+    """No API key, or none that opens anything."""
+
+    code = "invalid_api_key"
+
+
 class ForbiddenError(ApiError):
     """What was asked for is not allowed here."""
 
     code = "forbidden"
+
+
+class MissingRightError(ForbiddenError):
+    """The API key is good, and does not allow this."""
+
+    code = "missing_right"
 
 
 class RequestFailedError(WorkbenchError):
@@ -91,7 +104,7 @@ def status_of(error: Exception) -> int:
         return 401
     if isinstance(error, ForbiddenError):
         return 403
-    if isinstance(error, QueueFullError):
+    if isinstance(error, QueueFullError | RateLimitError):
         return 429
     if isinstance(error, QueueTimeoutError | RequestAbortedError):
         return 503
@@ -125,8 +138,10 @@ def error_response(error: Exception, request_id: str | None = None, *, details: 
     headers = {"x-request-id": request_id} if request_id else {}
     if status == 503:
         headers["retry-after"] = _RETRY_AFTER_S
-    if isinstance(error, QueueFullError):
+    if isinstance(error, QueueFullError | RateLimitError):
         headers["retry-after"] = str(error.retry_after_s)
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     body = error_body(error, status)
     if details and isinstance(error, EngineError | WorkbenchError):
         facts = {"value": error.value, "limit": error.limit, "remedy": error.remedy}

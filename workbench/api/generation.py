@@ -23,6 +23,7 @@ from engine.errors import EngineError
 from engine.records import Completion, StreamDelta
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
+from workbench.access.limits import Cost, client_in_use, reserved
 from workbench.api.answer_log import AnswerLog
 from workbench.api.errors import (
     QueueTimeoutError,
@@ -191,10 +192,11 @@ def submit_choices(
     engine_ids = [request_id, *(f"{request_id}-{i}" for i in range(1, num_requests))]
     for engine_id in engine_ids:
         (answer_log or NO_LOG).expect(engine_id)
-    streams = worker.submit_all(
-        prompts, [params] * len(prompts), request_ids=engine_ids, cache_salt=cache_salt, arrival_ns=arrival_ns,
-        priority=priority, client=client,
-    )  # fmt: skip
+    with reserved(lambda: _costs(engine_ids, prompts, params, len(each), worker.config.max_model_len)):
+        streams = worker.submit_all(
+            prompts, [params] * len(prompts), request_ids=engine_ids, cache_salt=cache_salt, arrival_ns=arrival_ns,
+            priority=priority, client=client_in_use(client),
+        )  # fmt: skip
     return [
         Choice(
             i, stream, syntax, include_reasoning, counts_prompt=i % len(each) == 0,
@@ -202,6 +204,23 @@ def submit_choices(
         )
         for i, stream in enumerate(streams)
     ]  # fmt: skip
+
+
+def _costs(
+    engine_ids: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    num_each: int,
+    context: int | None,
+) -> list[Cost]:
+    """The most that each engine request can use; of `num_each` answers to one prompt, the first pays for it."""
+    costs = []
+    for place, engine_id in enumerate(engine_ids):
+        size = len(prompts[place // num_each])
+        room = max(0, (context or size) - size)
+        output = room if params.max_tokens is None else min(params.max_tokens, room)
+        costs.append(Cost(engine_id, size if place % num_each == 0 else 0, output))
+    return costs
 
 
 class GenerationResponse(Response):

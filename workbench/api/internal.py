@@ -1,7 +1,7 @@
 """/quire/*: what this machine's own programs ask of the running app: load, unload, sleep, complete, score, read records.
 
 Notebooks, jobs and the CLI come here through ``workbench.backends.app.AppBackend``. Everyone must bring the token of
-``HOME_DIR/run/app.json``. Shapes are ``workbench.backends.codec``'s; errors are as under /v1, with value, limit and remedy.
+``HOME_DIR/run/app.json``, or an API key with the right ADMIN. Shapes are ``workbench.backends.codec``'s; errors are as under /v1, with value, limit and remedy.
 
 Boundary: HTTP around EngineHost and EngineWorker. No public surface: it may change with any version.
 """
@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engine.errors import EngineError
 from engine.sampling_params import SamplingParams
 from workbench.api.answer_log import AnswerLog
+from workbench.api.auth import may_administer
 from workbench.api.disconnect import ClientGone, unless_gone
 from workbench.api.errors import UnauthorizedError, error_response, json_response, on_unexpected_error
 from workbench.api.intake import read_json
@@ -79,7 +80,7 @@ def internal_app(host: EngineHost, token: str, services: Services | None = None)
 
 
 class RequireToken:
-    """ASGI: 401 unless the request brings the token."""
+    """ASGI: 401 unless the request brings the token, or an API key with the right to everything (`workbench.api.auth`)."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
@@ -88,16 +89,14 @@ class RequireToken:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = next((value for name, value in scope.get("headers", ()) if name == b"authorization"), b"")
-        if secrets.compare_digest(given, self._expected):
+        if secrets.compare_digest(given, self._expected) or may_administer(scope):
             await self._app(scope, receive, send)
             return
         error = UnauthorizedError(
             "these routes need the app's token", param="authorization", limit="Authorization: Bearer TOKEN",
             remedy="Use workbench.connect(), which reads it from HOME_DIR/run/app.json.",
         )  # fmt: skip
-        response = error_response(error, details=True)
-        response.headers["www-authenticate"] = "Bearer"
-        await response(scope, receive, send)
+        await error_response(error, details=True)(scope, receive, send)
 
 
 class InternalRoutes:

@@ -20,19 +20,22 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.requests import Request
 from starlette.responses import Response
 
+from workbench.access.principal import Right
 from workbench.api import answers, responses_schema, schema
+from workbench.api.auth import rights_for
 
 _STATUSES = {
     400: "The request cannot be answered as it is: `param` names what is meant, the message the limit and the remedy.",
-    403: "Another site's page, a foreign Host header, or something that is not allowed here.",
+    401: "No API key, or one that opens nothing, on a server that asks for keys.",
+    403: "An API key without the right to it, another site's page, a foreign Host header, or something that is not allowed here.",
     404: "There is no such model, adapter or request here.",
     409: "It is in use.",
     413: "The body is over the limit.",
     415: "The body is not declared as application/json.",
     422: "The files cannot be served.",
-    429: "As much waits as may wait; `retry-after` says when there may be room.",
+    429: "As much waits as may wait, or the API key has used up a limit; `retry-after` says when there may be room.",
     500: "A step failed; send it again.",
-    503: "No model can answer now, the request waited too long, or the server stops; `retry-after` says when to try again.",
+    503: "No model can answer now, the API keys cannot be read, the request waited too long, or the server stops; `retry-after` says when to try again.",
 }
 _TEXT, _EVENTS, _JSON = "text/plain", "text/event-stream", "application/json"
 
@@ -54,7 +57,14 @@ class Operation:
     def statuses(self) -> tuple[int, ...]:
         """Of its refusals."""
         of_bodies = (400, 413, 415) if self.body is not None else ()
-        return tuple(sorted({403, 500, *of_bodies, *self.refusals}))
+        of_keys = (401, 503) if self.rights else ()
+        of_limits = (429,) if self.rights == (Right.INFER,) else ()
+        return tuple(sorted({403, 500, *of_bodies, *of_keys, *of_limits, *self.refusals}))
+
+    @property
+    def rights(self) -> tuple[Right, ...]:
+        """Of which a key needs one; none where no key is asked for."""
+        return rights_for(self.path) or ()
 
 
 _MODEL = (404, 503)
@@ -120,7 +130,10 @@ def document() -> dict[str, Any]:
             " name; a null means the default.",
         },
         "paths": paths,
-        "components": {"schemas": found["$defs"]},
+        "components": {
+            "schemas": found["$defs"],
+            "securitySchemes": {"api_key": {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
@@ -142,6 +155,10 @@ def _operation(each: Operation) -> dict[str, Any]:
         "summary": each.summary,
         "responses": {"200": good, **refused, **others},
     }
+    if each.rights:
+        needed = " or ".join(right.value for right in each.rights)
+        made["description"] = f"Where keys are asked for: one with the right {needed}, or admin."
+        made["security"] = [{"api_key": []}, {}]
     if each.body is not None:
         made["requestBody"] = {"required": True, "content": {_JSON: _ref(each.body)}}
     if "{" in each.path:

@@ -30,6 +30,7 @@ from engine.embedding import (
     search_pairs,
 )
 from engine.pooling import PoolingParams, Vector
+from workbench.access.limits import Cost, client_in_use, reserved
 from workbench.api.answer_log import AnswerLog
 from workbench.api.disconnect import unless_gone
 from workbench.api.endpoints import on_current_worker
@@ -208,9 +209,10 @@ def _submit(worker: EngineWorker, asked: Asked, call: Call, answer_log: AnswerLo
     engine_ids = [call.request_id, *(f"{call.request_id}-{i}" for i in range(1, len(requests.prompts)))]
     for engine_id in engine_ids:
         answer_log.expect(engine_id)
-    return worker.submit_all(
-        requests.prompts, requests.params, request_ids=engine_ids, arrival_ns=call.arrival_ns
-    )
+    with reserved(lambda: [Cost(*pair, 0) for pair in zip(engine_ids, map(len, requests.prompts))]):
+        return worker.submit_all(
+            requests.prompts, requests.params, request_ids=engine_ids, arrival_ns=call.arrival_ns, client=client_in_use()
+        )  # fmt: skip
 
 
 def _inputs(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | Sequence[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from workbench.access.client_key import authorization
 from workbench.backends.wire import HttpBackend, error_of, lost
 from workbench.run_state import RunningApp
 
@@ -17,13 +18,13 @@ TIMEOUT = httpx.Timeout(1800.0, connect=5.0)
 
 
 class AppClient(HttpBackend):
-    """Speaks to a running app with its token; nothing is asked before a method is called.
+    """Speaks to a running app with its token, or QUIRE_API_KEY where that is not at hand; nothing is asked before a method is called.
 
     Every method raises the typed error that the app answers with, and BackendLostError where it does not answer.
     """
 
     def __init__(self, app: RunningApp) -> None:
-        super().__init__(f"app {app.url}", app.url, {"authorization": f"Bearer {app.token}"}, TIMEOUT)
+        super().__init__(f"app {app.url}", app.url, authorization(app.url, app.token), TIMEOUT)
 
     def residents(self) -> dict[str, Any]:
         """Lists of residents and followed aliases: ``residents, loading, draining, followed``."""

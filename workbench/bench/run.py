@@ -182,7 +182,7 @@ def _of_app(app: RunningApp, spec: BenchmarkSpec) -> Iterator[Server]:
         if model is not None and model not in resident:
             model = backend.load(model)
         try:
-            yield Server(find_target(app.url, model or resident[0]), backend)
+            yield Server(find_target(app.url, model or resident[0], app.token), backend)
         finally:
             if model is not None and model not in resident:
                 backend.unload(model)

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from workbench.access.client_key import authorization
 from workbench.bench.errors import BenchmarkError
 from workbench.bench.spec import BenchmarkSpec
 from workbench.bench.workload import WordCosts, Workload
@@ -40,7 +41,7 @@ class Target:
 
     base_url: str  # ends with /v1
     model: str
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     is_quire: bool = False  # takes ignore_eos, and its first event comes with the first token
     max_model_len: int | None = None
     forces_length: bool = False  # takes ignore_eos
@@ -63,8 +64,8 @@ class Target:
         return body
 
 
-def find_target(url: str, model: str | None) -> Target:
-    """Ask a server what it has.
+def find_target(url: str, model: str | None, token: str = "") -> Target:
+    """Ask a server what it has. `token`: of the running app, where it is that one.
 
     Raises:
         ServerUnreachableError: nothing answers there, or not as an OpenAI-compatible server.
@@ -72,8 +73,7 @@ def find_target(url: str, model: str | None) -> Target:
     """
     base = url.rstrip("/")
     base = base if base.endswith("/v1") else f"{base}/v1"
-    key = os.environ.get(API_KEY_VARIABLE)
-    headers = {"Authorization": f"Bearer {key}"} if key and _may_have_key(base) else {}
+    headers = authorization(base, token, otherwise=os.environ.get(API_KEY_VARIABLE))
     try:
         response = httpx.get(f"{base}/models", headers=headers, timeout=_TIMEOUT)
         listed: list[dict[str, Any]] = response.raise_for_status().json()["data"]
@@ -174,9 +174,3 @@ def _ask(client: httpx.Client, target: Target, text: str) -> httpx.Response:
             f"{target.base_url} stopped answering ({type(error).__name__}: {error})", value=target.base_url, param="url",
             remedy="See the server's log.",
         ) from error  # fmt: skip
-
-
-def _may_have_key(base: str) -> bool:
-    """A key goes over TLS, or to this machine."""
-    url = httpx.URL(base)
-    return url.scheme == "https" or url.host in ("127.0.0.1", "localhost", "::1")

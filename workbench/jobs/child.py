@@ -20,6 +20,8 @@ from typing import Any
 from engine.errors import TypedError
 from workbench import exit_codes
 from workbench import settings as settings_module
+from workbench.access.acting import acting_as
+from workbench.access.principal import Principal, Right
 from workbench.guard import die_with_parent
 from workbench.jobs.context import JobContext
 from workbench.jobs.model import (
@@ -59,7 +61,8 @@ def run_claimed(jobs: Jobs, job_id: str, on_progress: OnProgress | None = None) 
     os.environ[PARENT_VARIABLE] = job_id
     watch.start()
     try:
-        _run(jobs, jobs.get(job_id), context, owner)
+        with acting_as(Principal(f"job {job_id}", frozenset(Right))):
+            _run(jobs, jobs.get(job_id), context, owner)
     finally:
         stop.set()
         watch.join(HEARTBEAT_S * 5)

@@ -18,6 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from workbench import settings as settings_module
+from workbench.access import audit
 from workbench.jobs.claims import Claims, cancel_jobs, job_of
 from workbench.jobs.model import (
     DEVICES,
@@ -62,6 +63,7 @@ class Jobs:
         values = self.prepare(kind, spec, title=title, device=device)
         with self.store.begin() as connection:
             connection.execute(table.insert().values(values))
+            audit.write(connection, "start job", values["id"], detail=f"{kind}: {values['title']}")
         return self.get(values["id"])
 
     def prepare(
@@ -124,8 +126,10 @@ class Jobs:
         Raises:
             UnknownJobError
         """
-        with self.store.begin() as connection:
-            cancel_jobs(connection, table.c.id == job_id, "Cancelled before it began")
+        if not (job := self.get(job_id)).ended:
+            with self.store.begin() as connection:
+                cancel_jobs(connection, table.c.id == job_id, "Cancelled before it began")
+                audit.write(connection, "cancel job", job_id, detail=f"{job.kind}: {job.title}")
         return self.get(job_id)
 
     def wait(self, job_id: str, timeout_s: float | None = None, on_progress: OnProgress | None = None) -> Job:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from workbench.access.keys import ID_PREFIX
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -21,6 +23,7 @@ COLUMNS: dict[str, str] = {
     "row": "string",  # unique; a request id that a client used twice gives two rows
     "model": "string",
     "version_digest": "string",
+    "key_id": "string",  # of the API key that asked
     "arrived_at": "timestamp[us, tz=UTC]",
     "finished_at": "timestamp[us, tz=UTC]",
     "arrival_ns": "int64",
@@ -65,6 +68,7 @@ def row_of(record: RequestRecord, model: str, version_digest: str) -> dict[str, 
         "request_id": record.request_id,
         "model": model,
         "version_digest": version_digest,
+        "key_id": record.client if record.client.startswith(ID_PREFIX) else None,
         "arrival_ns": arrival,
         "admitted_ns": record.admitted_ns,
         "first_token_ns": first,

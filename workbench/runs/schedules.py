@@ -21,6 +21,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from workbench.access import audit
 from workbench.errors import WorkbenchError
 from workbench.jobs.model import JobState
 from workbench.jobs.table import Jobs
@@ -123,6 +124,7 @@ class Schedules:
         try:
             with self.store.begin() as connection:
                 connection.execute(table.insert().values(row))
+                audit.write(connection, "add schedule", row["name"], detail=notebook)
         except sa.exc.IntegrityError:
             raise ScheduleError(
                 f"there is a schedule {name.strip()!r} already", value=name, param="name",
@@ -153,6 +155,7 @@ class Schedules:
         found = self.get(name)
         with self.store.begin() as connection:
             connection.execute(table.delete().where(table.c.id == found.id))
+            audit.write(connection, "remove schedule", found.name)
         return found
 
     def enable(self, name: str, enabled: bool = True, *, now: datetime | None = None) -> Schedule:
@@ -168,6 +171,7 @@ class Schedules:
             values["next_due_at"] = utc_text(self._trigger(found).first(now or datetime.now(UTC)))
         with self.store.begin() as connection:
             connection.execute(table.update().where(table.c.id == found.id).values(**values))
+            audit.write(connection, "resume schedule" if enabled else "pause schedule", found.name)
         return self.get(found.id)
 
     def history(self, name: str | None = None, limit: int = 50) -> Occurrences:

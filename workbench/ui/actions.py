@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -75,7 +76,10 @@ class Actions:
             found = self._by_key.get(key)
             if found is None or not found.running:
                 found = self._by_key[key] = Action(key, label)
-                self._asked.put(partial(_run, found, function, after))
+                as_asked = partial(
+                    copy_context().run, function
+                )  # who acts is known in the caller's context alone
+                self._asked.put(partial(_run, found, as_asked, after))
         found.wait(wait_s)
         return found
 

@@ -29,6 +29,7 @@ ENTRIES = (
     Entry("versions", "Versions", ":material/account_tree:"),
     Entry("compare", "Compare", ":material/compare_arrows:"),
     Entry("runs", "Runs", ":material/schedule:"),
+    Entry("settings", "Settings", ":material/settings:"),
 )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench import tracking
+from workbench.access.audit import audited_in
 from workbench.versions import aliases
 from workbench.versions.adapter import CARD_NAME, CONFIG_NAME, LINEAGE_NAME, WEIGHTS_NAME, read_adapter
 from workbench.versions.aliases import AliasMove
@@ -205,7 +206,13 @@ class Registry:
         if before == version:
             return
         key, value = aliases.tag_of(alias, aliases.new_move(before, version, reason, is_rollback=is_rollback))
-        with _known(f"{name}/{version}"), tracking.reachable(client.tracking_uri):
+        acts = audited_in(
+            self._settings.home_dir,
+            "move alias",
+            f"{name}@{alias}",
+            f"from {before or 'nothing'} to {version}",
+        )
+        with acts, _known(f"{name}/{version}"), tracking.reachable(client.tracking_uri):
             client.set_registered_model_alias(name, alias, str(version))
             client.set_registered_model_tag(name, key, value)
 
