@@ -55,11 +55,14 @@ class KeyLimits:
 
     def __bool__(self) -> bool:
         """Whether anything is limited."""
-        return any(value is not None for value in asdict(self).values())
+        return self != _UNLIMITED  # asked for every request: `as_dict` would take longer than all else there
 
     def as_dict(self) -> dict[str, int]:
         """Those that are set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+_UNLIMITED = KeyLimits()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from engine.errors import TypedError
 from engine.sampling_params import SamplingParams
 from workbench.access import keys
 from workbench.access.keys import KeyLimits, NewKey
@@ -22,7 +23,6 @@ from workbench.access.principal import Right
 from workbench.api.auth import RIGHTS, rights_for
 from workbench.api.openapi import document
 from workbench.backends.app import AppBackend
-from workbench.backends.protocol import BackendError
 from workbench.bench.target import find_target
 from workbench.host import fake_worker
 from workbench.observe.request_log import RequestLog
@@ -154,14 +154,14 @@ def test_our_own_programs_come_with_the_environments_key_where_they_have_no_toke
 ) -> None:
     app = RunningApp(guarded.url, 1, "", guarded.model)
     monkeypatch.delenv("QUIRE_API_KEY", raising=False)
-    with pytest.raises(BackendError, match="these routes need the app's token"):
-        AppBackend(app)
+    with AppBackend(app) as backend, pytest.raises(TypedError, match="these routes need the app's token"):
+        backend.residents()
     monkeypatch.setenv("QUIRE_API_KEY", make(Right.INFER).text)
-    with pytest.raises(BackendError, match="it has the rights infer"):
-        AppBackend(app)
+    with AppBackend(app) as backend, pytest.raises(TypedError, match="it has the rights infer"):
+        backend.residents()
     monkeypatch.setenv("QUIRE_API_KEY", make(Right.ADMIN).text)
     with AppBackend(app) as backend:
-        assert backend.generate("abc", SamplingParams(max_tokens=3, ignore_eos=True))[0].num_output_tokens == 3
+        assert len(backend.generate("abc", SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
     partner = ServerPartner(guarded.url)
     assert partner.name == guarded.model
     partner.close()

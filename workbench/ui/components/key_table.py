@@ -1,11 +1,11 @@
-"""API keys: make one, whose text is shown once, see all, revoke one."""
+"""API keys: make one, whose text is shown until it is copied, see all, revoke one."""
 
 from __future__ import annotations
 
 import streamlit as st
 
 from workbench.access import keys
-from workbench.access.keys import ApiKey, KeyLimits
+from workbench.access.keys import ApiKey, KeyLimits, NewKey
 from workbench.access.principal import Right
 from workbench.errors import WorkbenchError
 from workbench.store import utc_now
@@ -13,6 +13,7 @@ from workbench.ui import formats, markup
 from workbench.ui.components import confirm
 from workbench.ui.resources import PageServices
 
+_NEW = "new_key"  # in the session's state
 _RIGHTS = {
     Right.INFER: "ask models",
     Right.READ: "see metrics and models",
@@ -29,6 +30,7 @@ _LIMITS = {
 def show(services: PageServices) -> None:
     """Render the keys that open something with their buttons, the others below, and the form."""
     st.html(markup.section("API keys", "who may use the API, and how much"))
+    _new_key()
     found = keys.listed(services.store)
     now = utc_now()
     valid = [key for key in found if key.is_valid(now)]
@@ -73,11 +75,22 @@ def _form(services: PageServices) -> None:
     except WorkbenchError as error:
         st.html(markup.error_panel("No key was made", error))
         return
-    # Not in the session's state: the next run of this page does not have it.
-    st.html(
-        markup.panel("warn", f"{made.key.name} ({made.key.id})", "Copy the key now: it is not shown again.")
-    )
-    st.code(made.text, language=None)
+    st.session_state[_NEW] = made
+    st.rerun()
+
+
+def _new_key() -> None:
+    """The key that was just made, in this session alone, until it is said to be copied: a rerun must not take it away."""
+    made: NewKey | None = st.session_state.get(_NEW)
+    if made is None:
+        return
+    told = "Copy the key now: it is stored as a hash, and nobody can show it again."
+    st.html(markup.panel("warn", f"{made.key.name} ({made.key.id})", told))
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.code(made.text, language=None)
+        if st.button("I have it", key="key_copied", width="content"):
+            del st.session_state[_NEW]
+            st.rerun()
 
 
 def as_html(key: ApiKey) -> str:

@@ -19,7 +19,7 @@ _TTL_S = 60.0
 def show(services: PageServices) -> None:
     """The doctor looks beside the page: he imports torch and asks ports."""
     home = services.settings.home_dir
-    st.html(markup.section("This machine", "what `quire doctor` finds"))
+    st.html(markup.section("This machine", "what quire doctor finds"))
     found = needs.value(
         resources.readings().get(("doctor",), lambda: examine(home_dir=home), ttl_s=_TTL_S), "The machine"
     )
@@ -42,12 +42,11 @@ def show_settings(services: PageServices) -> None:
 
 def changed(settings: Settings) -> dict[str, str]:
     """Settings by the names of their variables; credentials in addresses are left out."""
-    untouched = {name: field.default for name, field in Settings.model_fields.items()}
-    defaults = settings.model_copy(update=untouched).to_env()
+    same = {name for name, field in Settings.model_fields.items() if getattr(settings, name) == field.default}
     return {
         name: _without_credentials(value)
         for name, value in settings.to_env().items()
-        if value != defaults.get(name)
+        if name.removeprefix("QUIRE_").lower() not in same
     }
 
 
