@@ -35,9 +35,10 @@ from starlette.types import ASGIApp
 
 from workbench import exit_codes
 from workbench import settings as settings_module
+from workbench.access import exposure
+from workbench.api.front import front
 from workbench.api.metrics import EngineMetrics
 from workbench.api.mlflow_proxy import MlflowProxy
-from workbench.api.origin import LoopbackOnly
 from workbench.api.routes import api_routes
 from workbench.device_lock import DeviceLock
 from workbench.errors import WorkbenchError
@@ -119,7 +120,7 @@ def build_api_app(wiring: Wiring) -> ASGIApp:
         async with running(wiring, proxy):
             yield
 
-    return Starlette(routes=_routes(wiring, proxy), middleware=[Middleware(LoopbackOnly)], lifespan=lifespan)
+    return Starlette(routes=_routes(wiring, proxy), middleware=_front(wiring), lifespan=lifespan)
 
 
 def build_app(wiring: Wiring) -> ASGIApp:
@@ -140,15 +141,19 @@ def build_app(wiring: Wiring) -> ASGIApp:
             else:
                 resources.provide(
                     wiring.host, settings=wiring.settings, jobs=wiring.services.jobs, store=wiring.services.store,
-                    limits=wiring.services.limits,
+                    limits=wiring.services.limits, logins=wiring.services.logins,
                 )  # fmt: skip
             threading.Thread(target=_preload, name="quire-preload", daemon=True).start()
             yield {"host": wiring.host}
 
     script = Path(__file__).resolve().parent / "ui" / "main.py"
     routes = [*_routes(wiring, proxy), *LiveRoute().routes()]
-    app: ASGIApp = st.App(script, routes=routes, middleware=[Middleware(LoopbackOnly)], lifespan=lifespan)
+    app: ASGIApp = st.App(script, routes=routes, middleware=_front(wiring), lifespan=lifespan)
     return app
+
+
+def _front(wiring: Wiring) -> list[Middleware]:
+    return front(wiring.settings, wiring.services.logins if wiring.services else None)
 
 
 def _routes(wiring: Wiring, proxy: MlflowProxy) -> list[BaseRoute]:
@@ -316,6 +321,7 @@ def main() -> int:
         die_with_parent(int(parent))
     try:
         settings = settings_module.load()
+        exposure.check_pages(settings)
         settings_module.prepare_home(settings)
         configure_logging(settings.log_level)
         listener = socket.socket(fileno=int(listen_fd)) if listen_fd else bind(settings.host, settings.port)
@@ -370,6 +376,9 @@ def _uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         server_header=False,
         lifespan="on",
         timeout_graceful_shutdown=_FLUSH_S,
+        proxy_headers=False,  # who is believed is QUIRE_TRUSTED_PROXIES' alone
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
         ws="websockets-sansio",
         ws_max_size=200 * 2**20,  # Streamlit's default for messages and uploads
         ws_ping_interval=30,

@@ -11,6 +11,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
+from workbench.access.logins import Logins
 from workbench.alias_watcher import AliasWatcher, Lookup, registry_lookup
 from workbench.errors import WorkbenchError
 from workbench.limits import LimitKeeper, LimitStore
@@ -38,6 +39,7 @@ class Services:
         self.jobs: Jobs | None = None
         self.request_log: RequestLog | None = None
         self.limits = LimitStore(settings.home_dir)
+        self.logins = Logins(settings)
         self._runner: JobRunner | None = None
         self._watcher: AliasWatcher | None = None
         self._keeper: LimitKeeper | None = None
@@ -54,6 +56,7 @@ class Services:
                 return
             store = open_store(self.settings.home_dir)
             try:
+                self.logins.open(store)
                 self.request_log = RequestLog(self.settings.home_dir, text=self.settings.request_text)
             except BaseException:
                 store.close()
