@@ -37,6 +37,7 @@ from workbench import exit_codes
 from workbench import settings as settings_module
 from workbench.access import exposure
 from workbench.api.front import front
+from workbench.api.http_protocol import BoundedHttp
 from workbench.api.metrics import EngineMetrics
 from workbench.api.mlflow_proxy import MlflowProxy
 from workbench.api.routes import api_routes
@@ -294,7 +295,9 @@ def _serve(
     run_state = RunState(settings.run_dir)
 
     def on_listening() -> None:
-        run_state.write(settings.url, model=settings.model_path, token=wiring.token)
+        run_state.write(
+            settings.url, model=settings.model_path, token=wiring.token, certfile=settings.ssl_certfile
+        )
         announce("listening")
         threading.Thread(
             target=_announce_load, args=(wiring.host, announce), name="quire-announce", daemon=True
@@ -376,6 +379,8 @@ def _uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         server_header=False,
         lifespan="on",
         timeout_graceful_shutdown=_FLUSH_S,
+        http=BoundedHttp,
+        limit_concurrency=settings.max_connections,
         proxy_headers=False,  # who is believed is QUIRE_TRUSTED_PROXIES' alone
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,

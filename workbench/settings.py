@@ -89,6 +89,7 @@ class Settings(BaseSettings):
     tool_call_parser: str | None = None  # None: as the model's chat template shows
     reasoning_parser: str | None = None
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)  # of one API request
+    max_connections: int = Field(default=4096, ge=1)  # at a time; more are answered with 503
     stalled_client_seconds: float = Field(
         default=60, gt=0
     )  # a stream's client that reads nothing is cut then

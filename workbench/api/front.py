@@ -8,6 +8,7 @@ from __future__ import annotations
 from starlette.middleware import Middleware
 
 from workbench.access.logins import Logins
+from workbench.api.limits import Limits
 from workbench.api.login import RequireLogin
 from workbench.api.origin import OwnOrigin
 from workbench.settings import Settings
@@ -18,7 +19,7 @@ def front(settings: Settings, logins: Logins | None) -> list[Middleware]:
     names = settings.allowed_host_names + (
         () if settings.is_loopback else (settings.host.strip("[]").lower(),)
     )
-    parts = [Middleware(OwnOrigin, names, not settings.is_loopback)]
+    parts = [Middleware(Limits), Middleware(OwnOrigin, names, not settings.is_loopback)]
     if settings.login_required:
         parts.append(Middleware(RequireLogin, logins or Logins(settings)))
     return parts

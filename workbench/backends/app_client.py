@@ -23,7 +23,9 @@ class AppClient(HttpBackend):
     """
 
     def __init__(self, app: RunningApp) -> None:
-        super().__init__(f"app {app.url}", app.url, {"authorization": f"Bearer {app.token}"}, TIMEOUT)
+        super().__init__(
+            f"app {app.url}", app.url, {"authorization": f"Bearer {app.token}"}, TIMEOUT, app.trust
+        )
 
     def residents(self) -> dict[str, Any]:
         """Lists of residents and followed aliases: ``residents, loading, draining, followed``."""
