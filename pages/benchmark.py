@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from workbench.ui import benchmark_result, markup, pace, resources
+from workbench.ui import benchmark_result, markup, pace, resources, who
 from workbench.ui.components import (
     bench_report,
     job_state,
@@ -66,12 +66,12 @@ def _newest_job(services: PageServices) -> bool:
 
 
 def _form(model: str, context: int) -> Workload:
-    st.button(
+    who.button(
         f"Run the {workload_form.PRESET_S}-second preset", on_click=_start, args=(workload_form.preset(), model), key="preset",
         icon=":material/timer:", width="stretch", help=f"{workload_form.preset().title}; the form stays as it is.",
     )  # fmt: skip
     workload = workload_form.show(context)
-    st.button(
+    who.button(
         "Run the benchmark",
         type="primary",
         key="bench_start",
@@ -100,7 +100,7 @@ def _empty(model: str) -> None:
             f"The preset takes {workload_form.PRESET_S} seconds: {preset.title}. The sidebar has every setting.",
         )
     )  # fmt: skip
-    st.button(
+    who.button(
         f"Run the {workload_form.PRESET_S}-second benchmark",
         type="primary",
         key="bench_first",

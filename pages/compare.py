@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from workbench.ui import markup, pace, registry_view, resources
+from workbench.ui import markup, pace, registry_view, resources, who
 from workbench.ui.components import (
     action_state,
     compare_form,
@@ -68,7 +68,7 @@ def _form(services: PageServices) -> Choice | None:
     champion = next((ref for ref, info in known.value.items() if CHAMPION in info.aliases), None)
     with st.sidebar:
         choice = compare_form.show(known.value, champion, datasets.value, registry_view.scorer_names())
-        st.button(
+        who.button(
             "Compare", type="primary", key="compare_start", on_click=_start, args=(choice,), width="stretch",
             disabled=choice.a == choice.b, help="Choose two different versions." if choice.a == choice.b else None,
         )  # fmt: skip
@@ -90,7 +90,7 @@ def _empty(choice: Choice | None) -> None:
             f"The first one could be {choice.title}. The sidebar has every setting.",
         )
     )  # fmt: skip
-    st.button("Compare them", type="primary", key="compare_first", on_click=_start, args=(choice,))
+    who.button("Compare them", type="primary", key="compare_first", on_click=_start, args=(choice,))
 
 
 def _recipes(choice: Choice) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from workbench.ui import markup, resources
+from workbench.access.principal import Right
+from workbench.ui import markup, resources, who
 from workbench.ui.answers import follow
 from workbench.ui.components import (
     chat_message,
@@ -153,14 +154,16 @@ def _ask_box(versions: Versions, conversation: Conversation, controls: Controls)
         hint = (
             "Ask it something; Enter sends" if len(versions) < 2 else f"Ask all {len(versions)}; Enter sends"
         )
-        said = st.chat_input(controls.error or hint, key="said", disabled=controls.params is None)
+        refused = who.lacks(Right.INFER)
+        off = controls.params is None or refused is not None
+        said = st.chat_input(refused or controls.error or hint, key="said", disabled=off)
     if said:
         stop(conversation, wait_s=1.0)
         _send(versions, conversation, controls, ({"role": "user", "content": str(said)},))
 
 
 def _request(conversation: Conversation, controls: Controls) -> Request | None:
-    if controls.params is None:
+    if controls.params is None or who.lacks(Right.INFER):
         return None
     return Request(controls.params, controls.system, controls.tools or conversation.tools)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from workbench.ui import markup, pace
+from workbench.ui import markup, pace, who
 from workbench.ui.components import (
     job_state,
     job_table,
@@ -67,10 +67,10 @@ def _list() -> None:
     if active:
         with st.container(horizontal=True):
             for job in active:
-                if st.button(
+                if who.button(
                     f"Cancel {job_state.name_of(job)}", key=f"cancel_{job.id}", disabled=job.cancel_requested
                 ):
-                    services.jobs.cancel(job.id)
+                    job_state.cancel(services, job.id)
                     st.rerun(scope="fragment")
 
 

@@ -35,10 +35,11 @@ from starlette.types import ASGIApp
 
 from workbench import exit_codes
 from workbench import settings as settings_module
-from workbench.api.auth import RequireKey
+from workbench.access import exposure
+from workbench.api.front import front
+from workbench.api.http_protocol import BoundedHttp
 from workbench.api.metrics import EngineMetrics
 from workbench.api.mlflow_proxy import MlflowProxy
-from workbench.api.origin import LoopbackOnly
 from workbench.api.routes import api_routes
 from workbench.device_lock import DeviceLock
 from workbench.errors import WorkbenchError
@@ -126,7 +127,7 @@ def build_api_app(wiring: Wiring) -> ASGIApp:
         async with running(wiring, proxy):
             yield
 
-    return Starlette(routes=_routes(wiring, proxy), middleware=_middleware(wiring), lifespan=lifespan)
+    return Starlette(routes=_routes(wiring, proxy), middleware=_front(wiring), lifespan=lifespan)
 
 
 def build_app(wiring: Wiring) -> ASGIApp:
@@ -147,24 +148,19 @@ def build_app(wiring: Wiring) -> ASGIApp:
             else:
                 resources.provide(
                     wiring.host, settings=wiring.settings, jobs=wiring.services.jobs, store=wiring.services.store,
-                    limits=wiring.services.limits,
+                    limits=wiring.services.limits, logins=wiring.services.logins,
                 )  # fmt: skip
             threading.Thread(target=_preload, name="quire-preload", daemon=True).start()
             yield {"host": wiring.host}
 
     script = Path(__file__).resolve().parent / "ui" / "main.py"
     routes = [*_routes(wiring, proxy), *LiveRoute().routes()]
-    app: ASGIApp = st.App(script, routes=routes, middleware=_middleware(wiring), lifespan=lifespan)
+    app: ASGIApp = st.App(script, routes=routes, middleware=_front(wiring), lifespan=lifespan)
     return app
 
 
-def _middleware(wiring: Wiring) -> list[Middleware]:
-    """What stands before every route, the outermost first."""
-    required = wiring.settings.require_key
-    return [
-        Middleware(LoopbackOnly),
-        Middleware(RequireKey, services=wiring.services, token=wiring.token, is_required=required),
-    ]
+def _front(wiring: Wiring) -> list[Middleware]:
+    return front(wiring.settings, wiring.services, wiring.token)
 
 
 def _routes(wiring: Wiring, proxy: MlflowProxy) -> list[BaseRoute]:
@@ -309,7 +305,9 @@ def _serve(
     run_state = RunState(settings.run_dir)
 
     def on_listening() -> None:
-        run_state.write(settings.url, model=settings.model_path, token=wiring.token)
+        run_state.write(
+            settings.url, model=settings.model_path, token=wiring.token, certfile=settings.ssl_certfile
+        )
         announce("listening")
         threading.Thread(
             target=_announce_load, args=(wiring.host, announce), name="quire-announce", daemon=True
@@ -336,6 +334,7 @@ def main() -> int:
         die_with_parent(int(parent))
     try:
         settings = settings_module.load()
+        exposure.check_pages(settings)
         settings_module.prepare_home(settings)
         configure_logging(settings.log_level)
         listener = socket.socket(fileno=int(listen_fd)) if listen_fd else bind(settings.host, settings.port)
@@ -390,6 +389,11 @@ def _uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         server_header=False,
         lifespan="on",
         timeout_graceful_shutdown=_FLUSH_S,
+        http=BoundedHttp,
+        limit_concurrency=settings.max_connections,
+        proxy_headers=False,  # who is believed is QUIRE_TRUSTED_PROXIES' alone
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
         ws="websockets-sansio",
         ws_max_size=200 * 2**20,  # Streamlit's default for messages and uploads
         ws_ping_interval=30,

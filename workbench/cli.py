@@ -16,6 +16,7 @@ from typing import Any
 
 from workbench import exit_codes
 from workbench import settings as settings_module
+from workbench.access import exposure
 from workbench.commands import engine_options
 from workbench.errors import ApiError, NotReadyError, WorkbenchError
 from workbench.settings import Settings
@@ -33,6 +34,7 @@ COMMAND_MODULES = (
     "keys",
     "audit",
     "quantize",
+    "users",
 )
 
 
@@ -93,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help="port of pages and API (PORT, default 8501)")
-    parser.add_argument("--host", help="loopback address to listen on (QUIRE_HOST, default 127.0.0.1)")
+    parser.add_argument(
+        "--host",
+        help="address to listen on (QUIRE_HOST, default 127.0.0.1); others than loopback need a login",
+    )
+    parser.add_argument("--ssl-certfile", type=Path, help="certificate, PEM: https (QUIRE_SSL_CERTFILE)")
+    parser.add_argument("--ssl-keyfile", type=Path, help="its key, PEM (QUIRE_SSL_KEYFILE)")
     parser.add_argument("--home-dir", type=Path, help="where everything is kept (HOME_DIR, default .quire)")
     parser.add_argument("--model", help="a folder or hub id (QUIRE_MODEL); default: the bundled model")
     parser.add_argument("--dtype", help="auto, float32, bfloat16, … (QUIRE_DTYPE)")
@@ -111,6 +118,7 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
 
 def _up(arguments: argparse.Namespace) -> int:
     settings = _server_settings(arguments, mlflow_port=arguments.mlflow_port)
+    exposure.check_pages(settings)
     from workbench.supervisor import Supervisor
 
     return Supervisor(
@@ -150,7 +158,8 @@ def _server_settings(arguments: argparse.Namespace, **more: Any) -> Settings:
     settings = settings_module.load(
         port=arguments.port, host=arguments.host, home_dir=arguments.home_dir, model=arguments.model,
         dtype=arguments.dtype, threads=arguments.threads, enable_lora=arguments.enable_lora,
-        tensor_parallel_size=arguments.tensor_parallel_size, **engine_options.chosen(arguments), **more,
+        tensor_parallel_size=arguments.tensor_parallel_size, ssl_certfile=_absolute(arguments.ssl_certfile),
+        ssl_keyfile=_absolute(arguments.ssl_keyfile), **engine_options.chosen(arguments), **more,
     )  # fmt: skip
     settings_module.prepare_home(settings)
     if not settings.fake:
@@ -159,6 +168,11 @@ def _server_settings(arguments: argparse.Namespace, **more: Any) -> Settings:
         check_model(settings.model_path)
     settings.engine_config()
     return settings
+
+
+def _absolute(file: Path | None) -> Path | None:
+    """Children have another working folder."""
+    return None if file is None else file.expanduser().absolute()
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,8 @@
 
     WorkbenchError
     ├── SettingsError            a setting of the app is out of range or contradicts another one
-    │   ├── HostRefusedError     an address that is not loopback, while there is no login
+    │   ├── HostRefusedError     an address that is not loopback, while nobody could log in
+    │   ├── CertificateError     the files for https are missing, unreadable or do not belong together
     │   └── HomeDirError         HOME_DIR cannot be written
     ├── PortInUseError           another process listens where this one should
     ├── AlreadyRunningError      another supervisor owns this HOME_DIR
@@ -36,9 +37,15 @@ class SettingsError(WorkbenchError, ValueError):
 
 
 class HostRefusedError(SettingsError):
-    """The address would be reachable from other machines, and there is no login."""
+    """The address would be reachable from other machines, and there is no way to log in."""
 
     code = "host_refused"
+
+
+class CertificateError(SettingsError):
+    """The certificate or its key cannot be used."""
+
+    code = "invalid_certificate"
 
 
 class HomeDirError(SettingsError):

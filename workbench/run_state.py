@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -23,6 +24,20 @@ class RunningApp:
     started_at: str  # UTC, ISO 8601
     model: str
     token: str = ""  # of the internal routes (``/quire/*``); "" where there are none
+    certfile: str = ""  # of an app that speaks TLS
+
+    @property
+    def trust(self) -> ssl.SSLContext | bool:
+        """What clients check its certificate by: it is the very one that the app loaded, whatever name it was made for."""
+        if not self.certfile:
+            return True
+        end = "-----END CERTIFICATE-----"
+        own = Path(self.certfile).read_text("ascii").partition(end)[0] + end + "\n"
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # nobody else's, so no chain is needed
+        context.load_verify_locations(cadata=own)
+        return context
 
 
 class RunState:
@@ -31,9 +46,10 @@ class RunState:
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / "app.json"
 
-    def write(self, url: str, *, model: str, token: str = "") -> None:
+    def write(self, url: str, *, model: str, token: str = "", certfile: Path | None = None) -> None:
         """Publish this process. The file is new each time and its owner's alone, as mkstemp makes it."""
-        app = RunningApp(url, os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"), model, token)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        app = RunningApp(url, os.getpid(), started, model, token, str(certfile or ""))
         handle, temporary = tempfile.mkstemp(dir=self._file.parent, prefix=".app-")
         with os.fdopen(handle, "w", encoding="utf-8") as opened:
             json.dump(asdict(app), opened)

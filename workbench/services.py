@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from workbench.access.audit import Audit
+from workbench.access.logins import Logins
 from workbench.alias_watcher import AliasWatcher, Lookup, registry_lookup
 from workbench.errors import WorkbenchError
 from workbench.limits import LimitKeeper, LimitStore
@@ -42,6 +43,7 @@ class Services:
         self.keys: KeyRing | None = None
         self.audit = Audit()
         self.limits = LimitStore(settings.home_dir)
+        self.logins = Logins(settings)
         self._runner: JobRunner | None = None
         self._watcher: AliasWatcher | None = None
         self._keeper: LimitKeeper | None = None
@@ -59,6 +61,7 @@ class Services:
                 return
             store = open_store(self.settings.home_dir)
             try:
+                self.logins.open(store)
                 self.request_log = RequestLog(self.settings.home_dir, text=self.settings.request_text)
             except BaseException:
                 store.close()

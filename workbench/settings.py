@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from workbench.errors import HomeDirError, HostRefusedError, SettingsError
+from workbench.access import exposure
+from workbench.errors import HomeDirError, SettingsError
 from workbench.traffic import Split, parse_splits
 
 if TYPE_CHECKING:
@@ -44,6 +45,17 @@ class Settings(BaseSettings):
     mlflow_tracking_uri: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
 
     host: str = "127.0.0.1"
+    # Who may come in (workbench.access). Off loopback a login is asked for in any case.
+    require_login: bool = False  # on loopback too, as behind a proxy on this machine
+    allowed_hosts: str = (
+        ""  # names that this server is reached by, separated by commas; *.example.org for all below
+    )
+    trusted_proxy_header: str = ""  # such as X-Forwarded-User: a proxy names the user in it
+    trusted_proxies: str = ""  # networks of such proxies, such as 10.0.0.0/8, separated by commas
+    admins: str = ""  # users from a proxy or an OpenID provider who are administrators, separated by commas
+    session_hours: float = Field(default=12, gt=0, le=24 * 365)  # that a login lasts
+    ssl_certfile: Path | None = None  # PEM, the server's own certificate first; https with both
+    ssl_keyfile: Path | None = None
     model: str | None = None  # a folder or a hub id; None: the bundled model
     dtype: Dtype = "auto"
     quantization: Quantization | None = None  # of the weights as they load
@@ -78,6 +90,7 @@ class Settings(BaseSettings):
     reasoning_parser: str | None = None
     require_key: bool = False  # ask for an API key even before the first one was made
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)  # of one API request
+    max_connections: int = Field(default=4096, ge=1)  # at a time; more are answered with 503
     stalled_client_seconds: float = Field(
         default=60, gt=0
     )  # a stream's client that reads nothing is cut then
@@ -93,12 +106,47 @@ class Settings(BaseSettings):
 
     @property
     def url(self) -> str:
-        return f"http://{_bracketed(self.host)}:{self.port}"
+        """Where this machine's programs reach the app: an address that means "all" is loopback to them."""
+        scheme = "https" if self.ssl_certfile else "http"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(self.host, self.host)
+        return f"{scheme}://{_bracketed(host)}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        return _is_loopback(self.host)
+
+    @property
+    def login_required(self) -> bool:
+        """Pages are shown to those alone who have logged in: wherever others than this machine's user may ask."""
+        return (
+            self.require_login
+            or not self.is_loopback
+            or bool(self.trusted_proxy_header or self.allowed_hosts)
+        )
+
+    @property
+    def allowed_host_names(self) -> tuple[str, ...]:
+        """Names beside loopback that requests may call this server by."""
+        return _parts(self.allowed_hosts)
+
+    @property
+    def trusted_proxy_networks(self) -> tuple[str, ...]:
+        return _parts(self.trusted_proxies)
+
+    @property
+    def admin_names(self) -> tuple[str, ...]:
+        return _parts(self.admins)
 
     @property
     def mlflow_url(self) -> str:
         """Where clients find MLflow: the one named by the environment, or our own child."""
-        return self.mlflow_tracking_uri or f"http://{_bracketed(self.host)}:{self.mlflow_port}/mlflow"
+        return self.mlflow_tracking_uri or f"http://{_bracketed(self.mlflow_host)}:{self.mlflow_port}/mlflow"
+
+    @property
+    def mlflow_host(self) -> str:
+        """Our own MLflow has no login: others reach it through /mlflow alone."""
+        return self.host if self.is_loopback else "127.0.0.1"
 
     @property
     def run_dir(self) -> Path:
@@ -190,14 +238,14 @@ def load(**overrides: Any) -> Settings:
 
     Raises:
         SettingsError: naming the variable, its value and what is accepted.
-        HostRefusedError: the host is not a loopback address.
+        HostRefusedError: others could connect, and nobody could log in.
+        CertificateError: the files for https cannot be used.
     """
     _refuse_misspelt_variables()
     try:
         settings = Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
         raise _settings_error(error) from None
-    _check_loopback(settings.host)
     _check_follow(settings)
     parse_splits(settings.split)
     if settings.port == settings.mlflow_port and not settings.mlflow_tracking_uri:
@@ -205,7 +253,9 @@ def load(**overrides: Any) -> Settings:
             f"PORT and MLFLOW_PORT are both {settings.port}", value=settings.port, param="MLFLOW_PORT",
             remedy="Give them different ports.",
         )  # fmt: skip
-    return settings.model_copy(update={"home_dir": settings.home_dir.expanduser().absolute()})
+    settings = settings.model_copy(update={"home_dir": settings.home_dir.expanduser().absolute()})
+    exposure.check(settings)
+    return settings
 
 
 def prepare_home(settings: Settings) -> None:
@@ -245,21 +295,15 @@ def bundled_model() -> Path:
     return data_dir() / BUNDLED_MODEL
 
 
-def _check_loopback(host: str) -> None:
-    if host == "localhost":
-        return
+def _is_loopback(host: str) -> bool:
     try:
-        if ipaddress.ip_address(host.strip("[]")).is_loopback:
-            return
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        pass
-    raise HostRefusedError(
-        f"host {host!r} is refused: there is no login yet, so only this machine may connect",
-        value=host,
-        limit="127.0.0.1, ::1 or localhost",
-        param="QUIRE_HOST",
-        remedy="Use 127.0.0.1 and forward the port, for example: ssh -L 8501:127.0.0.1:8501 this-machine.",
-    )
+        return False
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _check_follow(settings: Settings) -> None:

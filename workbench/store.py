@@ -143,6 +143,19 @@ audit_log = sa.Table(
     sa.Column("detail", sa.Text, nullable=False, default=""),
 )
 
+login_sessions = sa.Table(
+    "login_sessions",
+    metadata,
+    sa.Column(
+        "digest", sa.String(64), primary_key=True
+    ),  # SHA-256 of the id, which is nowhere but in the cookie
+    sa.Column("user", sa.String(256), nullable=False),
+    sa.Column("way", sa.String(16), nullable=False),  # password | oidc
+    sa.Column("stamp", sa.String(32), nullable=False),
+    sa.Column("created_s", sa.Float, nullable=False),
+    sa.Column("expires_s", sa.Float, nullable=False),
+)
+
 
 class StoreError(WorkbenchError):
     """The store cannot be read or written; nothing of the transaction was kept."""

@@ -79,7 +79,7 @@ class Supervisor:
         held.enter_context(_lock_home(settings.run_dir))
         listener = held.enter_context(bind(settings.host, settings.port))
         if not settings.mlflow_tracking_uri:
-            check_free(settings.host, settings.mlflow_port, variable="MLFLOW_PORT")
+            check_free(settings.mlflow_host, settings.mlflow_port, variable="MLFLOW_PORT")
         self._wake, self._reports = os.pipe(), os.pipe()
         for end in (*self._wake, *self._reports):
             held.callback(os.close, end)
@@ -256,7 +256,7 @@ def _mlflow_command(settings: Settings, folder: Path) -> list[str]:
     return [
         sys.executable, "-m", "workbench.guard", str(os.getpid()), "--",
         sys.executable, "-m", "mlflow", "server",
-        "--host", settings.host, "--port", str(settings.mlflow_port), "-w", "1",
+        "--host", settings.mlflow_host, "--port", str(settings.mlflow_port), "-w", "1",
         "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
         "--artifacts-destination", str(folder / "artifacts"),
         "--static-prefix", "/mlflow",

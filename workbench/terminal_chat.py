@@ -7,6 +7,7 @@ accident; a model named by --model is loaded here, where no other process of thi
 from __future__ import annotations
 
 import json
+import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -87,7 +88,9 @@ class ChatPartner(Protocol):
 class ServerPartner:
     """An OpenAI-compatible server. `token`: the running app's own; default: QUIRE_API_KEY."""
 
-    def __init__(self, url: str, model: str | None = None, token: str = "") -> None:
+    def __init__(
+        self, url: str, model: str | None = None, token: str = "", verify: ssl.SSLContext | bool = True
+    ) -> None:
         self._base = url.rstrip("/").removesuffix("/v1")
         if not self._base.startswith(("http://", "https://")):
             raise ServerUnreachableError(
@@ -96,7 +99,7 @@ class ServerPartner:
                 param="--url",
                 remedy="Use one like http://127.0.0.1:8501.",
             )
-        self._client = httpx.Client(timeout=_TIMEOUT, headers=authorization(url, token))
+        self._client = httpx.Client(timeout=_TIMEOUT, headers=authorization(url, token), verify=verify)
         self.name = model or self._first_model()
 
     def ask(self, messages: Messages, options: ChatOptions, answer: Answer) -> Iterator[str]:
@@ -220,12 +223,12 @@ def _partner(settings: Settings, url: str | None, model: str | None) -> ChatPart
                 f"{model} is a version of the registry, and no app runs under {settings.home_dir}", value=model, param="--model",
                 remedy="Start one with `quire up` and load it, or name a folder or hub id.",
             )  # fmt: skip
-        return ServerPartner(app.url, model, app.token)
+        return ServerPartner(app.url, model, app.token, app.trust)
     if model is None and settings.model is None and not settings.fake:
         app = RunState(settings.run_dir).read()
         if app is not None:
             try:
-                return ServerPartner(app.url, token=app.token)
+                return ServerPartner(app.url, token=app.token, verify=app.trust)
             except ServerUnreachableError:
                 pass  # it is starting or stopping: answer from here
     return EnginePartner(settings)

@@ -54,6 +54,18 @@ class MediaTypeError(ApiError):
     code = "unsupported_media_type"
 
 
+class HeadersTooLargeError(ApiError):
+    """More or larger headers, or a longer address, than any client of ours sends."""
+
+    code = "headers_too_large"
+
+
+class SlowBodyError(ApiError):
+    """The body did not come in time."""
+
+    code = "slow_body"
+
+
 class UnauthorizedError(ApiError):
     """A route of this machine's own programs was called without their token."""
 
@@ -100,6 +112,10 @@ def status_of(error: Exception) -> int:
     """The HTTP status of a typed error; 500 for everything else."""
     if isinstance(error, MediaTypeError):
         return 415
+    if isinstance(error, HeadersTooLargeError):
+        return 431
+    if isinstance(error, SlowBodyError):
+        return 408
     if isinstance(error, UnauthorizedError):
         return 401
     if isinstance(error, ForbiddenError):

@@ -12,6 +12,9 @@ from starlette.requests import Request
 from workbench.api.errors import MediaTypeError
 from workbench.errors import ApiError, BodyTooLargeError
 
+MAX_DEPTH = 100  # levels; a JSON schema of people's making has a dozen
+MAX_CONTAINERS = 200_000  # lists and objects; an empty one takes 56 bytes
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -38,10 +41,16 @@ async def read_json(request: Request, max_bytes: int) -> Any:
             param="content-type", remedy="Send the header content-type: application/json.",
         )  # fmt: skip
     body = await _read(request, max_bytes)
+    is_large = body.count(b"[") + body.count(b"{") > MAX_DEPTH  # counted in texts too: no more than a hint
+    if is_large:
+        _check_breadth(body)
     try:
-        return json.loads(body)
+        value = json.loads(body, parse_constant=_no_constant)
+        if is_large:
+            _check_depth(value)
+        return value
     except RecursionError:
-        raise ApiError("the body is nested too deeply", limit="some hundred levels") from None
+        raise _too_deep() from None
     except UnicodeDecodeError as error:
         raise ApiError(
             f"the body is not UTF-8: {error.reason} at byte {error.start}", value=error.start
@@ -53,6 +62,45 @@ async def read_json(request: Request, max_bytes: int) -> Any:
         ) from None  # fmt: skip
     except ValueError as error:  # numbers with too many digits
         raise ApiError(f"the body is not valid JSON: {error}") from None
+
+
+def _check_breadth(body: bytes) -> None:
+    """Refuse what would take many times its size in memory, before it is built."""
+    if body.count(b"[") + body.count(b"{") <= MAX_CONTAINERS:
+        return
+    bare = _STRING.sub(b"", body)
+    found = bare.count(b"[") + bare.count(b"{")
+    if found > MAX_CONTAINERS:
+        raise ApiError(
+            f"the body holds {found} lists and objects", value=found, limit=MAX_CONTAINERS,
+            remedy="Send it in several requests.",
+        )  # fmt: skip
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = (
+            [
+                inner
+                for outer in level
+                for inner in (outer.values() if isinstance(outer, dict) else outer)
+                if isinstance(inner, dict | list)
+            ]
+            if isinstance(value, dict | list)
+            else []
+        )
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> ApiError:
+    return ApiError("the body is nested too deeply", limit=f"{MAX_DEPTH} levels")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import AsyncIterator, Iterable
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import httpx
 from starlette.datastructures import Headers
@@ -20,7 +20,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from workbench.api.errors import error_response
-from workbench.errors import NotReadyError, WorkbenchError
+from workbench.errors import ApiError, NotReadyError, WorkbenchError
 
 PREFIX = "/mlflow"
 _HOP_BY_HOP = frozenset(
@@ -80,13 +80,16 @@ class MlflowProxy:
         """Send the request on; the response, its body not yet read."""
         if not self.target.startswith(("http://", "https://")):
             raise _Refused(self._down(request, f"its tracking URI {self.target!r} is no web address"))
+        if ".." in unquote(request.url.path).replace("\\", "/").split("/"):
+            told = "a path below /mlflow leads out of it"
+            raise _Refused(error_response(ApiError(told, value=request.url.path)))
         if self._client is None:
             self._client = httpx.AsyncClient(
                 timeout=_TIMEOUT, follow_redirects=False, trust_env=False, headers={"accept-encoding": "identity"}
             )  # fmt: skip
         body = request.stream() if _has_body(request.headers) else None
         outgoing = self._client.build_request(
-            request.method, self._url(request), headers=self._request_headers(request.headers), content=body
+            request.method, self._url(request), headers=self._request_headers(request), content=body
         )
         try:
             return await self._client.send(outgoing, stream=True)
@@ -117,16 +120,22 @@ class MlflowProxy:
         query = request.scope["query_string"].decode("latin-1")
         return f"{self.target}{path}" + (f"?{query}" if query else "")
 
-    def _request_headers(self, given: Headers) -> list[tuple[bytes, bytes]]:
+    def _request_headers(self, request: Request) -> list[tuple[bytes, bytes]]:
+        given = request.headers
         kept = [
-            (name, value)
+            (name, _without_login(value) if name.lower() == b"cookie" else value)
             for name, value in _end_to_end(given.raw)
-            if name.lower() not in (b"host", b"origin", b"referer", b"expect")
+            if name.lower() not in (b"host", b"origin", b"referer", b"expect", b"forwarded")
+            and not name.lower().startswith(b"x-forwarded-")
         ]
         if "origin" in given:
             kept.append((b"origin", self._origin.encode()))
         host = given.get("host", "")
-        return [*kept, (b"x-forwarded-host", host.encode()), (b"x-forwarded-proto", b"http")]
+        return [
+            *kept,
+            (b"x-forwarded-host", host.encode()),
+            (b"x-forwarded-proto", request.url.scheme.encode()),
+        ]
 
     def _own_location(self, value: bytes) -> bytes:
         """A redirect to the other server's address leads here."""
@@ -168,6 +177,12 @@ def _end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, byt
     }
     dropped = _HOP_BY_HOP | named
     return [(name, value) for name, value in given if name.decode("latin-1").lower() not in dropped]
+
+
+def _without_login(cookies: bytes) -> bytes:
+    """The cookies without our own login, which may be a key to more than MLflow."""
+    kept = [part for part in cookies.split(b";") if not part.strip().startswith(b"quire_session_")]
+    return b";".join(kept).strip()
 
 
 def _has_body(headers: Headers) -> bool:

@@ -24,7 +24,7 @@ class AppClient(HttpBackend):
     """
 
     def __init__(self, app: RunningApp) -> None:
-        super().__init__(f"app {app.url}", app.url, authorization(app.url, app.token), TIMEOUT)
+        super().__init__(f"app {app.url}", app.url, authorization(app.url, app.token), TIMEOUT, app.trust)
 
     def residents(self) -> dict[str, Any]:
         """Lists of residents and followed aliases: ``residents, loading, draining, followed``."""

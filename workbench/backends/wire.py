@@ -3,6 +3,7 @@ server had raised."""
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator, Mapping
 
 import httpx
@@ -14,11 +15,19 @@ from workbench.backends.protocol import BackendError, BackendLostError, ClosesIt
 class HttpBackend(ClosesItself):
     """A backend at the other end of HTTP; `name` is what its errors call it."""
 
-    def __init__(self, name: str, url: str, headers: Mapping[str, str], timeout: httpx.Timeout) -> None:
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        headers: Mapping[str, str],
+        timeout: httpx.Timeout,
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
         self.name = name
         self.url = url
         self._headers = dict(headers)
         self._timeout = timeout
+        self._verify = verify
         self._client = self._new_client()
 
     def close(self) -> None:
@@ -31,7 +40,13 @@ class HttpBackend(ClosesItself):
 
     def _new_client(self) -> httpx.Client:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        return httpx.Client(base_url=self.url, headers=self._headers, timeout=self._timeout, limits=limits)
+        return httpx.Client(
+            base_url=self.url,
+            headers=self._headers,
+            timeout=self._timeout,
+            limits=limits,
+            verify=self._verify,
+        )
 
 
 def error_of(response: httpx.Response, who: str) -> TypedError:

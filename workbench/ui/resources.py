@@ -18,6 +18,7 @@ from workbench.ui.step_columns import StepColumns
 
 if TYPE_CHECKING:
     from engine.worker import EngineWorker
+    from workbench.access.logins import Logins
     from workbench.host import EngineHost
     from workbench.jobs import Jobs
     from workbench.limits import LimitStore
@@ -59,6 +60,7 @@ class _Provided:
     )
     readings: Readings = field(default_factory=Readings)
     actions: Actions | None = None
+    logins: Logins | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -72,6 +74,7 @@ def provide(
     jobs: Jobs | None = None,
     store: Store | None = None,
     limits: LimitStore | None = None,
+    logins: Logins | None = None,
 ) -> None:
     """Make `host` and the services the ones that pages see; what belonged to earlier ones is dropped. None takes it away.
 
@@ -79,6 +82,7 @@ def provide(
     """
     _provided.conversations.close()
     _provided.host = host
+    _provided.logins = logins
     _provided.services = None if settings is None else _services(settings, jobs, store, limits)
     _provided.conversations = Conversations()
     _provided.columns = weakref.WeakKeyDictionary()
@@ -110,6 +114,11 @@ def host() -> EngineHost:
 def services() -> PageServices | None:
     """Settings, jobs, store and registry; None in an app that keeps no records."""
     return _provided.services
+
+
+def logins() -> Logins | None:
+    """Who is logged in; None in an app that keeps no records, and so has no logins."""
+    return _provided.logins
 
 
 def conversations() -> Conversations:

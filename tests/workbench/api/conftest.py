@@ -22,6 +22,7 @@ from engine.fake_runner import FakeRunner, FakeTokenizer
 from engine.plan import KVSpec
 from engine.sampling_params import SamplingParams
 from engine.worker import EngineWorker
+from workbench.api.http_protocol import BoundedHttp
 from workbench.api.metrics import EngineMetrics
 from workbench.api.openapi import document
 from workbench.app import Wiring, build_api_app
@@ -114,7 +115,14 @@ def run_server(
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=2)
+        uvicorn.Config(
+            app,
+            log_level="error",
+            lifespan="on",
+            timeout_graceful_shutdown=2,
+            http=BoundedHttp,
+            proxy_headers=False,
+        )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

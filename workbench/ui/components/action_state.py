@@ -7,7 +7,8 @@ from typing import Any
 
 import streamlit as st
 
-from workbench.ui import formats, markup, resources
+from workbench.access.principal import Right
+from workbench.ui import formats, markup, resources, who
 from workbench.ui.actions import Action
 from workbench.ui.components import page_errors
 
@@ -15,10 +16,19 @@ REFRESH_S = 0.7
 TOLD_S = 20.0
 
 
-def start(key: str, label: str, function: Callable[[], Any], *, forgets: tuple[str, ...] = ()) -> Action:
-    """Run `function` off the script thread; what was read about `forgets` is read anew afterwards."""
+def start(
+    key: str,
+    label: str,
+    function: Callable[[], Any],
+    *,
+    forgets: tuple[str, ...] = (),
+    right: Right = Right.ADMIN,
+) -> Action:
+    """Run `function` off the script thread, for those alone who have the right; what was read about `forgets` is read anew afterwards."""
     readings = resources.readings()
-    return resources.actions().start(key, label, function, after=lambda: readings.forget(*forgets))
+    return resources.actions().start(
+        key, label, who.guarded(function, right), after=lambda: readings.forget(*forgets)
+    )
 
 
 def show(prefix: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from workbench.errors import WorkbenchError
-from workbench.ui import markup, resources
+from workbench.ui import markup, resources, who
 from workbench.ui.components import job_state
 
 if TYPE_CHECKING:
@@ -64,6 +64,6 @@ def popover(jobs: list[Job]) -> None:
                 f"<div><b>{markup.text(job_state.name_of(job))}</b> {job_state.chip(job)}"
                 f'<br><span class="q-muted">{markup.text(job_state.progress_text(job))}</span></div>'
             )
-            if st.button("Cancel", key=f"bar_cancel_{job.id}", disabled=job.cancel_requested):
-                services.jobs.cancel(job.id)
+            if who.button("Cancel", key=f"bar_cancel_{job.id}", disabled=job.cancel_requested):
+                job_state.cancel(services, job.id)
                 st.rerun()

@@ -13,12 +13,13 @@ import streamlit as st
 
 from engine.errors import EngineError
 from workbench.errors import WorkbenchError
-from workbench.ui import formats, markup, resources
+from workbench.ui import formats, markup, resources, who
 from workbench.ui.components import page_errors
 
 if TYPE_CHECKING:
     from workbench.jobs import Job
     from workbench.jobs.model import Device
+    from workbench.ui.resources import PageServices
 
 REFRESH_S = 1.0
 
@@ -98,11 +99,17 @@ def _watch(job_id: str, key: str) -> None:
     with bar:
         st.progress(min(max(job.fraction, 0.0), 1.0), text=f"**{name_of(job)}** · {progress_text(job)}")
     with button:
-        if st.button(
+        if who.button(
             "Cancel", key=f"{key}_cancel", disabled=job.cancel_requested, help="What was done so far is kept."
         ):
-            services.jobs.cancel(job_id)
+            cancel(services, job_id)
             st.rerun(scope="fragment")
+
+
+def cancel(services: PageServices, job_id: str) -> None:
+    """For a button that was pressed. Raises NotAllowedError."""
+    who.require()
+    services.jobs.cancel(job_id)
 
 
 def ended(job: Job) -> None:
@@ -165,6 +172,7 @@ def start(
     if services is None:
         return
     try:
+        who.require()
         job = services.jobs.submit(kind, spec, title=title, device=device)
     except (WorkbenchError, EngineError) as error:
         state[_REFUSED] = (kind, error)

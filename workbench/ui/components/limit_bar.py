@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import streamlit as st
-
 from engine.limits import Spent, spent
-from workbench.ui import formats, markup, resources
+from workbench.ui import formats, markup, resources, who
 from workbench.ui.components import action_state
 from workbench.ui.markup import term
 
@@ -84,7 +82,7 @@ def measure_button(view: EngineView) -> None:
         return
     label = "Measure the machine"
     help = "Takes a moment, while no request runs; a request that comes ends it."
-    if st.button(label, key="measure_limits", help=help):
+    if who.button(label, key="measure_limits", help=help):
         action_state.start(ACTION, label, lambda: store.measure(worker))
     action_state.show(ACTION)
 

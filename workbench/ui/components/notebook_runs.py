@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from workbench.ui import formats, markup, resources
+from workbench.ui import formats, markup, resources, who
 from workbench.ui.components import job_state, job_table, needs, parameter_form, recipes, schedule_form
 from workbench.ui.resources import PageServices
 
@@ -60,7 +60,7 @@ def _form(services: PageServices, notebook: Notebook) -> None:
         st.error(told, icon="⚠️")
     job_state.show_refusal(KIND)
     with st.container(horizontal=True):
-        st.button(
+        who.button(
             "Run",
             type="primary",
             key="notebook_run",

@@ -11,7 +11,7 @@ import streamlit as st
 from workbench.errors import SettingsError
 from workbench.load_options import PLAIN, LoadOptions
 from workbench.model_source import alias_of, version_of
-from workbench.ui import markup, resources
+from workbench.ui import markup, resources, who
 from workbench.ui.components import action_state, load_options_form
 from workbench.ui.components.version_card import ACTIONS
 from workbench.ui.registry_view import REGISTRY
@@ -33,7 +33,14 @@ def show(services: PageServices) -> None:
         name = right.text_input(
             "Name in the registry", key="own_name", bind="query-params", placeholder="its folder's name"
         )
-        sent = button.form_submit_button("Load", type="primary", width="stretch", key="own_load")
+        sent = button.form_submit_button(
+            "Load",
+            type="primary",
+            width="stretch",
+            key="own_load",
+            disabled=who.lacks() is not None,
+            help=who.lacks(),
+        )
         written = load_options_form.show()
     if not sent:
         return

@@ -8,7 +8,7 @@ import streamlit as st
 
 from workbench.resident import HostPhase
 from workbench.resident_format import format_of, told
-from workbench.ui import formats, markup, resources
+from workbench.ui import formats, markup, resources, who
 from workbench.ui.components import action_state, sleep_button
 from workbench.ui.components.version_card import ACTIONS
 
@@ -69,7 +69,7 @@ def _unload_button(resident: Resident) -> None:
     reason = "The default stays." if resident.is_default else "Running answers end first."
     if resident.adapters:
         reason = "Unload its adapters first."
-    if st.button(
+    if who.button(
         "Unload", key=f"unload_resident_{model_id}", disabled=resident.is_default or bool(resident.adapters), help=reason
     ):  # fmt: skip
         action_state.start(f"{ACTIONS}unload:{model_id}", f"Unload {model_id}", lambda: host.unload(model_id))

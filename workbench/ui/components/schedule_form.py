@@ -8,7 +8,7 @@ import streamlit as st
 
 from engine.errors import EngineError
 from workbench.errors import WorkbenchError
-from workbench.ui import formats, markup
+from workbench.ui import formats, markup, who
 from workbench.ui.glossary import tip
 from workbench.ui.resources import PageServices
 
@@ -18,7 +18,9 @@ _UNITS = {"minutes": 60.0, "hours": 3600.0, "days": 86_400.0}
 
 def show(services: PageServices, notebook: str, values: dict[str, Any], *, disabled: bool) -> None:
     """A popover with the form; what was refused or added is told in it."""
-    with st.popover("Schedule", disabled=disabled, help=tip("schedule"), key="schedule_open"):
+    refused = who.lacks()
+    off = disabled or refused is not None
+    with st.popover("Schedule", disabled=off, help=refused or tip("schedule"), key="schedule_open"):
         kind = st.segmented_control(
             "When", [CRON, EVERY, ONCE], default=CRON, key="when", bind="query-params", required=True
         )
@@ -59,6 +61,7 @@ def _add(
     from workbench.runs.schedules import Schedules
 
     try:
+        who.require()
         added = Schedules(services.store, services.settings.home_dir).add(name, notebook, values, **trigger)
     except (WorkbenchError, EngineError) as error:
         st.html(markup.error_panel("It was not scheduled", error))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from workbench.errors import WorkbenchError
-from workbench.ui import formats, markup
+from workbench.ui import formats, markup, who
 from workbench.ui.components import confirm, job_state
 from workbench.ui.resources import PageServices
 
@@ -41,7 +41,7 @@ def _one(schedules: Schedules, schedule: Schedule) -> None:
         border=True, horizontal=True, vertical_alignment="center", key=f"schedule_{schedule.id}"
     ):
         st.html(as_html(schedule), width="stretch")
-        if st.button("Pause" if schedule.enabled else "Go on", key=f"enable_{schedule.id}"):
+        if who.button("Pause" if schedule.enabled else "Go on", key=f"enable_{schedule.id}"):
             _change(lambda: schedules.enable(schedule.id, not schedule.enabled))
         told = f"Remove the schedule **{schedule.name}**. Its history and a run under way stay."
         if confirm.show("Remove", told, f"Remove {schedule.name}", key=f"remove_{schedule.id}") is not None:
@@ -51,6 +51,7 @@ def _one(schedules: Schedules, schedule: Schedule) -> None:
 def _change(change: object) -> None:
     assert callable(change)
     try:
+        who.require()
         change()
     except WorkbenchError as error:
         st.html(markup.error_panel("It was not changed", error))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from workbench.resident import HostPhase
-from workbench.ui import resources
+from workbench.ui import resources, who
 from workbench.ui.components import action_state
 
 if TYPE_CHECKING:
@@ -28,6 +28,6 @@ def show(resident: Resident, key: str, prefix: str = ACTIONS) -> None:
     label, act = ("Wake", host.wake) if is_asleep else ("Sleep", host.sleep)
     can_sleep = resident.task == "generate"
     told = (_WAKE if is_asleep else _SLEEP) if can_sleep else _NEVER
-    if st.button(label, key=f"sleep_{key}", help=told, disabled=not can_sleep):
+    if who.button(label, key=f"sleep_{key}", help=told, disabled=not can_sleep):
         action_state.start(f"{prefix}{label}:{engine}", f"{label} {engine}", lambda: act(engine))
         st.rerun()

@@ -14,7 +14,8 @@ import numpy as np
 import streamlit as st
 
 from engine.pooling import SCORE, PoolingParams
-from workbench.ui import charts, markup, resources, theme
+from workbench.access.principal import Right
+from workbench.ui import charts, markup, resources, theme, who
 from workbench.ui.components import action_state
 
 if TYPE_CHECKING:
@@ -78,7 +79,11 @@ def _form(worker: EngineWorker, model: str, view: str, key: str) -> None:
         label = "Documents, one a line" if view == RANKING else "Texts, one a line"
         lines = st.text_area(label, key="relations_texts", height=150)
         sent = st.form_submit_button(
-            "Rank" if view == RANKING else "Compare", key="relations_go", type="primary"
+            "Rank" if view == RANKING else "Compare",
+            key="relations_go",
+            type="primary",
+            disabled=who.lacks(Right.INFER) is not None,
+            help=who.lacks(Right.INFER),
         )
     if not sent:
         return
@@ -88,9 +93,13 @@ def _form(worker: EngineWorker, model: str, view: str, key: str) -> None:
     if problem:
         st.html(markup.panel("warn", "Nothing was sent", problem))
     elif view == RANKING:
-        action_state.start(key, f"Rank {len(texts)} documents", lambda: _rank(worker, model, query, texts))
+        action_state.start(
+            key, f"Rank {len(texts)} documents", lambda: _rank(worker, model, query, texts), right=Right.INFER
+        )
     else:
-        action_state.start(key, f"Compare {len(texts)} texts", lambda: _compare(worker, model, texts))
+        action_state.start(
+            key, f"Compare {len(texts)} texts", lambda: _compare(worker, model, texts), right=Right.INFER
+        )
 
 
 def _fill(view: str) -> None:

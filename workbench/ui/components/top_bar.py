@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from workbench.resident import HostPhase
-from workbench.ui import glossary, markup, resources, theme
+from workbench.ui import glossary, markup, resources, theme, who
 from workbench.ui.components import engine_state, job_bar, live
 from workbench.ui.components.engine_state import EngineView
 from workbench.ui.components.live import Query, Shown
@@ -84,7 +84,7 @@ def shown(view: EngineView, jobs: list[Job], *more: object) -> Shown:
 
 
 def _line(view: EngineView, jobs: list[Job]) -> str:
-    return f'<div class="q-barline">{live.slots(shown(view, jobs), "chip", "jobs")}</div>'
+    return f'<div class="q-barline">{who.as_html()}{live.slots(shown(view, jobs), "chip", "jobs")}</div>'
 
 
 def is_choice(resident: Resident) -> bool:

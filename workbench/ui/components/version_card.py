@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from workbench.resident import HostPhase
-from workbench.ui import formats, markup, resources
+from workbench.ui import formats, markup, resources, who
 from workbench.ui.components import action_state, confirm, sleep_button
 from workbench.ui.registry_view import CHAMPION, REGISTRY, VersionRow
 
@@ -85,7 +85,7 @@ def lineage_html(lineage: Any) -> str:
 def _load_button(row: VersionRow) -> None:
     host = resources.host()
     if row.resident_id is None:
-        if st.button(
+        if who.button(
             "Load",
             key=f"load_{row.ref}",
             help="Make it resident beside the others, so that it can be chosen above.",
@@ -96,7 +96,7 @@ def _load_button(row: VersionRow) -> None:
             st.rerun()
         return
     resident = row.resident_id
-    if st.button("Unload", key=f"unload_{row.ref}", disabled=row.is_default,
+    if who.button("Unload", key=f"unload_{row.ref}", disabled=row.is_default,
                  help="The default version stays." if row.is_default else "Give its memory back; running answers end first."):  # fmt: skip
         action_state.start(
             f"{ACTIONS}unload:{row.ref}", f"Unload {row.name} v{row.version}", lambda: host.unload(resident)
