@@ -1,4 +1,4 @@
-"""Store: the workbench's own tables (jobs, schedules, occurrences, feedback) in ``HOME_DIR/quire.db``.
+"""Store: the workbench's own tables (jobs, schedules, occurrences, feedback, endpoints) in ``HOME_DIR/quire.db``.
 
 One SQLite file in WAL mode with a busy timeout, so that several processes write at once; ``QUIRE_DATABASE_URL`` names another
 database. A transaction is the unit of truth: what `begin` has left without an error is on the disk, anything else never was.
@@ -106,6 +106,19 @@ feedback_outbox = sa.Table(
     sa.Column("user", sa.Text),
     sa.Column("sent_at", sa.String(40)),
     sa.Index("feedback_by_request", "request_id"),
+)
+
+
+endpoints = sa.Table(
+    "endpoints",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("key_env", sa.String(128)),  # the variable that holds its key; the key itself is never stored
+    sa.Column("model", sa.Text),  # what is asked where nobody names one
+    sa.Column("api_version", sa.String(32)),  # of Azure's addresses by deployment
+    sa.Column("created_at", sa.String(40), nullable=False),
 )
 
 

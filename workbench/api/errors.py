@@ -186,4 +186,7 @@ PATHS = (
     "/tokenize",
     "/detokenize",
     "/openapi.json",
+    "/load",
+    "/drain",
+    "/resume",
 )
