@@ -103,7 +103,24 @@ def _public_apps(
         Route("/resume", load.resume, methods=["POST"]),
     ]
     gate = Middleware(DrainGate, host=host)
-    return _app(under_v1, gate), _app(beside_v1, gate), _app(own)
+    return _app(under_v1, gate, *_forwarding(settings, services)), _app(beside_v1, gate), _app(own)
+
+
+def _forwarding(settings: Settings, services: Services | None) -> list[Middleware]:
+    """What sends requests of routed names on; nothing where there are none."""
+    if not settings.route_table or services is None:
+        return []
+    from workbench.api.forward import Forwarder
+    from workbench.backends.endpoints import Endpoints
+
+    def endpoints() -> Endpoints:
+        assert services.store is not None, "the app's services are open while it serves"
+        return Endpoints(services.store)
+
+    found = Middleware(
+        Forwarder, routes=settings.route_table, endpoints=endpoints, max_body_bytes=settings.max_body_bytes
+    )
+    return [found]
 
 
 def _app(routes: list[Route], *middleware: Middleware) -> Starlette:
