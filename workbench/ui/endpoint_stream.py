@@ -175,7 +175,7 @@ class EndpointStream:
         return self._ids[text]
 
     def _finished(self, found: list[TokenLogprobs]) -> Completion:
-        done = self._answer.completion()
+        done = replace(self._answer.completion(), text=self._said)
         if self._is_aborted:
             done = replace(done, finish_reason=FinishReason.ABORT, error=None)
         # Shown token by token only where the tokens are the whole text: some servers tell those of the content alone.

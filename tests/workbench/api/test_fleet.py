@@ -86,6 +86,7 @@ class Fleet:
     two: Any
     front: Any
     cables: dict[str, Cable]
+    settings: Settings
 
     def ask(self, content: str, client: OpenAI | None = None, **more: Any) -> tuple[str, str]:
         """Who answered, and what."""
@@ -111,7 +112,7 @@ def fleet(serve: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
         for name, cable in cables.items():
             Endpoints(services.store).add(endpoint(name, cable.url, kind="quire"))
         with serve(partial(fake_worker, delay_s=0.0), services=services) as front:
-            yield Fleet(one, two, front, cables)
+            yield Fleet(one, two, front, cables, settings)
         for cable in cables.values():
             cable.close()
 
@@ -320,3 +321,29 @@ def test_a_name_is_routed_or_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("QUIRE_SPLIT", "chat=x:1")
     with pytest.raises(SettingsError, match="both name 'chat'"):
         settings.load(home_dir=tmp_path)
+
+
+def test_a_benchmark_loads_an_endpoint_with_this_clients_clock(fleet: Fleet) -> None:
+    from workbench.bench import spec as spec_module
+    from workbench.bench.errors import BenchmarkError
+    from workbench.bench.run import run_benchmark
+
+    given = {
+        "model": "endpoint:one/fake-echo",
+        "requests": 4,
+        "concurrency": 2,
+        "input_tokens": 40,
+        "output_tokens": 8,
+        "warmup": 0,
+    }
+    finished = run_benchmark(spec_module.parse(given), fleet.settings, track=False)
+    record = finished.record
+    assert (record.figures["num_ok"], record.engine, record.target["url"]) == (
+        4,
+        None,
+        f"{fleet.cables['one'].url}/v1",
+    )
+    assert record.figures["ttft_ms"]["p50"] > 0
+    assert record.figures["tpot_ms"]["p50"] > 0
+    with pytest.raises(BenchmarkError, match="leave url out"):
+        spec_module.parse({**given, "url": "http://x"})

@@ -316,3 +316,35 @@ def test_the_command_adds_checks_asks_and_removes(
     assert quire("endpoints", "drain", "gpu")["error"]["code"] == "backend_error"
     assert quire("endpoints", "remove", "gpu")["code"] == 0
     assert quire("endpoints", "list")["endpoints"] == []
+
+
+# ── a comparison of two endpoints ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_two_endpoints_are_compared_by_their_outputs_and_what_they_cannot_tell_is_said_first(
+    shaped: Make, store: Store, settings: Settings, tmp_path: Path
+) -> None:
+    from workbench.evals.compare import compare
+    from workbench.evals.errors import CompareSpecError
+    from workbench.evals.job import prepare
+    from workbench.evals.scorers import make_scorers
+
+    lines = [
+        {"id": str(i), "messages": [{"role": "user", "content": f"q{i}"}], "expected": "Paris"}
+        for i in range(6)
+    ]
+    file = tmp_path / "capitals.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    right, wrong = (shaped({"POST /v1/chat/completions": stream(text)}) for text in ("Paris", "Rome"))
+    for name, server, kind in (("good", right, "ollama"), ("bad", wrong, "lmstudio")):
+        Endpoints(store).add(endpoint(name, server.url, kind=kind))
+    spec = {"a": "endpoint:bad/m", "b": "endpoint:good/m", "dataset": str(file), "scorers": ["exact_match"]}
+    setup = prepare({**spec, "speed": False}, settings)
+    with ByIdBackend(settings, lambda: pytest.fail("no model of this machine is needed")) as backend:
+        found = compare(backend, setup.a, setup.b, setup.dataset, make_scorers(["exact_match"]))
+    metric = found.metrics["exact_match"]
+    assert (metric.a, metric.b, metric.n, found.repeatable) == (0.0, 1.0, 6, None)
+    for more, param in (({"divergence": True, "speed": False}, "divergence"), ({"speed": True}, "speed")):
+        with pytest.raises(CompareSpecError) as caught:
+            prepare({**spec, **more}, settings)
+        assert caught.value.param == param
