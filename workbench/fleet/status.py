@@ -120,7 +120,8 @@ def _quire(client: httpx.Client, endpoint: Endpoint) -> Status:
     told = _object(client, f"{endpoint.url}/load")
     state = READY if told["ready"] else LOADING if told["phase"] == "loading" else NOT_READY
     return Status(
-        DRAINING if told["draining"] else state, tuple(told["models"]), str(told["version"]), str(told["message"]),
+        DRAINING if told["draining"] else state, tuple(told["models"]), str(told["version"]),
+        "" if told["phase"] == "ready" else str(told["message"]),
         running=int(told["running"]), waiting=int(told["waiting"]), waiting_tokens=int(told["waiting_tokens"]),
         max_num_seqs=int(told["max_num_seqs"]), num_blocks=int(told["num_blocks"]), free_blocks=int(told["free_blocks"]),
     )  # fmt: skip

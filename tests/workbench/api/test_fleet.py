@@ -323,6 +323,7 @@ def test_a_name_is_routed_or_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         settings.load(home_dir=tmp_path)
 
 
+@pytest.mark.full
 def test_a_benchmark_loads_an_endpoint_with_this_clients_clock(fleet: Fleet) -> None:
     from workbench.bench import spec as spec_module
     from workbench.bench.errors import BenchmarkError

@@ -73,10 +73,8 @@ def as_html(row: Row) -> str:
     figures = "".join(f"<span>{each}</span>" for each in _room(status)) if status is not None else ""
     note = reading.error if reading.error is not None else status.message if status is not None else ""
     said = f'<p class="q-age warn">{markup.text(note)}</p>' if note else ""
-    return (
-        f'<div>{name} {" ".join(chips)}</div><div class="q-figures">{figures}</div>'
-        f'<div class="q-figures q-muted">{facts}</div>{said}'
-    )
+    shown = f'<div class="q-figures">{figures}</div>' if figures else ""
+    return f'<div>{name} {" ".join(chips)}</div>{shown}<div class="q-figures q-muted">{facts}</div>{said}'
 
 
 def _room(status: Status) -> list[str]:
