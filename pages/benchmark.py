@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from workbench.ui import benchmark_result, markup, pace, resources, who
+from workbench.backends.endpoints import is_endpoint
+from workbench.ui import benchmark_result, fleet_view, markup, pace, resources, who
 from workbench.ui.components import (
     bench_report,
     job_state,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from workbench.ui.resources import PageServices
 
 KIND, PICK, AGAINST, STARTED = "benchmark", "bench", "against", "bench_started"
+TARGET = "target"
 REFRESH_S = 5.0
 
 
@@ -34,15 +36,16 @@ def show() -> None:
     if services is None or not waiting.show(bar) or bar.view.worker is None:
         return
     with st.sidebar:
-        workload = _form(bar.model_id or "", bar.view.worker.config.max_model_len or 1_000_000)
+        model = _target(bar.model_id or "")
+        workload = _form(model, bar.view.worker.config.max_model_len or 1_000_000)
     job_state.show_refusal(KIND)
     is_running = _newest_job(services)
     found = needs.value(benchmark_result.listed(services), "The benchmarks")
     if found:
         _result(services, found, workload)
     elif found is not None and not is_running:
-        _empty(bar.model_id or "")
-    _recipes(workload, bar.model_id or "")
+        _empty(model)
+    _recipes(workload, model)
     _keep_chip(bar)
 
 
@@ -63,6 +66,20 @@ def _newest_job(services: PageServices) -> bool:
         if job.result:
             st.session_state[PICK] = job.result["id"]
     return False
+
+
+def _target(model: str) -> str:
+    """Whom to load: the version that the bar names, or a model of an endpoint."""
+    options = [model, *fleet_view.model_ids(resources.services())]
+    if len(options) == 1:
+        return model
+    if st.session_state.get(TARGET) not in options:
+        st.session_state.pop(TARGET, None)
+    chosen = st.selectbox(
+        "Whom to load", options, key=TARGET, bind="query-params",
+        help="An endpoint is measured from here: latencies hold the way to it, and nothing is known of its engine.",
+    )  # fmt: skip
+    return str(chosen)
 
 
 def _form(model: str, context: int) -> Workload:
@@ -88,7 +105,7 @@ def _start(workload: Workload, model: str) -> None:
         workload.spec(model),
         title=f"Benchmark of {model}: {workload.title}",
         select=STARTED,
-        device="exclusive",
+        device="none" if is_endpoint(model) else "exclusive",
     )
 
 

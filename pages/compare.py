@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from workbench.ui import markup, pace, registry_view, resources, who
+from workbench.ui import fleet_view, markup, pace, registry_view, resources, who
 from workbench.ui.components import (
     action_state,
     compare_form,
@@ -67,7 +67,13 @@ def _form(services: PageServices) -> Choice | None:
         return None
     champion = next((ref for ref, info in known.value.items() if CHAMPION in info.aliases), None)
     with st.sidebar:
-        choice = compare_form.show(known.value, champion, datasets.value, registry_view.scorer_names())
+        choice = compare_form.show(
+            known.value,
+            champion,
+            datasets.value,
+            registry_view.scorer_names(),
+            fleet_view.model_ids(services),
+        )
         who.button(
             "Compare", type="primary", key="compare_start", on_click=_start, args=(choice,), width="stretch",
             disabled=choice.a == choice.b, help="Choose two different versions." if choice.a == choice.b else None,

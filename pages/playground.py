@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from workbench.access.principal import Right
-from workbench.ui import markup, resources, who
+from workbench.ui import fleet_view, markup, resources, who
 from workbench.ui.answers import follow
 from workbench.ui.components import (
     chat_message,
@@ -46,14 +46,17 @@ def show() -> None:
         text_relations.show(reader, bar.model_id or "")
         bar.keep_live()
         return
-    versions = side_by_side.show(bar.choices, bar.model_id)
+    services = resources.services()
+    versions = side_by_side.show({**bar.choices, **fleet_view.choices(services)}, bar.model_id)
     if not waiting.show(bar) and len(versions) < 2:
         if not bar.view.loading:  # an engine that just died is known as failed a moment later
             bar.keep_live()
         return
     worker = bar.view.worker
     with st.sidebar:
-        controls = sampling_controls.show((worker and worker.config.max_model_len) or 1_000_000)
+        controls = sampling_controls.show(
+            (worker and worker.config.max_model_len) or 1_000_000, fleet_view.lacking(versions, services)
+        )
     conversation = _conversation()
     _actions(versions, conversation, controls)
     unfinished = _turns(conversation, controls)
@@ -95,7 +98,11 @@ def _actions(versions: Versions, conversation: Conversation, controls: Controls)
             st.query_params.pop("chat", None)
             st.rerun()
         requests = {model: _last_request(conversation, model, controls) for model in versions}
-        asked = {model: messages for model, messages in requests.items() if messages}
+        asked = {
+            model: messages
+            for model, messages in requests.items()
+            if messages and fleet_view.endpoint_of(model, resources.services()) is None
+        }
         if controls.params and asked:
             copy_code.show(asked, controls.params, controls.tools or conversation.tools)
 
@@ -121,7 +128,7 @@ def _turns(conversation: Conversation, controls: Controls) -> list[Unfinished]:
 def _send_results(conversation: Conversation, controls: Controls, results: Results) -> None:
     request = _request(conversation, controls)
     if request is not None:
-        say(resources.host().worker, conversation, results.reply, results.messages, request)
+        say(fleet_view.find, conversation, results.reply, results.messages, request)
         st.rerun()
 
 
@@ -178,7 +185,7 @@ def _send(
     request = _request(conversation, controls)
     if request is None or not versions:
         return
-    ask(resources.host().worker, conversation, versions, messages, request, **known)
+    ask(fleet_view.find, conversation, versions, messages, request, **known)
     resources.conversations().keep(conversation)
     st.session_state.chat = conversation.id
     st.rerun()

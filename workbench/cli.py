@@ -23,6 +23,7 @@ from workbench.settings import Settings
 
 COMMAND_MODULES = (
     "chat",
+    "endpoints",
     "versions",
     "models",
     "bench",

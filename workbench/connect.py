@@ -39,7 +39,7 @@ def connect(
 ) -> Backend:
     """Attach to the running app of HOME_DIR, or load here when there is none.
 
-    `model`: the ref that answers by default (folder, hub id, NAME/3, NAME@alias); None: the app's default, or the one of the
+    `model`: the ref that answers by default (folder, hub id, NAME/3, NAME@alias, endpoint:NAME/MODEL); None: the app's default, or the one of the
     settings. `engine_settings`: fields of EngineConfig for an engine of our own; of the app only ``deterministic`` can be asked,
     which loads the version a second time for this.
 
@@ -50,6 +50,8 @@ def connect(
         ConfigError, ModelLoadError: of an engine of our own.
     """
     settings = settings_module.load(home_dir=None if home_dir is None else Path(home_dir))
+    if model is not None and model.startswith("endpoint:"):
+        return _endpoint(settings, model, engine_settings)
     state = RunState(settings.run_dir)
     app = state.read()
     if app is None:
@@ -60,6 +62,17 @@ def connect(
             if app is None:
                 raise
     return _attach(app, model, engine_settings)
+
+
+def _endpoint(settings: Settings, model: str, engine_settings: dict[str, Any]) -> Backend:
+    from workbench.backends.by_id import open_endpoint
+
+    if engine_settings:
+        raise AppSettingsError(
+            f"{model} has an engine of its own; {', '.join(sorted(engine_settings))} cannot be set from here",
+            value=sorted(engine_settings), param=sorted(engine_settings)[0], remedy="Leave them out.",
+        )  # fmt: skip
+    return open_endpoint(model, settings)
 
 
 def _local(settings: Settings, model: str | None, engine_settings: dict[str, Any]) -> Backend:

@@ -115,6 +115,7 @@ class EngineHost:
         self._done = threading.Event()  # the first load ended, well or not
         self._stopping = threading.Event()
         self.is_stopping = False  # no more requests; those that run may end
+        self.is_draining = False  # the API takes no more requests until it is resumed (workbench.api.load)
         self._table = ResidentTable()
         self._without_default = HostState(HostPhase.IDLE, "Not started")
         self._thread: threading.Thread | None = None

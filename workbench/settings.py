@@ -21,6 +21,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from workbench.access import exposure
 from workbench.errors import HomeDirError, SettingsError
+from workbench.fleet.routes import Route, parse_routes
 from workbench.traffic import Split, parse_splits
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Settings(BaseSettings):
     fake: bool = False  # no model: the engine runs on FakeRunner (tests and page work)
     follow: str = "ticket-extractor@champion"  # aliases that stay resident, separated by commas; empty: none
     split: str = ""  # traffic of public names between models by weight: name=model:weight,model:weight; …
+    routes: str = ""  # public names over several endpoints: name=endpoint:NAME/MODEL,endpoint:NAME/MODEL; …
     demo: bool = True  # register the bundled versions when MLflow answers for the first time
     request_text: Literal["off", "redacted", "full"] = "redacted"  # what the request log keeps of texts
     database_url: str | None = None  # of jobs, schedules and feedback; None: HOME_DIR/quire.db
@@ -167,6 +169,11 @@ class Settings(BaseSettings):
     def splits(self) -> tuple[Split, ...]:
         """The names whose traffic is split."""
         return parse_splits(self.split)
+
+    @property
+    def route_table(self) -> tuple[Route, ...]:
+        """The names whose requests go to endpoints."""
+        return parse_routes(self.routes)
 
     @property
     def lora_root_folders(self) -> tuple[Path, ...]:
@@ -248,6 +255,7 @@ def load(**overrides: Any) -> Settings:
         raise _settings_error(error) from None
     _check_follow(settings)
     parse_splits(settings.split)
+    _check_routes(settings)
     if settings.port == settings.mlflow_port and not settings.mlflow_tracking_uri:
         raise SettingsError(
             f"PORT and MLFLOW_PORT are both {settings.port}", value=settings.port, param="MLFLOW_PORT",
@@ -315,6 +323,15 @@ def _check_follow(settings: Settings) -> None:
                 limit="NAME@alias, separated by commas; empty for none", param="QUIRE_FOLLOW",
                 remedy="Set it like ticket-extractor@champion.",
             )  # fmt: skip
+
+
+def _check_routes(settings: Settings) -> None:
+    twice = {route.name for route in settings.route_table} & {split.name for split in settings.splits}
+    if twice:
+        raise SettingsError(
+            f"QUIRE_ROUTES and QUIRE_SPLIT both name {sorted(twice)[0]!r}", value=sorted(twice), param="QUIRE_ROUTES",
+            remedy="Give each public name one of them.",
+        )  # fmt: skip
 
 
 def _refuse_misspelt_variables() -> None:

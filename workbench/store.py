@@ -1,4 +1,4 @@
-"""Store: the workbench's own tables (jobs, schedules, occurrences, feedback, keys, audit log) in ``HOME_DIR/quire.db``.
+"""Store: the workbench's own tables (jobs, schedules, occurrences, feedback, keys, logins, audit log, endpoints) in ``HOME_DIR/quire.db``.
 
 One SQLite file in WAL mode with a busy timeout, so that several processes write at once; ``QUIRE_DATABASE_URL`` names another
 database. A transaction is the unit of truth: what `begin` has left without an error is on the disk, anything else never was.
@@ -154,6 +154,19 @@ login_sessions = sa.Table(
     sa.Column("stamp", sa.String(32), nullable=False),
     sa.Column("created_s", sa.Float, nullable=False),
     sa.Column("expires_s", sa.Float, nullable=False),
+)
+
+
+endpoints = sa.Table(
+    "endpoints",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("key_env", sa.String(128)),  # the variable that holds its key; the key itself is never stored
+    sa.Column("model", sa.Text),  # what is asked where nobody names one
+    sa.Column("api_version", sa.String(32)),  # of Azure's addresses by deployment
+    sa.Column("created_at", sa.String(40), nullable=False),
 )
 
 

@@ -111,7 +111,7 @@ class ServerPartner:
         if options.params.logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": options.params.logprobs}
         try:
-            with self._client.stream("POST", f"{self._base}/v1/chat/completions", json=body) as response:
+            with self._client.stream("POST", self._address("/chat/completions"), json=body) as response:
                 if response.status_code != 200:
                     response.read()
                     raise _server_error(response)
@@ -123,9 +123,12 @@ class ServerPartner:
     def close(self) -> None:
         self._client.close()
 
+    def _address(self, path: str) -> str:
+        return f"{self._base}/v1{path}"
+
     def _first_model(self) -> str:
         try:
-            response = self._client.get(f"{self._base}/v1/models")
+            response = self._client.get(self._address("/models"))
             if response.status_code in (401, 403):
                 raise _server_error(response)
             name: str = response.raise_for_status().json()["data"][0]["id"]
@@ -138,6 +141,27 @@ class ServerPartner:
             f"no server with a model answers at {self._base} ({type(error).__name__}: {error})",
             value=self._base, param="--url", remedy="Start one with `quire up`, or leave --url out.",
         )  # fmt: skip
+
+
+class EndpointPartner(ServerPartner):
+    """A named endpoint's model. Raises EndpointError, UnknownEndpointError, and what its parameters do not fit."""
+
+    def __init__(self, settings: Settings, model: str) -> None:
+        from workbench.backends.by_id import find_endpoint
+        from workbench.backends.endpoints import parse_id
+
+        self._endpoint = find_endpoint(model, settings)
+        self._base = self._endpoint.url
+        self._client = httpx.Client(timeout=_TIMEOUT, headers=self._endpoint.headers())
+        self.name = parse_id(model).model or self._endpoint.model or self._first_model()
+
+    def ask(self, messages: Messages, options: ChatOptions, answer: Answer) -> Iterator[str]:
+        from workbench.backends.endpoint_backend import fit
+
+        return super().ask(messages, replace(options, params=fit(self._endpoint, options.params)), answer)
+
+    def _address(self, path: str) -> str:
+        return self._endpoint.address(path, self.name)
 
 
 class EnginePartner:
@@ -216,6 +240,8 @@ def _partner(settings: Settings, url: str | None, model: str | None) -> ChatPart
     """Of a server, of the app of this HOME_DIR, or an engine of our own. A registered version is the app's: it has the registry."""
     if url is not None:
         return ServerPartner(url, model)
+    if model is not None and model.startswith("endpoint:"):
+        return EndpointPartner(settings, model)
     if model is not None and settings.model != model:
         app = RunState(settings.run_dir).read()
         if app is None:

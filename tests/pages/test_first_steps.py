@@ -17,7 +17,7 @@ from workbench.observe.request_log import RequestLog
 from workbench.ui import resources
 from workbench.ui.components import checklist
 
-PAGES = ("overview", "playground", "engine", "benchmark", "versions", "compare", "runs", "settings")
+PAGES = ("overview", "playground", "engine", "benchmark", "versions", "compare", "fleet", "runs", "settings")
 
 
 def ticked(at: AppTest) -> list[str]:

@@ -309,6 +309,7 @@ class ModelEntry(_Answer):
     stored_as: str | None
     quantization: str | None
     split: list[SplitShare] | None = None  # of a name whose traffic is split
+    route: list[str] | None = None  # of a name whose requests go to endpoints
 
 
 class ModelList(_Answer):

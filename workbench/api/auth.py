@@ -44,6 +44,9 @@ RIGHTS: Mapping[str, tuple[Right, ...]] = {
     "/detokenize": _INFER,
     "/openapi.json": _LOOK,
     "/metrics": (Right.READ,),
+    "/load": _LOOK,
+    "/drain": _ADMIN,
+    "/resume": _ADMIN,
     "/v1/load_lora_adapter": _ADMIN,
     "/v1/unload_lora_adapter": _ADMIN,
 }

@@ -22,7 +22,7 @@ from workbench.api.errors import json_response
 from workbench.api.generation import GenerationResponse, submit_choices
 from workbench.api.intake import read_json, take_request_id
 from workbench.api.schema import ChatRequest, CompletionRequest, Message, parse
-from workbench.api.split_entry import split_entry
+from workbench.api.split_entry import route_entry, split_entry
 from workbench.api.tools import offered_tools
 from workbench.api.wire import ChatWire, CompletionWire, Head, Wire
 from workbench.chat_output.syntax import find_calls
@@ -50,6 +50,7 @@ class Endpoints:
         self._max_body_bytes = settings.max_body_bytes
         self._stalled_after_s = settings.stalled_client_seconds
         self._services = services
+        self._routes = {route.name: route for route in settings.route_table}
         self._started = int(time.time())
 
     async def chat(self, request: Request) -> Response:
@@ -166,6 +167,7 @@ class Endpoints:
         request_id = take_request_id(request)
         data = [self._model(each) for each in self._host.resident() if _is_listed(each)]
         data += [split_entry(self._host, split, self._started) for split in self._host.splits.values()]
+        data += [route_entry(route, self._started) for route in self._routes.values()]
         return json_response({"object": "list", "data": data}, headers={"x-request-id": request_id})
 
     async def model(self, request: Request) -> Response:
@@ -174,6 +176,9 @@ class Endpoints:
         model_id = request.path_params["model_id"]
         if model_id in self._host.splits:
             shown = split_entry(self._host, self._host.splits[model_id], self._started)
+            return json_response(shown, headers={"x-request-id": request_id})
+        if model_id in self._routes:
+            shown = route_entry(self._routes[model_id], self._started)
             return json_response(shown, headers={"x-request-id": request_id})
         found = self._host.find(model_id)
         if not _is_listed(found):

@@ -217,4 +217,7 @@ PATHS = (
     "/tokenize",
     "/detokenize",
     "/openapi.json",
+    "/load",
+    "/drain",
+    "/resume",
 )

@@ -25,7 +25,15 @@ from workbench.api.login_page import login_page, logout_page, own_path
 from workbench.errors import WorkbenchError
 
 OPEN = frozenset({"/healthz", "/readyz"})
-API = ("/v1", "/v2", "/rerank", "/tokenize", "/detokenize")  # for keys alone: a cookie goes along unasked
+API = (
+    "/v1",
+    "/v2",
+    "/rerank",
+    "/tokenize",
+    "/detokenize",
+    "/drain",
+    "/resume",
+)  # for keys alone: a cookie goes along unasked
 MAX_FORM_BYTES = 8192
 _MAX_WAITING = 32  # passwords that wait to be hashed
 _WATCH_S = 1.0

@@ -226,6 +226,11 @@ class EngineMetrics(Collector):
             if self._engines.get(card.id, (None, None))[0] is worker:
                 del self._engines[card.id]
 
+    def engines(self) -> list[EngineWorker]:
+        """The workers that are engines of their own: adapters are counted with their base."""
+        with self._lock:
+            return [worker for worker, _ in self._engines.values() if worker.lora is None]
+
     def describe(self) -> Iterable[Metric]:
         """No metric before there is an engine."""
         return ()

@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from workbench.access.principal import Right
-from workbench.api import answers, responses_schema, schema
+from workbench.api import answers, load, responses_schema, schema
 from workbench.api.auth import rights_for
 
 _STATUSES = {
@@ -93,6 +93,9 @@ OPERATIONS = (
     Operation("get", "/healthz", "Whether the process is alive: restarting it would not help", answers.ProbeAnswer, other=(503,)),
     Operation("get", "/readyz", "Whether a request would be answered now", answers.ProbeAnswer, other=(503,)),
     Operation("get", "/metrics", "Prometheus metrics"),
+    Operation("get", "/load", "How much room there is: slots, tokens, blocks", load.LoadAnswer),
+    Operation("post", "/drain", "Take no more requests; those that run go on", load.DrainAnswer),
+    Operation("post", "/resume", "Take requests again", load.DrainAnswer),
     Operation("get", "/openapi.json", "This document", answers.DocumentAnswer),
 )  # fmt: skip
 

@@ -37,7 +37,9 @@ class Probes:
 
     async def readyz(self, request: Request) -> Response:
         facts = self._facts()
-        ready = facts["engine"] == HealthState.HEALTHY.value
+        ready = facts["engine"] == HealthState.HEALTHY.value and not self._host.is_draining
+        if self._host.is_draining:
+            facts["message"] = "Drained: no new requests until it is resumed"
         return json_response({"status": "ready" if ready else "not ready", **facts}, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
@@ -18,6 +19,7 @@ from workbench.api.endpoints import Endpoints
 from workbench.api.errors import on_http_exception, on_typed_error, on_unexpected_error
 from workbench.api.feedback import FeedbackRoute
 from workbench.api.internal import internal_app
+from workbench.api.load import DrainGate, LoadRoutes
 from workbench.api.lora import LoraRoutes
 from workbench.api.metrics import EngineMetrics
 from workbench.api.mlflow_proxy import MlflowProxy
@@ -50,14 +52,14 @@ def api_routes(
     `token` opens the internal routes. Without `services` nothing is logged and feedback is refused.
     """
     probes = Probes(host, metrics.registry)
-    under_v1, beside_v1 = _public_apps(host, settings, services)
+    under_v1, *beside_v1 = _public_apps(host, settings, metrics, services)
     return [
         Route("/healthz", probes.healthz),
         Route("/readyz", probes.readyz),
         Route("/metrics", probes.metrics),
         Route("/v1", _no_such_path, methods=_METHODS),
         Mount("/v1", under_v1),
-        *(Route(route.path, beside_v1) for route in beside_v1.routes if isinstance(route, Route)),
+        *(Route(route.path, app) for app in beside_v1 for route in app.routes if isinstance(route, Route)),
         Mount("/quire", internal_app(host, token, services)),
         Route("/mlflow", _to_mlflow, methods=["GET"]),
         Mount("/mlflow", proxy),
@@ -65,15 +67,16 @@ def api_routes(
 
 
 def _public_apps(
-    host: EngineHost, settings: Settings, services: Services | None
-) -> tuple[Starlette, Starlette]:
-    """What is below /v1, and beside it vLLM's routes and the document."""
+    host: EngineHost, settings: Settings, metrics: EngineMetrics, services: Services | None
+) -> tuple[Starlette, Starlette, Starlette]:
+    """What is below /v1, beside it vLLM's routes and the document, and what says how much room there is."""
     endpoints = Endpoints(host, settings, services)
     responses = ResponsesRoute(endpoints, host, settings)
     feedback = FeedbackRoute(services)
     lora = LoraRoutes(host, settings)
     pooling = PoolingRoutes(host, settings, services)
     tokenization = TokenizationRoutes(host, settings)
+    load = LoadRoutes(host, metrics)
     under_v1 = [
         Route("/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/completions", endpoints.completion, methods=["POST"]),
@@ -94,13 +97,37 @@ def _public_apps(
         Route("/detokenize", tokenization.detokenize, methods=["POST"]),
         Route("/openapi.json", OpenApiRoute().get, methods=["GET"]),
     ]
-    return _app(under_v1), _app(beside_v1)
+    own = [  # not behind the gate: they open it
+        Route("/load", load.load, methods=["GET"]),
+        Route("/drain", load.drain, methods=["POST"]),
+        Route("/resume", load.resume, methods=["POST"]),
+    ]
+    gate = Middleware(DrainGate, host=host)
+    return _app(under_v1, gate, *_forwarding(settings, services)), _app(beside_v1, gate), _app(own)
 
 
-def _app(routes: list[Route]) -> Starlette:
+def _forwarding(settings: Settings, services: Services | None) -> list[Middleware]:
+    """What sends requests of routed names on; nothing where there are none."""
+    if not settings.route_table or services is None:
+        return []
+    from workbench.api.forward import Forwarder
+    from workbench.backends.endpoints import Endpoints
+
+    def endpoints() -> Endpoints:
+        assert services.store is not None, "the app's services are open while it serves"
+        return Endpoints(services.store)
+
+    found = Middleware(
+        Forwarder, routes=settings.route_table, endpoints=endpoints, max_body_bytes=settings.max_body_bytes
+    )
+    return [found]
+
+
+def _app(routes: list[Route], *middleware: Middleware) -> Starlette:
     """An app whose every failure has OpenAI's shape."""
     return Starlette(
         routes=routes,
+        middleware=middleware,
         exception_handlers={
             EngineError: on_typed_error,
             WorkbenchError: on_typed_error,

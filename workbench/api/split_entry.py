@@ -1,6 +1,6 @@
-"""How /v1/models shows a name whose traffic is split: as a model, with its shares and which of them are there.
+"""How /v1/models shows a name whose traffic is split or routed: as a model, with its shares and which of them are there.
 
-Boundary: one entry of the list. Who gets which model is ``workbench.traffic``'s.
+Boundary: one entry of the list. Who gets which model is ``workbench.traffic``'s and ``workbench.fleet.router``'s.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from workbench.errors import NotReadyError, UnknownModelError
+from workbench.fleet.routes import Route
 from workbench.host import EngineHost, Resident
 from workbench.traffic import Split
 
@@ -41,6 +42,25 @@ def split_entry(host: EngineHost, split: Split, created: int) -> dict[str, Any]:
             }
             for arm, each in found.items()
         ],
+    }
+
+
+def route_entry(route: Route, created: int) -> dict[str, Any]:
+    """The entry of a routed name; what its endpoints' models are is not known here."""
+    unknown = dict.fromkeys(
+        ("max_model_len", "digest", "name", "version", "parent", "stored_as", "quantization"), None
+    )
+    return {
+        "id": route.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "quire",
+        "root": route.name,
+        "aliases": [],
+        "deterministic": False,
+        "task": "generate",
+        **unknown,
+        "route": [str(target) for target in route.targets],
     }
 
 

@@ -1,32 +1,28 @@
 """OpenAIBackend: any OpenAI-compatible endpoint, ours on another machine, vLLM, or a hosted model.
 
 It knows what the wire tells: text, finish reason, token counts, log-probabilities of chosen tokens, and times as this client sees
-them. Token ids are not on that wire: they are -1, so that counts are true and a comparison of ids is never by accident equal
-to a real one. Scoring, loading and records are refused by name.
+them. Scoring, loading and records are refused by name. What certainly was not begun is asked again (`retries`); redirects are not
+followed, so that a key never goes to another host than the one that was named.
 
-Boundary: the public protocol; nothing of Quire's own routes.
+Boundary: the public protocol; nothing of Quire's own routes. Endpoints with a name and a kind are `endpoint_backend`'s.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import httpx
 
 from engine.embedding import Embedding, Relevance
 from engine.llm import Score
-from engine.plan import TokenLogprobs
 from engine.pooling import PoolingParams
 from engine.records import Completion, EngineStats
-from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from engine.structured_outputs import KINDS, StructuredOutputsParams
 from engine.token_kl import TokenKL
+from workbench.backends.openai_answer import StreamedAnswer
 from workbench.backends.protocol import (
     DEFAULT_CONCURRENCY,
     BackendUnsupportedError,
@@ -38,13 +34,13 @@ from workbench.backends.protocol import (
     check_concurrency,
     one_each,
 )
+from workbench.backends.retries import REFUSED, RefusedForNow, Retries, retry_after_s
 from workbench.backends.window import in_window
 from workbench.backends.wire import HttpBackend, error_of, lost
 from workbench.errors import ServerUnreachableError
 
-UNKNOWN_TOKEN = -1
+T = TypeVar("T")
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
-_FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "tool_calls": FinishReason.STOP}
 _OPENAI_FIELDS = ("temperature", "top_p", "seed", "max_tokens")
 _EXTRA_FIELDS = (  # sent only where they say something
     "top_k", "min_p", "typical_p", "ignore_eos", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -59,15 +55,24 @@ class OpenAIBackend(HttpBackend):
         ServerUnreachableError: no such address, or it names no model and none was given.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, model: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        model: str | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        retries: Retries | None = None,
+    ) -> None:
+        """`headers`: sent with every request, for servers that want their key elsewhere than as a bearer token."""
         if not url.startswith(("http://", "https://")):
             raise ServerUnreachableError(
                 f"{url!r} is no address", value=url, param="url", remedy="Use one like http://127.0.0.1:8501/v1."
             )  # fmt: skip
         base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        super().__init__(
-            f"openai {base}", base, {"authorization": f"Bearer {api_key}"} if api_key else {}, _TIMEOUT
-        )
+        key = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        super().__init__(f"openai {base}", base, {**key, **(headers or {})}, _TIMEOUT)
+        self._retries = retries or Retries()
         self._model = model
         if model is None:
             try:
@@ -82,13 +87,8 @@ class OpenAIBackend(HttpBackend):
                 raise
 
     def models(self) -> list[str]:
-        try:
-            response = self._client.get("/models")
-        except httpx.HTTPError as error:
-            raise lost(self.name, error) from error
-        if response.status_code != 200:
-            raise error_of(response, self.name)
-        names = [str(each["id"]) for each in response.json()["data"]]
+        answer = self._ask(lambda: self._client.get("/models"))
+        names = [str(each["id"]) for each in answer["data"]]
         return sorted(names, key=lambda name: name != self._model)
 
     def chat(
@@ -174,17 +174,45 @@ class OpenAIBackend(HttpBackend):
 
     # ── wire ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _address(self, path: str, model: str | None) -> str:
+        """Where `path` of the API is found for a model: below the base URL."""
+        return path
+
     def _stream(self, path: str, body: dict[str, Any], params: SamplingParams) -> Completion:
-        answer = _Answer(params)
-        try:
-            with self._client.stream("POST", path, json=body) as response:
+        def send() -> StreamedAnswer:
+            answer = StreamedAnswer(params)
+            with self._client.stream("POST", self._address(path, body["model"]), json=body) as response:
                 if response.status_code != 200:
                     response.read()
-                    raise error_of(response, self.name)
+                    self._refused(response)
                 answer.read(response.iter_lines())
+            return answer
+
+        return self._sent(send).completion()
+
+    def _ask(self, send: Callable[[], httpx.Response]) -> dict[str, Any]:
+        """The JSON object of an answer that is not streamed."""
+
+        def sent() -> dict[str, Any]:
+            response = send()
+            if response.status_code != 200:
+                self._refused(response)
+            found: dict[str, Any] = response.json()
+            return found
+
+        return self._sent(sent)
+
+    def _sent(self, send: Callable[[], T]) -> T:
+        try:
+            return self._retries.run(send)
         except (httpx.HTTPError, RuntimeError) as error:
             raise lost(self.name, error) from error
-        return answer.completion()
+
+    def _refused(self, response: httpx.Response) -> NoReturn:
+        error = error_of(response, self.name)
+        if response.status_code in REFUSED:
+            raise RefusedForNow(error, retry_after_s(response.headers))
+        raise error
 
     def _refuse(self, what: str) -> NoReturn:
         raise BackendUnsupportedError(
@@ -220,92 +248,3 @@ def _structured(asked: StructuredOutputsParams) -> dict[str, Any]:
     """In vLLM's names, which our own API reads too."""
     values = {name: value for name in KINDS if (value := getattr(asked, name)) not in (None, False)}
     return values if asked.any_whitespace else {**values, "disable_any_whitespace": True}
-
-
-@dataclass(slots=True)
-class _Answer:
-    """One streamed answer, gathered."""
-
-    params: SamplingParams
-    id: str = ""
-    texts: list[str] = field(default_factory=list)
-    calls: dict[int, dict[str, str]] = field(default_factory=dict)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    usage: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
-    sent: float = field(default_factory=time.monotonic)
-    first: float | None = None
-    last: float = 0.0
-    pieces: int = 0
-
-    def read(self, lines: Iterator[str]) -> None:
-        for line in lines:
-            if not line.startswith("data:") or line.endswith("[DONE]"):
-                continue
-            event = json.loads(line[5:])
-            self.id = event.get("id") or self.id
-            self.usage = event.get("usage") or self.usage
-            if "error" in event:
-                self.error = str(event["error"].get("message"))
-            for choice in event.get("choices", ()):
-                self._take(choice)
-        self.last = self.last or time.monotonic()
-
-    def _take(self, choice: dict[str, Any]) -> None:
-        delta = choice.get("delta") or {}
-        text = delta.get("content") or choice.get("text") or ""
-        for call in delta.get("tool_calls") or ():
-            kept = self.calls.setdefault(call.get("index", 0), {"name": "", "arguments": ""})
-            function = call.get("function") or {}
-            kept["name"] += function.get("name") or ""
-            kept["arguments"] += function.get("arguments") or ""
-        if text or delta.get("tool_calls") or delta.get("reasoning") or delta.get("reasoning_content"):
-            self.last = time.monotonic()
-            self.first = self.first or self.last
-            self.pieces += 1
-        self.texts.append(text)
-        self.logprobs += _logprobs(choice.get("logprobs"))
-        if choice.get("finish_reason"):
-            self.finish_reason = _FINISH.get(choice["finish_reason"], FinishReason.STOP)
-            self.stop_reason = choice.get("stop_reason")
-
-    def completion(self) -> Completion:
-        num_output = int(self.usage.get("completion_tokens") or len(self.logprobs) or self.pieces)
-        ttft = tpot = None
-        if self.first is not None:
-            ttft = (self.first - self.sent) * 1e3
-            if num_output > 1:
-                tpot = (self.last - self.first) * 1e3 / (num_output - 1)
-        calls = [
-            json.dumps(call, ensure_ascii=False, separators=(",", ":"))
-            for _, call in sorted(self.calls.items())
-        ]
-        failed = self.error is not None or self.finish_reason is None
-        return Completion(
-            request_id=self.id,
-            prompt_token_ids=(UNKNOWN_TOKEN,) * int(self.usage.get("prompt_tokens") or 0),
-            token_ids=(UNKNOWN_TOKEN,) * num_output,
-            text="".join(self.texts) + "\n".join(calls),
-            finish_reason=FinishReason.ERROR if failed else self.finish_reason or FinishReason.ERROR,
-            stop_reason=self.stop_reason,
-            logprobs=tuple(self.logprobs),
-            prompt_logprobs=(),
-            num_cached_tokens=int((self.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0),
-            seed=self.params.seed or 0,
-            ttft_ms=ttft,
-            tpot_ms=tpot,
-            e2e_ms=(time.monotonic() - self.sent) * 1e3,
-            error=self.error or ("the stream ended without a finish reason" if failed else None),
-        )
-
-
-def _logprobs(block: dict[str, Any] | None) -> list[TokenLogprobs]:
-    if not block:
-        return []
-    if block.get("content"):
-        return [TokenLogprobs(UNKNOWN_TOKEN, float(entry["logprob"]), 0) for entry in block["content"]]
-    return [
-        TokenLogprobs(UNKNOWN_TOKEN, float(p), 0) for p in block.get("token_logprobs") or () if p is not None
-    ]

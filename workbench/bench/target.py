@@ -21,6 +21,7 @@ from workbench.bench.errors import BenchmarkError
 from workbench.bench.spec import BenchmarkSpec
 from workbench.bench.workload import WordCosts, Workload
 from workbench.errors import ServerUnreachableError, UnknownModelError
+from workbench.settings import Settings
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 LEAD = "of"
@@ -73,7 +74,30 @@ def find_target(url: str, model: str | None, token: str = "") -> Target:
     """
     base = url.rstrip("/")
     base = base if base.endswith("/v1") else f"{base}/v1"
-    headers = authorization(base, token, otherwise=os.environ.get(API_KEY_VARIABLE))
+    return _target(base, model, authorization(base, token, otherwise=os.environ.get(API_KEY_VARIABLE)))
+
+
+def endpoint_target(model: str, settings: Settings) -> Target:
+    """The target of an ``endpoint:NAME/MODEL``, with the key that its endpoint names.
+
+    Raises:
+        UnknownEndpointError, EndpointKeyError: there is no such endpoint, or its key is not in the environment.
+        BenchmarkError: it is asked by another address for each model (Azure's by deployment).
+        ServerUnreachableError, UnknownModelError: as `find_target`.
+    """
+    from workbench.backends.by_id import find_endpoint
+    from workbench.backends.endpoints import parse_id
+
+    endpoint = find_endpoint(model, settings)
+    if endpoint.api_version:
+        raise BenchmarkError(
+            f"{endpoint.name} has its models at addresses of their own (api-version {endpoint.api_version})", value=model,
+            param="model", remedy="Add it without --api-version: Azure's v1 API has one address for all.",
+        )  # fmt: skip
+    return _target(endpoint.base_url, parse_id(model).model or endpoint.model, endpoint.headers())
+
+
+def _target(base: str, model: str | None, headers: dict[str, str]) -> Target:
     try:
         response = httpx.get(f"{base}/models", headers=headers, timeout=_TIMEOUT)
         listed: list[dict[str, Any]] = response.raise_for_status().json()["data"]

@@ -49,7 +49,7 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
         "--url",
         help="an OpenAI-compatible server; default: the app of this HOME_DIR, or an engine of our own",
     )
-    run.add_argument("--model", help="default: the server's first")
+    run.add_argument("--model", help="default: the server's first; or endpoint:NAME/MODEL")
     run.add_argument("--requests", type=int, help="measured requests (default 32)")
     load = run.add_mutually_exclusive_group()
     load.add_argument("--concurrency", type=int, help="so many at a time (default 8)")

@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--model",
-        help="a folder or hub id to load here; NAME@alias or NAME/3 of the running app; with --url, a model of that server",
+        help="a folder or hub id to load here; NAME@alias or NAME/3 of the running app; endpoint:NAME/MODEL; with --url, a model of that server",
     )
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--dtype")
@@ -36,9 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
     from workbench.terminal_chat import run_chat
 
     model = arguments.model
+    is_elsewhere = model is not None and model.startswith("endpoint:")
     is_of_app = bool(model) and not Path(model).exists() and bool(alias_of(model) or version_of(model))
     settings = settings_module.load(
-        home_dir=arguments.home_dir, model=None if arguments.url or is_of_app else model, dtype=arguments.dtype
+        home_dir=arguments.home_dir, model=None if arguments.url or is_of_app or is_elsewhere else model, dtype=arguments.dtype
     )  # fmt: skip
     return run_chat(
         settings, options, question=arguments.question, url=arguments.url, model=model, system=arguments.system,

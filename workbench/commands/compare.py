@@ -16,7 +16,9 @@ from typing import Any
 def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Add `quire compare`."""
     parser = commands.add_parser("compare", help="two versions on one dataset: differences with intervals")
-    parser.add_argument("a", help="the version that is in use: NAME/1, NAME@champion, a folder or a hub id")
+    parser.add_argument(
+        "a", help="what is in use: NAME/1, NAME@champion, a folder, a hub id, endpoint:NAME/MODEL"
+    )
     parser.add_argument("b", help="the version that may replace it")
     add_dataset_options(parser)
     parser.add_argument(

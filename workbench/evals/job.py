@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from workbench.backends.endpoints import is_endpoint
 from workbench.evals.compare import Statistics, compare
 from workbench.evals.datasets import Dataset, load_dataset, log_dataset
+from workbench.evals.endpoint_side import check_endpoint_side
 from workbench.evals.errors import CompareSpecError
 from workbench.evals.evaluate import Evaluation, EvaluationOptions
 from workbench.evals.gate import Decision, GateRules, check_rules, decide, fitting_rules, load_rules
@@ -76,11 +79,14 @@ def check(spec: dict[str, Any]) -> None:
 
 def run(spec: dict[str, Any], context: JobContext) -> dict[str, Any]:
     """Compare, judge, record."""
+    from workbench.backends.by_id import ByIdBackend
     from workbench.connect import connect
 
     setup = prepare(spec, context.settings)
     open_record(context.settings)
-    with connect(context.home_dir) as backend:
+    local = partial(connect, context.home_dir)
+    sides = [setup.a, setup.b]
+    with ByIdBackend(context.settings, local) if any(map(is_endpoint, sides)) else local() as backend:
         return run_setup(setup, backend, context).to_dict()
 
 
@@ -129,7 +135,10 @@ def prepare(spec: Mapping[str, Any], settings: Settings) -> Setup:
     own = load_rules(spec["gate"]) if spec.get("gate") is not None else None
     scorers = make_scorers(_scorer_names(spec.get("scorers"), dataset, own))
     check_scorers(scorers, dataset)
-    speed = SpeedOptions(seed=seed) if wants_speed or (own is not None and own.needs_speed) else None
+    speed_needed = wants_speed or (own is not None and own.needs_speed)
+    for side in filter(is_endpoint, (a, b)):
+        check_endpoint_side(side, dataset, scorers, settings, speed=speed_needed, divergence=divergence)
+    speed = SpeedOptions(seed=seed) if speed_needed else None
     metrics = [scorer.metric for scorer in scorers]
     rules = own or fitting_rules(
         metrics, has_slices=any(e.tags for e in dataset.examples), speed=speed is not None

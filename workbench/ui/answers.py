@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from engine.stream import RequestStream
     from engine.tokenizer import TokenizerLike
     from workbench.chat_output import OutputParser, Piece
+    from workbench.ui.endpoint_stream import EndpointStream
 
 UNATTENDED_S = 300.0
 log = logging.getLogger(__name__)
@@ -34,11 +35,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A submitted request, and what reads its output."""
+    """A submitted request, and what reads its output: an engine's, or an endpoint's (`endpoint_stream`), which is all three."""
 
-    stream: RequestStream
-    tokenizer: TokenizerLike
-    parser: OutputParser
+    stream: RequestStream | EndpointStream
+    tokenizer: TokenizerLike | EndpointStream
+    parser: OutputParser | EndpointStream
 
 
 Begin = Callable[[str], Begun]  # by the request's id; raises what refuses the request
@@ -171,7 +172,7 @@ class TokenView:
 
 
 def token_views(
-    completion: Completion, tokenizer: TokenizerLike, skip_special_tokens: bool = True
+    completion: Completion, tokenizer: TokenizerLike | EndpointStream, skip_special_tokens: bool = True
 ) -> tuple[TokenView, ...]:
     """Pieces whose concatenation is a prefix of the answer's text, so that a cut stop text is not shown as said."""
     detokenizer = tokenizer.detokenizer(skip_special_tokens)
@@ -185,7 +186,7 @@ def token_views(
     return tuple(views)
 
 
-def prompt_views(completion: Completion, tokenizer: TokenizerLike) -> tuple[TokenView, ...]:
+def prompt_views(completion: Completion, tokenizer: TokenizerLike | EndpointStream) -> tuple[TokenView, ...]:
     """The prompt as the template wrote it, special tokens included, from its second token on: the first has no probability."""
     detokenizer = tokenizer.detokenizer(False)
     detokenizer.push(completion.prompt_token_ids[:1])
@@ -194,7 +195,9 @@ def prompt_views(completion: Completion, tokenizer: TokenizerLike) -> tuple[Toke
     )
 
 
-def _view(piece: str, entry: TokenLogprobs, tokenizer: TokenizerLike, is_last: bool = False) -> TokenView:
+def _view(
+    piece: str, entry: TokenLogprobs, tokenizer: TokenizerLike | EndpointStream, is_last: bool = False
+) -> TokenView:
     texts = (tokenizer.token_text(top) for top in entry.top_ids)
     alternatives = tuple(zip(texts, entry.top_logprobs, strict=True))
     return TokenView(piece, entry.logprob, entry.rank, alternatives, is_last)

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from workbench.backends.endpoints import Endpoint
 from workbench.chat_request import Message, prepare
 from workbench.ui.answers import Answer, Begun
+from workbench.ui.endpoint_stream import EndpointStream
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from workbench.resident import Resident
 
 MAX_CONVERSATIONS = 100
-Find = Callable[[str], "EngineWorker"]  # by model id, `EngineHost.worker`; raises where nobody answers for it
+Find = Callable[
+    [str], "EngineWorker | Endpoint"
+]  # who answers for a model's id, `fleet_view.find`; raises where nobody does
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +198,9 @@ def say(
 
     def begin(params: SamplingParams, request_id: str) -> Begun:
         worker = find(reply.model)
+        if isinstance(worker, Endpoint):
+            there = EndpointStream(worker, reply.model, prompt, params, request.tools, request_id=request_id)
+            return Begun(there, there, there)
         ready = prepare(worker, prompt, params, request.tools)
         stream = worker.submit(ready.prompt_ids, ready.params, request_id=request_id)
         return Begun(stream, ready.tokenizer, ready.syntax.parser())

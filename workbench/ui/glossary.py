@@ -44,6 +44,8 @@ TERMS = {
     "digest": "SHA-256 over the model's files: its identity, whatever it is called.",
     "system prompt": "Instructions that come before the conversation.",
     "memory ledger": "What the engine's bytes on its device are for.",
+    "free slots": "Requests that would begin at once: what can run at a time less what runs and waits.",
+    "queued tokens": "Prompt tokens of the requests that wait for a slot.",
     "free block": "A block that nobody holds and whose content cannot be matched.",
     "cached block": "A block that nobody holds but whose content a new request may still match.",
     "E2E": "End to end: from the request's arrival to its last output token.",

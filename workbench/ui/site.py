@@ -28,6 +28,7 @@ ENTRIES = (
     Entry("benchmark", "Benchmark", ":material/speed:"),
     Entry("versions", "Versions", ":material/account_tree:"),
     Entry("compare", "Compare", ":material/compare_arrows:"),
+    Entry("fleet", "Fleet", ":material/hub:"),
     Entry("runs", "Runs", ":material/schedule:"),
     Entry("settings", "Settings", ":material/settings:"),
 )

@@ -64,12 +64,20 @@ def _number(ref: str) -> int:
 
 
 def show(
-    known: Mapping[str, VersionInfo], champion: str | None, datasets: Sequence[str], scorers: Sequence[str]
+    known: Mapping[str, VersionInfo],
+    champion: str | None,
+    datasets: Sequence[str],
+    scorers: Sequence[str],
+    endpoints: Sequence[str] = (),
 ) -> Choice:
-    """Render the form. `known` (by `NAME/VERSION`) and `datasets` must not be empty; others than those may be typed."""
+    """Render the form. `known` (by `NAME/VERSION`) and `datasets` must not be empty; others than those may be typed.
+
+    `endpoints`: ids of their models, offered beside the versions.
+    """
     first, second = default_pair(list(known), champion)
-    a = _version("A, the version to beat", "a", known, first, f"Mostly the @{CHAMPION}.")
-    b = _version("B, the candidate", "b", known, second, "A registered version, a folder, or a hub id.")
+    a = _version("A, the version to beat", "a", known, endpoints, first, f"Mostly the @{CHAMPION}.")
+    told = "A registered version, a folder, a hub id, or a model of an endpoint."
+    b = _version("B, the candidate", "b", known, endpoints, second, told)
     dataset = st.selectbox(
         "Dataset", list(datasets), key="dataset", bind="query-params", accept_new_options=True,
         help="A bundled one, one in HOME_DIR/datasets, or the path of a JSONL file.",
@@ -106,8 +114,10 @@ def show(
     )  # fmt: skip
 
 
-def _version(label: str, key: str, known: Mapping[str, VersionInfo], default: str, help: str) -> str:
-    refs = list(known)
+def _version(
+    label: str, key: str, known: Mapping[str, VersionInfo], endpoints: Sequence[str], default: str, help: str
+) -> str:
+    refs = [*known, *endpoints]
     chosen = st.selectbox(
         label,
         refs,
