@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,15 @@ from openai import BadRequestError
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.config import EngineConfig
+from engine.embedding import embedding_requests
 from engine.pooling import PoolingParams
 from tests.engine.encoder.conftest import WORDS, make_encoder
+from workbench.access.keys import ApiKey, KeyLimits
+from workbench.access.limits import KeyMeter, KeyUse, RateLimitError, using
+from workbench.access.principal import Principal
+from workbench.api.answer_log import AnswerLog
+from workbench.api.pooling import Call
+from workbench.api.pooling import _submit as submit
 from workbench.backends.app import AppBackend
 from workbench.backends.local import LocalBackend
 from workbench.host import load_worker
@@ -60,6 +68,30 @@ def test_official_client_gets_the_engines_vectors_in_both_encodings(pooling_serv
     for each, vector in zip(floats.data, expected, strict=True):
         np.testing.assert_allclose(each.embedding, vector, rtol=0, atol=1e-6)  # float32, another batch
     assert floats.usage.prompt_tokens == floats.usage.total_tokens == sum(len(t.split()) + 2 for t in TEXTS)
+
+
+def test_embedded_texts_count_for_the_key_that_asks(
+    pooling_server: Any, eventually: Callable[..., bool]
+) -> None:
+    key = ApiKey(
+        "key-a", "a", Principal("key-a", frozenset()), KeyLimits(daily_tokens=30), "", "", None, None, None
+    )
+    meter, worker = KeyMeter(), pooling_server.host.worker("embedder")
+    worker.add_sink(meter)
+
+    def embed(name: str) -> None:
+        submit(
+            worker, lambda _: embedding_requests(worker, TEXTS, PoolingParams()), Call(None, name, time.monotonic_ns()),
+            AnswerLog(None),
+        )  # fmt: skip
+
+    used = sum(len(text.split()) + 2 for text in TEXTS)
+    with using(KeyUse(key, meter)):
+        embed("first")
+        assert eventually(lambda: meter.used_today("key-a") == used)
+        embed("second")
+        with pytest.raises(RateLimitError, match="0 are left"):
+            embed("third")
 
 
 class LocalVectors:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from workbench import tracking
+from workbench.access import audit
 from workbench.settings import Settings
+from workbench.store import open_store
 from workbench.versions.adapter import adapter_digest
 from workbench.versions.digest import folder_digest
 from workbench.versions.errors import (
@@ -89,6 +91,17 @@ def test_promoting_what_is_there_records_nothing(three: Registry) -> None:
     three.promote(NAME, 2)
     assert len(three.history(NAME)) == 1
     assert three.history(NAME)[0].who
+
+
+def test_moves_are_on_the_audit_log(three: Registry, settings: Settings) -> None:
+    three.promote(NAME, 1)
+    three.promote(NAME, 2)
+    three.promote(NAME, 2)  # it is there already: no act
+    three.rollback(NAME)
+    with open_store(settings.home_dir) as store:
+        acts = [(each.act, each.target, each.detail) for each in audit.latest(store)]
+    moves = ["from 2 to 1", "from 1 to 2", "from nothing to 1"]
+    assert acts == [("move alias", f"{NAME}@champion", move) for move in moves]
 
 
 def test_moves_made_in_mlflow_are_seen_and_rolled_back_to(three: Registry, settings: Settings) -> None:
