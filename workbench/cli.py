@@ -159,8 +159,8 @@ def _server_settings(arguments: argparse.Namespace, **more: Any) -> Settings:
     settings = settings_module.load(
         port=arguments.port, host=arguments.host, home_dir=arguments.home_dir, model=arguments.model,
         dtype=arguments.dtype, threads=arguments.threads, enable_lora=arguments.enable_lora,
-        tensor_parallel_size=arguments.tensor_parallel_size, ssl_certfile=_absolute(arguments.ssl_certfile),
-        ssl_keyfile=_absolute(arguments.ssl_keyfile), **engine_options.chosen(arguments), **more,
+        tensor_parallel_size=arguments.tensor_parallel_size, ssl_certfile=arguments.ssl_certfile,
+        ssl_keyfile=arguments.ssl_keyfile, **engine_options.chosen(arguments), **more,
     )  # fmt: skip
     settings_module.prepare_home(settings)
     if not settings.fake:
@@ -169,11 +169,6 @@ def _server_settings(arguments: argparse.Namespace, **more: Any) -> Settings:
         check_model(settings.model_path)
     settings.engine_config()
     return settings
-
-
-def _absolute(file: Path | None) -> Path | None:
-    """Children have another working folder."""
-    return None if file is None else file.expanduser().absolute()
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     )
     trusted_proxy_header: str = ""  # such as X-Forwarded-User: a proxy names the user in it
     trusted_proxies: str = ""  # networks of such proxies, such as 10.0.0.0/8, separated by commas
-    admins: str = ""  # users from a proxy or an OpenID provider who are administrators, separated by commas
+    admins: str = ""  # users that a proxy names who are administrators, separated by commas
     session_hours: float = Field(default=12, gt=0, le=24 * 365)  # that a login lasts
     ssl_certfile: Path | None = None  # PEM, the server's own certificate first; https with both
     ssl_keyfile: Path | None = None
@@ -241,7 +241,7 @@ _UNPREFIXED = {"port": "PORT", "mlflow_port": "MLFLOW_PORT", "home_dir": "HOME_D
 def load(**overrides: Any) -> Settings:
     """Read the environment; `overrides` (from the command line) win where they are not None.
 
-    HOME_DIR comes back absolute, so that children with another working directory mean the same folder.
+    Paths come back absolute, so that children with another working directory mean the same folder.
 
     Raises:
         SettingsError: naming the variable, its value and what is accepted.
@@ -261,7 +261,14 @@ def load(**overrides: Any) -> Settings:
             f"PORT and MLFLOW_PORT are both {settings.port}", value=settings.port, param="MLFLOW_PORT",
             remedy="Give them different ports.",
         )  # fmt: skip
-    settings = settings.model_copy(update={"home_dir": settings.home_dir.expanduser().absolute()})
+    files = {
+        "home_dir": settings.home_dir,
+        "ssl_certfile": settings.ssl_certfile,
+        "ssl_keyfile": settings.ssl_keyfile,
+    }
+    settings = settings.model_copy(
+        update={name: file and file.expanduser().absolute() for name, file in files.items()}
+    )
     exposure.check(settings)
     return settings
 

@@ -150,7 +150,6 @@ login_sessions = sa.Table(
         "digest", sa.String(64), primary_key=True
     ),  # SHA-256 of the id, which is nowhere but in the cookie
     sa.Column("user", sa.String(256), nullable=False),
-    sa.Column("way", sa.String(16), nullable=False),  # password | oidc
     sa.Column("stamp", sa.String(32), nullable=False),
     sa.Column("created_s", sa.Float, nullable=False),
     sa.Column("expires_s", sa.Float, nullable=False),

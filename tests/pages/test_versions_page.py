@@ -9,8 +9,11 @@ from page_world import html_of
 from records_world import NAME, Records, eventually, make_model, settle
 from streamlit.testing.v1 import AppTest
 
+from workbench.access.logins import Logins
 from workbench.settings import bundled_model
 from workbench.ui import resources
+from workbench.ui.components import action_state
+from workbench.ui.who import NotAllowedError
 
 
 @pytest.fixture
@@ -49,6 +52,25 @@ def test_versions_are_listed_with_identity_figures_and_lineage(page):
     ):
         assert part in shown, part
     assert shown.index("ticket-extractor v3") < shown.index("ticket-extractor v1<")  # newest first
+
+
+def test_who_has_lost_the_right_can_neither_see_the_buttons_on_nor_use_an_old_one(records, open_page):
+    world = records()
+    logins = Logins(world.settings)
+    resources.provide(world.host, settings=world.settings, logins=logins)
+    at = settle(open_page("versions"))
+    load = at.button(f"load_{NAME}/2")
+    assert not load.disabled
+    logins.required = True  # and nobody is logged in here
+    at = settle(load.click().run())  # as it stood in the browser
+    assert f"{NAME}/2" not in [r.id for r in world.host.resident()]
+    assert at.button(f"load_{NAME}/2").disabled
+    assert "Only administrators" in at.button(f"load_{NAME}/2").help
+    assert at.button("own_load").disabled
+    refused = action_state.start("load:x", "Load", lambda: world.host.load(f"{NAME}/2"))  # past all buttons
+    assert refused.wait(10)
+    assert isinstance(refused.error, NotAllowedError)
+    assert f"{NAME}/2" not in [r.id for r in world.host.resident()]
 
 
 def test_load_makes_it_resident_and_unload_gives_it_back(page):

@@ -33,12 +33,12 @@ def check_pages(settings: Settings) -> None:
     if settings.login_required and not can_log_in(settings):
         raise HostRefusedError(
             "a login is asked for, and there is no way to log in", value=settings.host, param="QUIRE_HOST",
-            limit="a user, a trusted proxy, or an OpenID provider", remedy="Add a user: `quire users add NAME --admin`.",
+            limit="a user, or a trusted proxy", remedy="Add a user: `quire users add NAME --admin`.",
         )  # fmt: skip
 
 
 def can_log_in(settings: Settings) -> bool:
-    """Whether there is a way to log in: a user in the password file, a trusted proxy, an OpenID provider."""
+    """Whether there is a way to log in: a user in the password file, or a trusted proxy."""
     from workbench.access.users import UserFile
 
     return bool(settings.trusted_proxy_header) or bool(UserFile(settings.home_dir).list())

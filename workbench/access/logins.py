@@ -1,7 +1,7 @@
 """Logins: who sent a request that brings a session's cookie or a trusted proxy's header.
 
 The ways to log in are the settings': the password file, a proxy that names the user in a header (``QUIRE_TRUSTED_PROXY_HEADER``,
-believed from ``QUIRE_TRUSTED_PROXIES`` alone), an OpenID provider. Each request asks anew, from memory: a user who was removed, or
+believed from ``QUIRE_TRUSTED_PROXIES`` alone). Each request asks anew, from memory: a user who was removed, or
 an administrator who is none any more, loses their rights at once.
 
 Boundary: headers in, a Principal out. HTTP answers are ``workbench.api.login``'s.
@@ -87,8 +87,6 @@ class Logins:
         return None
 
     def _owner(self, session: Session) -> Principal | None:
-        if session.way == "oidc":
-            return self._principal(session.user, self._role(session.user))
         user = self.users.find(session.user)
         return self._principal(user.name, user.role) if user and user.stamp == session.stamp else None
 

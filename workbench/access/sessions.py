@@ -28,11 +28,10 @@ MAX_SESSIONS = 10_000  # in memory and in the table; the oldest go
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One login. `way`: "password" or "oidc"; `stamp`: of the password that it was opened with."""
+    """One login. `stamp`: of the password that it was opened with."""
 
     digest: str
     user: str
-    way: str
     stamp: str
     created_s: float  # Unix time, as `expires_s`
     expires_s: float
@@ -49,10 +48,10 @@ class Sessions:
             rows = connection.execute(sa.select(login_sessions).order_by(login_sessions.c.created_s)).all()
         self._by_digest = {row.digest: Session(**row._mapping) for row in rows}
 
-    def begin(self, user: str, way: str, stamp: str, seconds: float) -> str:
+    def begin(self, user: str, stamp: str, seconds: float) -> str:
         """A new session's id, for the cookie. Raises StoreError."""
         made, now = secrets.token_urlsafe(32), time.time()
-        session = Session(digest_of(made), user, way, stamp, now, now + seconds)
+        session = Session(digest_of(made), user, stamp, now, now + seconds)
         with self._lock:
             gone = self._superfluous(now)
             with self._store.begin() as connection:

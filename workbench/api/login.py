@@ -19,7 +19,8 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from workbench.access.logins import Headers, Logins, Visitor
-from workbench.access.principal import OWNER, SCOPE_KEY, Right
+from workbench.access.principal import SCOPE_KEY, Right
+from workbench.access.users import User
 from workbench.api.errors import ForbiddenError, UnauthorizedError, error_response
 from workbench.api.login_page import login_page, logout_page, own_path
 from workbench.errors import WorkbenchError
@@ -55,7 +56,7 @@ class RequireLogin:
             return
         scope["headers"] = self._believed(scope)
         path, is_http = scope["path"], scope["type"] == "http"
-        if path in OPEN or path.startswith("/quire/") or scope.get(SCOPE_KEY, OWNER) is not OWNER:
+        if path in OPEN or path.startswith("/quire/") or SCOPE_KEY in scope:
             await self.app(scope, receive, send)
             return
         visitor = self._logins.visitor(_texts(scope))
@@ -122,16 +123,16 @@ class RequireLogin:
         if found is None:
             return self._form(user, following, "The name or the password is wrong.", 401)
         throttle.succeeded(user, peer)
-        return await self.begin(request, found.name, "password", found.stamp, following)
+        return await self._begin(request, found, following)
 
-    async def begin(self, request: Request, user: str, way: str, stamp: str, following: str) -> Response:
+    async def _begin(self, request: Request, user: User, following: str) -> Response:
         """A new session in place of the browser's old one, and the way back to what was asked for. Raises StoreError."""
         logins, seconds = self._logins, self._logins.settings.session_hours * 3600
         assert logins.sessions is not None, "opened by the app's services"
         old = logins.visitor(_texts(request.scope))
         if old is not None and old.session_id is not None:
             await asyncio.to_thread(logins.sessions.end, old.session_id)
-        session_id = await asyncio.to_thread(logins.sessions.begin, user, way, stamp, seconds)
+        session_id = await asyncio.to_thread(logins.sessions.begin, user.name, user.stamp, seconds)
         response = RedirectResponse(following, 303, {"cache-control": "no-store"})
         response.set_cookie(
             logins.cookie, session_id, max_age=int(seconds), httponly=True, samesite="lax", secure=self._is_https(request.scope)

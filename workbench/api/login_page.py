@@ -38,10 +38,9 @@ p.bad {{ color: var(--bad) }}
 label {{ display: block; margin: 0 0 1rem; font-size: .875rem }}
 input {{ display: block; width: 100%; margin-top: .25rem; padding: .5rem .75rem; font: inherit; color: inherit; background: var(--bg);
   border: 1px solid var(--line); border-radius: 8px }}
-button, a.act {{ display: block; width: 100%; padding: .5rem .75rem; font: inherit; font-weight: 600; text-align: center; text-decoration: none;
+button {{ display: block; width: 100%; padding: .5rem .75rem; font: inherit; font-weight: 600; text-align: center;
   color: var(--on); background: var(--act); border: 0; border-radius: 8px; cursor: pointer }}
 a {{ color: var(--act) }}
-form + a.act {{ margin-top: .75rem }}
 :focus-visible {{ outline: 2px solid var(--act); outline-offset: 2px }}
 </style>
 <main>
@@ -53,10 +52,10 @@ form + a.act {{ margin-top: .75rem }}
 
 
 def login_page(
-    *, user: str = "", following: str = "/", problem: str = "", password: bool = True, provider: str = "",
+    *, user: str = "", following: str = "/", problem: str = "", password: bool = True,
     status: int = 200, headers: dict[str, str] | None = None,
 ) -> HTMLResponse:  # fmt: skip
-    """The form where there are passwords, and the link to the OpenID `provider` where there is one. `following`: a path of ours."""
+    """The form, or without passwords where to log in instead. `following`: a path of ours, to go to afterwards."""
     parts = [f'<p class="bad" role="alert">{html.escape(problem)}</p>'] if problem else []
     if password:
         at_user, at_password = ("", " autofocus") if user else (" autofocus", "")
@@ -68,9 +67,7 @@ def login_page(
             f'<input name="next" type="hidden" value="{html.escape(following)}">'
             "<button>Log in</button></form>"
         )
-    if provider:
-        parts.append(f'<a class="act" href="/login/oidc?next={html.escape(_quoted(following))}">Log in with {html.escape(provider)}</a>')  # fmt: skip
-    if not password and not provider:
+    else:
         parts.append("<p>The proxy in front of this server says who you are: log in there.</p>")
     return _response("Log in", "\n".join(parts), status, headers)
 
@@ -88,12 +85,6 @@ def own_path(text: str) -> str:
     """`text` where it is a path of this server, else "/": nobody is sent to another site after the login."""
     is_own = text.startswith("/") and not text.startswith("//") and text.isprintable() and "\\" not in text
     return text if is_own and not text.startswith(("/login", "/logout")) else "/"
-
-
-def _quoted(text: str) -> str:
-    from urllib.parse import quote
-
-    return quote(text, safe="/")
 
 
 def _response(

@@ -86,6 +86,9 @@ def is_loopback_host(host: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
     address = _address(name)
+    address = (
+        getattr(address, "ipv4_mapped", None) or address
+    )  # what is_loopback says of these differs by version
     return address is not None and address.is_loopback
 
 

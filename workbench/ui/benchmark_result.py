@@ -109,3 +109,17 @@ def bound_by(limit: Mapping[str, Any]) -> str:
     if share is None:
         return "of this device's limit"
     return f"bound by {'memory' if share >= 0.5 else 'arithmetic'} for {formats.significant(100 * max(share, 1 - share), 2)} %"
+
+
+def csv_of(table: pd.DataFrame) -> bytes:
+    """The table as CSV in which no text is a formula to a spreadsheet: ids and reasons may be another server's."""
+
+    def plain(value: object) -> object:
+        return (
+            f"'{value}"
+            if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+            else value
+        )
+
+    written: str = table.map(plain).to_csv(index=False)
+    return written.encode()

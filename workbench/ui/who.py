@@ -3,8 +3,8 @@
 Streamlit keeps the headers of the browser's WebSocket; `workbench.api.login` has let it in and taken out what was not to be
 believed. They are judged anew at each run, so that a user who was removed can do nothing more.
 
-Buttons that need a right are off without it (`lacks`), and their act asks again (`require`): a browser can send the click of a
-button that is off.
+Buttons that need a right are off without it (`lacks`), and their act asks again (`require`): what stands in the browser may be
+older than the loss of a right, and a browser sends what it likes.
 """
 
 from __future__ import annotations

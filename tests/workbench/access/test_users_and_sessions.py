@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import stat
 from pathlib import Path
@@ -83,8 +84,8 @@ def test_a_broken_file_lets_nobody_in_and_is_not_overwritten(users: UserFile):
 def test_a_session_outlives_a_restart_and_ends_for_good(tmp_path: Path):
     with open_store(tmp_path) as store:
         sessions = Sessions(store)
-        kept, ended = (sessions.begin("ada", "password", "s1", 60) for _ in range(2))
-        late = sessions.begin("ada", "password", "s1", -1)
+        kept, ended = (sessions.begin("ada", "s1", 60) for _ in range(2))
+        late = sessions.begin("ada", "s1", -1)
         assert sessions.get(kept).user == "ada"
         assert sessions.get(late) is None
         sessions.end(ended)
@@ -124,3 +125,27 @@ def test_an_ipv6_host_is_one_peer_whatever_address_it_takes():
         throttle.tried("ada", f"2001:db8::{place:x}")
     assert throttle.wait_s("bob", "2001:db8::ffff") > 0
     assert throttle.wait_s("bob", "2001:db8:0:1::1") == 0
+
+
+def test_the_command_line_adds_lists_and_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from workbench import cli
+
+    monkeypatch.setenv("HOME_DIR", str(tmp_path))
+    monkeypatch.setenv("QUIRE_HOST", "0.0.0.0")  # which the first user makes possible
+
+    def run(*arguments: str, password: str = "") -> tuple[int, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{password}\n"))
+        code = cli.main(["users", *arguments])
+        told = capsys.readouterr()
+        assert password not in (told.out + told.err) or not password
+        return code, told.out + told.err
+
+    assert run("add", "ada", "--admin", password="short")[0] == 2
+    assert run("add", "ada", "--admin", password=PASSWORD) == (0, "ada (admin) may log in.\n")
+    assert UserFile(tmp_path).verify("ada", PASSWORD).role is Role.ADMIN  # at the cost that is for use
+    assert run("list")[1].startswith("ada  admin  ")
+    assert run("remove", "bob")[0] == 2
+    assert run("remove", "ada")[0] == 0
+    assert run("list") == (0, "No users.\n")

@@ -18,9 +18,10 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from workbench import settings as settings_module
-from workbench.access.principal import principal_of
+from workbench.access.principal import OWNER, SCOPE_KEY, Principal, Right, principal_of
 from workbench.access.users import Role, UserFile
 from workbench.api.front import front
+from workbench.api.login import RequireLogin
 from workbench.errors import HostRefusedError
 from workbench.services import Services
 
@@ -248,6 +249,19 @@ def test_a_viewer_sees_and_changes_nothing(site: Site):
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
     site.log_in(client, "ada")
     assert client.post(f"{mlflow}/registered-models/alias", headers={"origin": ORIGIN}).text == "user:ada"
+
+
+def test_who_a_key_was_found_for_needs_no_login(site: Site):
+    """As the middleware of API keys leaves its principal before the login is asked for."""
+    for principal in (OWNER, Principal("key:1", frozenset({Right.INFER}))):
+
+        async def with_key(scope: Any, receive: Any, send: Any, principal: Principal = principal) -> None:
+            await RequireLogin(Starlette(routes=ROUTES), site.logins)(
+                {**scope, SCOPE_KEY: principal}, receive, send
+            )
+
+        client = TestClient(with_key, base_url=ORIGIN)
+        assert client.post("/v1/chat/completions").text == principal.id
 
 
 def test_a_session_is_no_api_key(site: Site):

@@ -32,7 +32,7 @@ def show(services: PageServices, saved: Saved, slo: Slo, earlier: Saved | None) 
     with st.container(horizontal=True):
         mlflow_link.show(services, (saved.record.mlflow or {}).get("run_id"))
         st.download_button(
-            "Download the requests (CSV)", data=lambda: saved.requests.to_csv(index=False).encode(),
+            "Download the requests (CSV)", data=lambda: benchmark_result.csv_of(saved.requests),
             file_name=f"{saved.record.id}.csv", mime="text/csv", on_click="ignore",
         )  # fmt: skip
 
