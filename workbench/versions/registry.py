@@ -201,10 +201,12 @@ class Registry:
     def _move(self, name: str, alias: str, version: int, reason: str, *, is_rollback: bool) -> None:
         """The alias first, then its record: killed between the two, the history shows a move without a reason."""
         client = self._client()
-        before = _points_at(self._model(name), alias)
+        model = self._model(name)
+        before = _points_at(model, alias)
         if before == version:
             return
-        key, value = aliases.tag_of(alias, aliases.new_move(before, version, reason, is_rollback=is_rollback))
+        move = aliases.new_move(before, version, reason, is_rollback=is_rollback)
+        key, value = aliases.tag_of(alias, move, dict(model.tags))
         with _known(f"{name}/{version}"), tracking.reachable(client.tracking_uri):
             client.set_registered_model_alias(name, alias, str(version))
             client.set_registered_model_tag(name, key, value)
