@@ -21,7 +21,7 @@ PAGE = TESTS.parent / "docs" / "faults.md"
 BEGIN = "<!-- table: begin (python -m tests.faults_table) -->\n"
 END = "<!-- table: end -->"
 HEADINGS = ("fault", "what fails, and how", "what goes on", "what is there afterwards", "injected by")
-TOLD_TO = "QUIRE_FAULTS_TOLD_TO"  # a file that rows are written to instead of being compared
+TOLD_TO = "FAULTS_TOLD_TO"  # a file that rows are written to instead of being compared
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ class RunState:
         try:
             app = RunningApp(**json.loads(self._file.read_text("utf-8")))
             os.kill(app.pid, 0)
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, OverflowError):
             return None
         return app
 

@@ -10,6 +10,7 @@ are MLflow's.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sqlite3
@@ -28,6 +29,8 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from workbench.errors import WorkbenchError
 
 DATABASE_URL_VARIABLE = "QUIRE_DATABASE_URL"
+UNREADABLE = "unreadable"  # the one field of what was stored and is no JSON any more
+log = logging.getLogger(__name__)
 _BUSY_TIMEOUT_MS = 10_000
 _WRITE = "quire_write"
 
@@ -192,7 +195,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.engine = sa.create_engine(url, json_serializer=_dumps)
+        self.engine = sa.create_engine(url, json_serializer=_dumps, json_deserializer=_loads)
         if self.engine.dialect.name == "sqlite":
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             sa.event.listen(self.engine, "begin", _begin_sqlite)
@@ -301,6 +304,15 @@ def to_json(value: Any) -> Any:
 
 def _dumps(value: Any) -> str:
     return json.dumps(to_json(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _loads(text: str) -> Any:
+    """A stored value. One that is no JSON becomes an object that says so: it must not hide the rows beside it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        log.warning("the store holds a value that is no JSON: %.100r", text)
+        return {UNREADABLE: text[:1000]}
 
 
 def _configure_sqlite(connection: sqlite3.Connection, record: object) -> None:

@@ -15,8 +15,9 @@ Source: mix is "lowbias32" (Wellons, hash-prospector, 2018); argmax of logits pl
 (Gumbel 1954; Maddison et al. 2014).
 
 A row's edits (biases, penalties, banned tokens) come first. Then filters, in this order, as in vLLM: temperature, min_p,
-top_k, top_p; last typical_p, as in transformers. Work that no row asks for is not done: a greedy batch is one argmax, rows are sorted only for top_p, and where
-few are kept only their most likely tokens. Log-probabilities are those of the raw logits.
+top_k, top_p; last typical_p, as in transformers. Work that no row asks for is not done: a greedy batch is one argmax and a
+look for NaN, rows are sorted only for top_p, and where few are kept only their most likely tokens. Log-probabilities are those
+of the raw logits.
 
 typical_p looks at what is left of a row, renormalised. A token's distance |-log p - entropy| is |value - mean value| there, since
 the normaliser cancels; all tokens at the distance where the probability reaches typical_p stay.
@@ -185,7 +186,7 @@ def sample(logits: Tensor, settings: SampleSettings, *, invariant: bool = False)
         if len(drawn):
             index = torch.from_numpy(drawn)
             chosen[index] = _draw(allowed[index], settings, drawn, invariant)
-    chosen[~(logits < float("inf")).all(dim=-1)] = NO_TOKEN
+    chosen = torch.where((logits < float("inf")).all(dim=-1), chosen, NO_TOKEN)
     wanted = np.nonzero((settings.num_logprobs >= 0) & (chosen.numpy() != NO_TOKEN))[0]
     logprobs = None
     if len(wanted):

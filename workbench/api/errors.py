@@ -46,6 +46,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (StepFailedError, 500),
 )
 _RETRY_AFTER_S = "2"
+_PASSING = frozenset({"store_busy", "store_full"})  # by code: their module would bring SQLAlchemy along
 
 
 class MediaTypeError(ApiError):
@@ -123,6 +124,8 @@ def status_of(error: Exception) -> int:
     if isinstance(error, QueueFullError | RateLimitError):
         return 429
     if isinstance(error, QueueTimeoutError | RequestAbortedError):
+        return 503
+    if isinstance(error, WorkbenchError) and error.code in _PASSING:
         return 503
     known = next((status for kind, status in _STATUS if isinstance(error, kind)), None)
     if known is None and isinstance(

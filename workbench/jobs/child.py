@@ -34,7 +34,7 @@ from workbench.jobs.model import (
 )
 from workbench.jobs.process_id import ProcessId
 from workbench.jobs.table import PARENT_VARIABLE, Jobs, OnProgress
-from workbench.store import StoreError, open_store, to_json
+from workbench.store import UNREADABLE, StoreError, open_store, to_json
 
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 2.0
@@ -75,6 +75,10 @@ def run_claimed(jobs: Jobs, job_id: str, on_progress: OnProgress | None = None) 
 def _run(jobs: Jobs, job: Job, context: JobContext, owner: ProcessId) -> None:
     try:
         context.check_cancelled()
+        if UNREADABLE in job.spec:
+            raise StoreError(
+                f"the spec of job {job.id} is no JSON any more", value=job.spec[UNREADABLE], remedy="Submit it again."
+            )  # fmt: skip
         result = to_json(kind_module(job.kind).run(job.spec, context))
         _finish(jobs, job, owner, JobState.DONE, message="Done", result=result)
     except (JobCancelled, KeyboardInterrupt) as error:

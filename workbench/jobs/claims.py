@@ -9,7 +9,7 @@ Boundary: rows. Processes are ``workbench.jobs.runner``'s and ``workbench.jobs.c
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+import time
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,14 +19,19 @@ from workbench.jobs.process_id import ProcessId
 from workbench.store import Store, utc_now
 from workbench.store import jobs as table
 
-_FOREIGN_SILENCE_S = 60.0  # a job of another machine counts as dead after so long without a heartbeat
+_FOREIGN_SILENCE_S = (
+    60.0  # a job of another machine counts as dead when no heartbeat came for so long while we looked
+)
 
 
 class Claims:
     """The jobs of one store, for their runners. Thread-safe."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, foreign_silence_s: float = _FOREIGN_SILENCE_S) -> None:
         self.store = store
+        self._foreign_silence_s = foreign_silence_s
+        # By job of another machine: its last heartbeat, and when we saw it first. Their clock may be hours from ours.
+        self._heartbeats: dict[str, tuple[str, float]] = {}
 
     def claim(self, job_id: str, owner: ProcessId) -> bool:
         """Take a queued job for a process; False when it is not queued any more."""
@@ -101,12 +106,12 @@ class Claims:
         running = table.c.state == JobState.RUNNING.value
         with self.store.read() as connection:
             rows = connection.execute(sa.select(table).where(running)).mappings().all()
-        gone = [row["id"] for row in rows if _is_gone(row)]
+        gone = [row["id"] for row in rows if self._is_gone(row)]
         if not gone:
             return []
         with self.store.begin() as connection:  # looked at again: the first look held no lock
             rows = connection.execute(sa.select(table).where(running, table.c.id.in_(gone))).mappings().all()
-            lost = [row for row in rows if _is_gone(row)]
+            lost = [row for row in rows if self._is_gone(row)]
             for row in lost:
                 _orphan(connection, row, "Its process ended before it did")
         return [row["id"] for row in lost]
@@ -117,6 +122,17 @@ class Claims:
         query = sa.select(table).where(table.c.state.in_(states)).order_by(table.c.created_at, table.c.id)
         with self.store.read() as connection:
             return [job_of(row) for row in connection.execute(query).mappings()]
+
+    def _is_gone(self, row: sa.RowMapping) -> bool:
+        owner = ProcessId.parse(row["process"])
+        if owner.is_local:
+            return not owner.is_alive()
+        now = time.monotonic()
+        heartbeat, since = self._heartbeats.get(row["id"], ("", now))
+        if heartbeat != row["heartbeat_at"]:
+            self._heartbeats[row["id"]] = (row["heartbeat_at"], now)
+            return False
+        return now - since > self._foreign_silence_s
 
     def _update(self, job_id: str, owner: ProcessId, **values: Any) -> bool:
         with self.store.begin() as connection:
@@ -153,14 +169,6 @@ def _orphan(connection: sa.Connection, row: sa.RowMapping, message: str) -> JobS
     connection.execute(table.update().where(table.c.id == row["id"]).values(**values))
     _cancel_children(connection, row["id"])
     return state
-
-
-def _is_gone(row: sa.RowMapping) -> bool:
-    owner = ProcessId.parse(row["process"])
-    if owner.is_local:
-        return not owner.is_alive()
-    silent = datetime.now(UTC) - datetime.fromisoformat(row["heartbeat_at"])
-    return silent > timedelta(seconds=_FOREIGN_SILENCE_S)
 
 
 def job_of(row: sa.RowMapping) -> Job:

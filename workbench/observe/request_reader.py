@@ -80,7 +80,11 @@ def _parquet_tables(folder: Path, earliest: datetime | None, limit: int | None) 
     for newest, path in sorted(spans, reverse=True):
         is_old = earliest is not None and newest < earliest
         is_beyond = limit is not None and len(finished) >= limit and newest < _nth(finished, limit)
-        table = _schema().empty_table() if is_old or is_beyond else pq.read_table(path, schema=_schema())
+        try:
+            table = _schema().empty_table() if is_old or is_beyond else pq.read_table(path, schema=_schema())
+        except (pa.ArrowException, OSError) as error:  # its footer is whole, its pages are not
+            log.warning("%s is left out of the request log: %s", path.name, error)
+            continue
         tables.append((segments.segment_name(path), table))
         if limit is not None:
             pairs = zip(table["row"].to_pylist(), table["finished_at"].to_pylist(), strict=True)

@@ -57,9 +57,12 @@ def new_move(
     return AliasMove(_now(), from_version, to_version, reason, _who(), is_rollback)
 
 
-def tag_of(alias: str, move: AliasMove) -> tuple[str, str]:
-    """Key and value of the tag that records a move; keys sort by time."""
-    return f"{PREFIX}{alias}.{time.time_ns()}-{secrets.token_hex(3)}", json.dumps(asdict(move))
+def tag_of(alias: str, move: AliasMove, tags: Mapping[str, str]) -> tuple[str, str]:
+    """Key and value of the tag that records a move; keys sort by time, behind those in `tags` also where the clock was set back."""
+    stem = f"{PREFIX}{alias}."
+    known = [key.removeprefix(stem).partition("-")[0] for key in tags if key.startswith(stem)]
+    at_ns = max([time.time_ns(), *(int(each) + 1 for each in known if each.isdecimal())])
+    return f"{stem}{at_ns}-{secrets.token_hex(3)}", json.dumps(asdict(move))
 
 
 def history(tags: Mapping[str, str], alias: str, current: int | None, changed_at: str) -> list[AliasMove]:

@@ -202,16 +202,14 @@ class Registry:
     def _move(self, name: str, alias: str, version: int, reason: str, *, is_rollback: bool) -> None:
         """The alias first, then its record: killed between the two, the history shows a move without a reason."""
         client = self._client()
-        before = _points_at(self._model(name), alias)
+        model = self._model(name)
+        before = _points_at(model, alias)
         if before == version:
             return
-        key, value = aliases.tag_of(alias, aliases.new_move(before, version, reason, is_rollback=is_rollback))
-        acts = audited_in(
-            self._settings.home_dir,
-            "move alias",
-            f"{name}@{alias}",
-            f"from {before or 'nothing'} to {version}",
-        )
+        move = aliases.new_move(before, version, reason, is_rollback=is_rollback)
+        key, value = aliases.tag_of(alias, move, dict(model.tags))
+        told = f"from {before or 'nothing'} to {version}"
+        acts = audited_in(self._settings.home_dir, "move alias", f"{name}@{alias}", told)
         with acts, _known(f"{name}/{version}"), tracking.reachable(client.tracking_uri):
             client.set_registered_model_alias(name, alias, str(version))
             client.set_registered_model_tag(name, key, value)

@@ -359,7 +359,7 @@ def test_log_probabilities_are_those_of_the_raw_logits() -> None:
     assert [len(e.top_ids) for e in sampled.logprobs.entries([2, 0, 5])] == [2, 0, 5]
 
 
-def test_a_greedy_batch_does_nothing_but_argmax() -> None:
+def test_a_greedy_batch_does_little_but_argmax() -> None:
     called = []
 
     class Listing(torch.overrides.TorchFunctionMode):
@@ -370,4 +370,5 @@ def test_a_greedy_batch_does_nothing_but_argmax() -> None:
     logits = random_logits(8, 100)
     with Listing():
         sample(logits, settings_of(8, temperature=0.0, top_k=5, top_p=0.5))
-    assert [name for name in called if name not in ("__len__", "__get__")] == ["argmax"]
+    looks_for_nan = ["lt", "all", "where", "numpy"]
+    assert [name for name in called if name not in ("__len__", "__get__")] == ["argmax", *looks_for_nan]

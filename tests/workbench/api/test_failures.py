@@ -19,7 +19,7 @@ from engine.fake_runner import FakeRunner, FakeTokenizer, scripted
 from engine.plan import KVSpec
 from engine.request import FinishReason
 from engine.worker import EngineWorker
-from workbench.host import fake_worker
+from workbench.host import HostPhase, fake_worker
 from workbench.watchdog import Watchdog
 
 USER = [
@@ -145,7 +145,8 @@ def test_a_step_that_hangs_ends_its_requests_and_the_engine(serve: Any, eventual
                 list(server.openai.chat.completions.create(model=server.model, messages=USER, stream=True))
             asking.join(20)
             assert "no step succeeded for" in whole[0].json()["error"]["message"]
-            assert eventually(lambda: server.http.get("/readyz").status_code == 503)
+            assert eventually(lambda: server.host.state().phase is HostPhase.FAILED)
+            assert server.http.get("/readyz").status_code == 503
             late = server.post(max_tokens=4)
             assert [type(error) for error in died] == [EngineDeadError]
         finally:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +18,8 @@ import pytest
 
 from workbench.host import fake_worker
 from workbench.ports import free_port
+from workbench.services import Services
+from workbench.settings import Settings
 
 PAGE = gzip.compress(b"<html>" + b"x" * 5000)
 
@@ -202,6 +207,30 @@ def test_while_it_starts_clients_get_a_typed_error_and_people_a_page_that_tries_
         page = running.http.get("/mlflow/", headers={"accept": "text/html,*/*"})
         assert (page.status_code, page.headers["content-type"].split(";")[0]) == (503, "text/html")
         assert page.headers["refresh"]
+
+
+def test_a_server_that_accepts_and_never_answers_holds_nothing_up(
+    serve: Any, tmp_path: Path, fault: Any
+) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as hung:
+        uri = f"http://127.0.0.1:{hung.getsockname()[1]}/mlflow"
+        settings = Settings(home_dir=tmp_path, mlflow_tracking_uri=uri, fake=True)
+        with serve(partial(fake_worker, delay_s=0.0), services=Services(settings)) as running:
+            for _ in range(3):
+                with pytest.raises(httpx.ReadTimeout):
+                    running.http.get("/mlflow/", timeout=0.1)
+            chat = running.post(max_tokens=2)
+            vote = {"request_id": chat.headers["x-request-id"], "kind": "thumbs", "value": "up"}
+            voted = running.http.post("/v1/feedback", json=vote)
+            ready = running.http.get("/readyz")
+            assert {each.status_code for each in (chat, voted, ready)} == {200}
+            begun = time.monotonic()
+        assert time.monotonic() - begun < 10, "the end waits for MLflow"
+    fault(
+        "MLflow accepts and never answers", fails="pages under /mlflow wait; what asks the registry says that it does not answer, after 2 s",
+        goes_on=f"requests, feedback ({voted.status_code}) and probes; aliases stay as they are; the app ends when it is told to",
+        afterwards="feedback is in the outbox; aliases are followed again when MLflow answers",
+    )  # fmt: skip
 
 
 def test_a_tracking_store_without_a_server_is_named(serve: Any) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,31 @@ def test_devices_and_homes_are_apart(tmp_path: Path) -> None:
         DeviceLock(other).acquire(),
     ):
         assert (tmp_path / "device-1.lock").is_file()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"url": "x", "pid": 1e400}',
+        f'{{"url": "x", "pid": {10**30}, "started_at": "", "model": ""}}',
+    ],
+)
+def test_a_run_file_that_is_none_counts_as_no_app(tmp_path: Path, content: str, fault: Any) -> None:
+    (tmp_path / "app.json").write_text(content)
+    state = RunState(tmp_path)
+    assert state.read() is None
+    state.remove()
+    state.write("http://127.0.0.1:8501", model="m")
+    found = state.read()
+    assert found is not None
+    assert found.pid == os.getpid()
+    fault(
+        "run/app.json holds garbage", fails="notebooks and commands find no app; they load no second model either: the device's lock names "
+        "its owner", goes_on="the app", afterwards="the next start writes it anew",
+    )  # fmt: skip
 
 
 def test_the_lock_of_a_killed_process_is_free_and_its_name_forgotten(tmp_path: Path) -> None:

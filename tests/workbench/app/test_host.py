@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, ModelLoadError, ModelNotFoundError
+from engine.errors import EngineDeadError, ModelLoadError, ModelNotFoundError, OutOfMemoryError
 from engine.sampling_params import SamplingParams
+from workbench.api.errors import status_of
 from workbench.errors import NotReadyError, UnknownModelError
 from workbench.host import FAKE_ANSWER, EngineHost, HostPhase, fake_host, fake_worker, load_worker
 from workbench.settings import FAKE_MODEL, bundled_model
@@ -100,6 +101,28 @@ def test_a_load_error_stays_typed_and_any_other_becomes_typed(caplog: pytest.Log
             host.worker()
     assert "ZeroDivisionError" in state.message
     assert state.error.__cause__ is not None
+
+
+def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
+    tiny_model: Path, tmp_path: Path, fault: Any
+) -> None:
+    (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())  # no weights at all
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((tiny_model / name).read_text())
+    config = EngineConfig(
+        model=str(tmp_path), device="cpu", dtype="float32", num_blocks=10**10, num_threads=1
+    )
+    with EngineHost(config, factory=load_worker) as host:
+        error = host.wait(60).error
+        assert isinstance(error, OutOfMemoryError), error
+        assert error.remedy
+        with pytest.raises(NotReadyError) as caught:
+            host.worker()
+    fault(
+        "out of memory at load", fails=f"the load, before weights are read: `{error.code}` with bytes and remedy; requests to that model "
+        f"get {status_of(caught.value)} `{caught.value.code}`", goes_on="pages, and models that are loaded",
+        afterwards="what was loaded before",
+    )  # fmt: skip
 
 
 def test_a_missing_folder_fails_with_its_name() -> None:

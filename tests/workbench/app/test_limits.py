@@ -67,9 +67,15 @@ def test_other_conditions_find_nothing(worker, tmp_path):
         assert store.find(worker) is None, change
 
 
-def test_a_broken_file_counts_as_not_measured(worker, tmp_path):
+def test_a_broken_file_counts_as_not_measured(worker, tmp_path, fault):
     (tmp_path / FILE).write_text("{")
     assert LimitStore(tmp_path).find(worker) is None
+    measured = kept(LimitStore(tmp_path), worker)
+    assert LimitStore(tmp_path).find(worker) == measured
+    fault(
+        "limits.json is half-written", fails="nothing", goes_on="all; the machine counts as not measured",
+        afterwards="the next measurement replaces the file",
+    )  # fmt: skip
 
 
 def test_what_cannot_be_kept_says_so_and_leaves_nothing(worker, tmp_path):

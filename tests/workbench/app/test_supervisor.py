@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def check_alias_reaches_the_app(running: Any, folders: list[Path], proc: Any) ->
     assert answer["usage"]["completion_tokens"] == 3
 
 
-def test_a_killed_app_is_started_again_on_the_same_port(quire: Callable[..., Any]) -> None:
+def test_a_killed_app_is_started_again_on_the_same_port(quire: Callable[..., Any], fault: Any) -> None:
     running = quire("up", **NO_MLFLOW)
     running.wait_line("is ready")
     before = running.app()["pid"]
@@ -108,9 +109,40 @@ def test_a_killed_app_is_started_again_on_the_same_port(quire: Callable[..., Any
     ).json()
     assert answer["usage"]["completion_tokens"] == 4
     assert running.stop() < 10
+    fault(
+        "SIGKILL of the app", fails="what it was answering: the connection breaks; newcomers wait for the new app on the same port",
+        goes_on="MLflow and the scheduler; the app is started again", afterwards="everything that was acknowledged",
+    )  # fmt: skip
 
 
-def test_a_killed_supervisor_takes_its_children_with_it(quire: Callable[..., Any], proc: Any) -> None:
+@pytest.mark.full
+def test_a_killed_mlflow_is_started_again_and_missed_by_nobody_else(
+    quire: Callable[..., Any], proc: Any, fault: Any
+) -> None:
+    running = quire("up", QUIRE_FOLLOW="")
+    running.wait_line("is ready")
+    running.wait_line("MLflow is at", 180)
+    for pid in running.descendants():
+        with suppress(OSError):
+            if b"mlflow\0server" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+    down = running.get("/mlflow/api/2.0/mlflow/experiments/get?experiment_id=0")
+    body = {"prompt": "hi", "max_tokens": 4}
+    assert httpx.post(f"{running.url}/v1/completions", json=body, timeout=60).status_code == 200
+    assert running.get("/readyz").status_code == 200
+    assert "starting it again" in running.wait_line("The MLflow process ended")
+    running.wait_line("MLflow is at", 180)
+    again = running.get("/mlflow/api/2.0/mlflow/experiments/get?experiment_id=0")
+    assert again.json()["experiment"]["name"] == "Default"
+    fault(
+        "SIGKILL of MLflow", fails=f"what goes to MLflow: {down.status_code} `{down.json()['error']['code']}`",
+        goes_on="requests, pages, jobs that do not need it, feedback; it is started again", afterwards="what MLflow had stored",
+    )  # fmt: skip
+
+
+def test_a_killed_supervisor_takes_its_children_with_it(
+    quire: Callable[..., Any], proc: Any, fault: Any
+) -> None:
     running = quire("up", **NO_MLFLOW)
     running.wait_line("is ready")
     children = running.descendants()
@@ -118,6 +150,10 @@ def test_a_killed_supervisor_takes_its_children_with_it(quire: Callable[..., Any
     running.stop(signal.SIGKILL)
     assert proc.eventually(lambda: not proc.alive(children))
     assert proc.is_free(running.port)
+    fault(
+        "SIGKILL of the supervisor", fails="everything: the app, MLflow and the scheduler end with it", goes_on="nothing",
+        afterwards="no process and no port in use; everything that was acknowledged",
+    )  # fmt: skip
 
 
 def test_a_running_stream_ends_in_order_when_the_app_is_told_to_stop(quire: Callable[..., Any]) -> None:
@@ -149,7 +185,7 @@ sys.exit(app.serve(chosen, with_ui=False, listener=bind(chosen.host, chosen.port
 """
 
 
-def test_the_app_leaves_with_its_own_code_when_the_engine_dies(tmp_path: Path) -> None:
+def test_the_app_leaves_with_its_own_code_when_the_engine_dies(tmp_path: Path, fault: Any) -> None:
     port = free_port()
     env = {**os.environ, "PORT": str(port), "HOME_DIR": str(tmp_path / "home"), "QUIRE_FAKE": "1"}
     with subprocess.Popen(
@@ -161,6 +197,11 @@ def test_the_app_leaves_with_its_own_code_when_the_engine_dies(tmp_path: Path) -
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
         assert "device lost" in answer.json()["error"]["message"]
         assert app.wait(20) == exit_codes.ENGINE_DEAD
+    error = answer.json()["error"]
+    fault(
+        "broken device context", fails=f"everything of that engine: {answer.status_code} `{error['code']}` with the device's message",
+        goes_on="nothing in that process", afterwards=f"it leaves with exit code {app.returncode} and is started again",
+    )  # fmt: skip
 
 
 HANGING_APP = """

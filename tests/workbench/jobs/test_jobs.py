@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_cancel_before_the_start_means_it_never_runs(jobs: Jobs, start_runner: R
 
 
 def test_a_killed_job_is_interrupted_and_its_records_stay(
-    jobs: Jobs, start_runner: Runner, eventually: Callable[..., bool]
+    jobs: Jobs, start_runner: Runner, eventually: Callable[..., bool], fault: Any
 ) -> None:
     start_runner()
     job = jobs.submit("probe", {"steps": 1000, "step_s": 0.05})
@@ -107,6 +108,10 @@ def test_a_killed_job_is_interrupted_and_its_records_stay(
     assert "SIGKILL" in ended.message
     assert ended.partial is not None
     assert ended.partial["counted"] > 2
+    fault(
+        "SIGKILL of a job's process", fails=f"that job: `{ended.state.value}`, naming the signal; one that can resume is queued again",
+        goes_on="all others", afterwards="what it had stored until then",
+    )  # fmt: skip
 
 
 def test_closing_the_runner_ends_its_jobs_in_order(

@@ -8,12 +8,16 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from workbench.api.errors import error_response
+from workbench.jobs import Jobs, JobState
 from workbench.store import (
     Store,
+    StoreBusyError,
     StoreError,
     StoreFullError,
     feedback_outbox,
@@ -84,7 +88,7 @@ def test_a_block_that_raises_leaves_nothing(store: Store) -> None:
     assert request_ids(store) == []
 
 
-def test_a_full_disk_is_a_typed_error_and_keeps_what_there_was(store: Store) -> None:
+def test_a_full_disk_is_a_typed_error_and_keeps_what_there_was(store: Store, fault: Any) -> None:
     row = {"created_at": utc_now(), "kind": "comment", "comment": "x" * 4000}
     with store.begin() as connection:
         connection.execute(feedback_outbox.insert().values(request_id="before", **row))
@@ -100,13 +104,64 @@ def test_a_full_disk_is_a_typed_error_and_keeps_what_there_was(store: Store) -> 
             connection.execute(feedback_outbox.insert().values(request_id=f"r{i}", **row))
     assert caught.value.remedy
     assert request_ids(store) == ["before"]
+    answer = error_response(caught.value)
+    fault(
+        "the disk is full: store", fails=f"what writes jobs, schedules or feedback: {answer.status_code} `{caught.value.code}`; a "
+        "running job that cannot store what it found fails with the same code", goes_on="answers, and all that reads the store",
+        afterwards="what was stored before, nothing of what was refused",
+    )  # fmt: skip
 
 
-def test_a_file_that_is_no_database_is_a_typed_error(home: Path) -> None:
+def test_a_file_that_is_no_database_is_a_typed_error(home: Path, fault: Any) -> None:
     home.mkdir()
     (home / "quire.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(StoreError, match="not a database"):
+    with pytest.raises(StoreError, match="not a database") as caught:
         open_store(home)
+    assert (home / "quire.db").read_bytes() == b"not a database" * 100
+    fault(
+        "the store's file is none", fails=f"the app does not start: `{caught.value.code}`, naming the file",
+        goes_on="nothing", afterwards="the file as it was; another can be put in its place",
+    )  # fmt: skip
+
+
+def test_a_lock_that_another_process_holds_is_waited_for_and_then_told(store: Store, fault: Any) -> None:
+    sa.event.listen(
+        store.engine, "connect", lambda each, _: each.execute("PRAGMA busy_timeout = 200"), insert=False
+    )
+    store.engine.dispose()
+    other = sqlite3.connect(store.url.removeprefix("sqlite:///"), isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    row = {"created_at": utc_now(), "kind": "thumbs"}
+    with pytest.raises(StoreBusyError) as caught, store.begin() as connection:
+        connection.execute(feedback_outbox.insert().values(request_id="refused", **row))
+    assert request_ids(store) == [], "readers go on"
+    answer = error_response(caught.value)
+    other.execute("ROLLBACK")
+    other.close()
+    with store.begin() as connection:
+        connection.execute(feedback_outbox.insert().values(request_id="later", **row))
+    assert request_ids(store) == ["later"]
+    fault(
+        "another process holds the store's write lock",
+        fails=f"what writes jobs, schedules or feedback, after 10 s: {answer.status_code} `{caught.value.code}`, with "
+        f"Retry-After {answer.headers['retry-after']}", goes_on="answers, the request log, and all that reads the store",
+        afterwards="nothing of what was refused; writing succeeds when the lock is free",
+    )  # fmt: skip
+
+
+def test_a_value_that_is_no_json_hides_no_other_row(store: Store, home: Path, fault: Any) -> None:
+    table = Jobs(store, home)
+    whole, broken = table.submit("probe", {"steps": 1}), table.submit("probe", {"steps": 1})
+    with store.begin() as connection:
+        connection.exec_driver_sql("UPDATE jobs SET spec = '{\"steps\": 1' WHERE id = ?", (broken.id,))
+    assert {each.id for each in table.list()} == {whole.id, broken.id}
+    ended = table.run_here(broken.id)
+    assert (ended.state, table.run_here(whole.id).state) == (JobState.FAILED, JobState.DONE)
+    assert ended.error is not None
+    fault(
+        "a job's row holds garbage", fails=f"that job, `{ended.state.value}` with `{ended.error['code']}`", goes_on="all other jobs",
+        afterwards="both are listed; a warning names what is no JSON",
+    )  # fmt: skip
 
 
 def test_a_folder_that_cannot_be_made_is_a_typed_error(tmp_path: Path) -> None:

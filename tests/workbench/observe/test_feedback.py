@@ -188,7 +188,7 @@ def test_feedback_reaches_the_trace_of_its_request_as_a_persons(tmp_path, store:
     assert [item.request_id for item in feedback.list_feedback(store) if item.sent_at is None] == ["untraced"]
 
 
-def test_mlflow_being_down_keeps_feedback_in_the_outbox(store, caplog):
+def test_mlflow_being_down_keeps_feedback_in_the_outbox(store, caplog, fault):
     class Down:
         tracking_uri = "http://127.0.0.1:9"
 
@@ -199,3 +199,7 @@ def test_mlflow_being_down_keeps_feedback_in_the_outbox(store, caplog):
     assert feedback.flush(store, Down()) == 0
     assert feedback.list_feedback(store)[0].sent_at is None
     assert "stays in the outbox" in caplog.text
+    fault(
+        "MLflow is down: feedback", fails="nothing: feedback is acknowledged by the store", goes_on="all",
+        afterwards="feedback stays in the outbox until it is on its trace",
+    )  # fmt: skip

@@ -134,14 +134,24 @@ def test_a_line_that_a_crash_cut_off_is_not_a_row(tmp_path):
     assert segments.journals(folder) == []
 
 
-def test_a_file_that_is_none_hides_no_request(tmp_path, caplog):
-    with RequestLog(tmp_path) as log:
-        log.sink("m", "").on_request(record("r1"))
+def test_a_file_that_is_none_hides_no_request(tmp_path, caplog, fault):
+    for name in ("r1", "lost"):
+        with RequestLog(tmp_path) as log:
+            log.sink("m", "").on_request(record(name))
+    broken = segments.parquet_files(segments.folder_of(tmp_path))[-1]
+    content = broken.read_bytes()
+    broken.write_bytes(
+        content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :]
+    )  # its footer is whole
     (segments.folder_of(tmp_path) / f"requests-20990101T000000-1{segments.PARQUET}").write_bytes(
         b"not parquet"
     )
     assert list(RequestLog.read(tmp_path, limit=5)["request_id"]) == ["r1"]
-    assert "left out" in caplog.text
+    assert caplog.text.count("left out") == 2
+    fault(
+        "a segment of the request log is truncated or overwritten", fails="nothing",
+        goes_on="all; reading the log leaves the file out, with a warning that names it", afterwards="the rows of all other files",
+    )  # fmt: skip
 
 
 def test_an_id_used_twice_gives_two_rows(tmp_path):
@@ -220,7 +230,7 @@ def test_an_answer_can_wait_for_its_row_on_the_event_loop(tmp_path):
         assert list(RequestLog.read(tmp_path)["request_id"]) == ["r"]
 
 
-def test_a_full_disk_loses_nothing_that_fits_the_queue(tmp_path, monkeypatch):
+def test_a_full_disk_loses_nothing_that_fits_the_queue(tmp_path, monkeypatch, fault):
     """The system's write fails, as on a full disk, in the middle of a line; later it works again."""
     true_pwrite, failing = os.pwrite, threading.Event()
 
@@ -247,6 +257,11 @@ def test_a_full_disk_loses_nothing_that_fits_the_queue(tmp_path, monkeypatch):
         assert log.status().error is None
         assert log.status().num_dropped == 0
     assert len(RequestLog.read(tmp_path)) == 21
+    fault(
+        "the disk is full: request log", fails="nothing; answers wait a moment for their rows and are then sent without",
+        goes_on="all: rows wait in memory for room, and what exceeds that is counted as dropped",
+        afterwards="no half row; every row that waited is written when there is room",
+    )  # fmt: skip
 
 
 def test_an_overflow_is_counted_and_told(tmp_path, monkeypatch, caplog):

@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workbench.jobs import Jobs, JobState
+from workbench.jobs.claims import Claims
+from workbench.jobs.process_id import ProcessId
 from workbench.runs.errors import (
     NotebookParameterError,
     ScheduleError,
@@ -135,6 +137,37 @@ def test_missed_times_run_once_within_the_grace(schedules: Schedules) -> None:
     (fired,) = schedules.fire_due(at(60 * 10 + 5))  # nobody ran for ten minutes
     assert (fired.outcome, fired.coalesced, fired.due_at) == ("fired", 9, utc_text(at(600)))
     assert schedules.list()[0].next_due_at == utc_text(at(660))
+
+
+def test_a_clock_that_jumps_fires_no_time_twice(
+    schedules: Schedules, store: Store, jobs: Jobs, fault: Any
+) -> None:
+    schedules.add("a", "probe", every_s=60, grace_s=30, now=NOW)
+    hour = 3600
+    (ahead,) = schedules.fire_due(at(5 * hour + 45))  # the clock jumped five hours ahead
+    assert (ahead.outcome, ahead.coalesced) == ("missed", 299)
+    end_jobs(store)
+    assert schedules.fire_due(at(60)) == []  # and back again: those times were decided
+    assert schedules.fire_due(at(5 * hour)) == []
+    assert [each.outcome for each in schedules.fire_due(at(5 * hour + 60))] == ["fired"]
+    # A job of another machine, whose clock is hours behind ours or ahead of it, lives while its heartbeat changes.
+    job = jobs.submit("probe", {"steps": 1})
+    claims = Claims(store, foreign_silence_s=0.2)
+    there = ProcessId("elsewhere", "boot", 7, "1")
+    assert claims.claim(job.id, there)
+    for hours in (-5, 5, 0):
+        beat = utc_text(datetime.now(UTC) + timedelta(hours=hours))
+        with store.begin() as connection:
+            connection.execute(jobs_table.update().where(jobs_table.c.id == job.id).values(heartbeat_at=beat))
+        assert claims.recover() == []
+    time.sleep(0.3)
+    assert claims.recover() == [job.id]
+    fault(
+        "the clock jumps by hours", fails="nothing: intervals (deadlines, timeouts, rates, the watchdog) count by the monotonic clock",
+        goes_on="requests and jobs; a job of this machine is known by its process, one of another machine by heartbeats that change",
+        afterwards=f"ahead: due times that were jumped over are one, run if within its grace, else written down as `{ahead.outcome}`; back: "
+        "schedules wait until the clock is there again, no due time fires twice",
+    )  # fmt: skip
 
 
 def test_too_late_is_written_down_and_does_not_run(schedules: Schedules, jobs: Jobs) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from workbench import tracking
 from workbench.access import audit
 from workbench.settings import Settings
 from workbench.store import open_store
+from workbench.versions import aliases
 from workbench.versions.adapter import adapter_digest
 from workbench.versions.digest import folder_digest
 from workbench.versions.errors import (
@@ -125,6 +127,14 @@ def test_killed_between_the_alias_and_its_record_rolls_back_exactly(
         NAME, "champion", "3"
     )  # all that a killed promote left
     assert three.rollback(NAME).version == 1
+
+
+def test_moves_keep_their_order_when_the_clock_is_set_back() -> None:
+    _, value = aliases.tag_of("champion", aliases.new_move(None, 1, "before"), {})
+    before = f"{aliases.PREFIX}champion.{time.time_ns() + 5 * 3600 * 10**9}-abcdef"
+    after, _ = aliases.tag_of("champion", aliases.new_move(1, 2, "after"), {before: value, "other.tag": "x"})
+    assert after > before
+    assert len(after) == len(before), "they sort as text"
 
 
 def test_aliases_are_apart(three: Registry) -> None:
