@@ -281,5 +281,6 @@ class Outbox:
                 error=error,
                 grammar_compile_ms=track.request.grammar_compile_ms,
                 lora=None if track.request.lora is None else track.request.lora.name,
+                priority=track.request.priority,
             )
         )

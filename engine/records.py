@@ -210,6 +210,7 @@ class RequestRecord:
     num_accepted_tokens: int = 0  # rightly
     grammar_compile_ms: float = 0.0  # before arrival; 0 where there is no grammar, or a cached one
     lora: str | None = None  # the name of the adapter that computed it
+    priority: int = 0  # lower runs earlier
 
 
 @dataclass(frozen=True, slots=True)

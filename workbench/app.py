@@ -35,6 +35,7 @@ from starlette.types import ASGIApp
 
 from workbench import exit_codes
 from workbench import settings as settings_module
+from workbench.api.http_metrics import ObservedRequests
 from workbench.api.metrics import EngineMetrics
 from workbench.api.mlflow_proxy import MlflowProxy
 from workbench.api.origin import LoopbackOnly
@@ -119,7 +120,7 @@ def build_api_app(wiring: Wiring) -> ASGIApp:
         async with running(wiring, proxy):
             yield
 
-    return Starlette(routes=_routes(wiring, proxy), middleware=[Middleware(LoopbackOnly)], lifespan=lifespan)
+    return Starlette(routes=_routes(wiring, proxy), middleware=_middleware(wiring), lifespan=lifespan)
 
 
 def build_app(wiring: Wiring) -> ASGIApp:
@@ -147,8 +148,13 @@ def build_app(wiring: Wiring) -> ASGIApp:
 
     script = Path(__file__).resolve().parent / "ui" / "main.py"
     routes = [*_routes(wiring, proxy), *LiveRoute().routes()]
-    app: ASGIApp = st.App(script, routes=routes, middleware=[Middleware(LoopbackOnly)], lifespan=lifespan)
+    app: ASGIApp = st.App(script, routes=routes, middleware=_middleware(wiring), lifespan=lifespan)
     return app
+
+
+def _middleware(wiring: Wiring) -> list[Middleware]:
+    """From the outside in."""
+    return [Middleware(ObservedRequests, wiring.metrics.http), Middleware(LoopbackOnly)]
 
 
 def _routes(wiring: Wiring, proxy: MlflowProxy) -> list[BaseRoute]:

@@ -27,6 +27,7 @@ from engine.errors import (
 )
 from workbench.errors import ApiError, BodyTooLargeError, NotReadyError, UnknownModelError, WorkbenchError
 from workbench.host import ResidentInUseError
+from workbench.observe import request_context
 
 log = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
@@ -128,6 +129,7 @@ def error_response(error: Exception, request_id: str | None = None, *, details: 
     if isinstance(error, QueueFullError):
         headers["retry-after"] = str(error.retry_after_s)
     body = error_body(error, status)
+    request_context.current().refusal = body["error"]["code"]
     if details and isinstance(error, EngineError | WorkbenchError):
         facts = {"value": error.value, "limit": error.limit, "remedy": error.remedy}
         body["error"].update(json.loads(json.dumps(facts, default=str)))

@@ -189,12 +189,12 @@ def submit_choices(
     each = params.each()
     num_requests = len(prompts) * len(each)
     engine_ids = [request_id, *(f"{request_id}-{i}" for i in range(1, num_requests))]
-    for engine_id in engine_ids:
-        (answer_log or NO_LOG).expect(engine_id)
-    streams = worker.submit_all(
-        prompts, [params] * len(prompts), request_ids=engine_ids, cache_salt=cache_salt, arrival_ns=arrival_ns,
-        priority=priority, client=client,
-    )  # fmt: skip
+    answer_log = answer_log or NO_LOG
+    with answer_log.expected(engine_ids):
+        streams = worker.submit_all(
+            prompts, [params] * len(prompts), request_ids=engine_ids, cache_salt=cache_salt, arrival_ns=arrival_ns,
+            priority=priority, client=client,
+        )  # fmt: skip
     return [
         Choice(
             i, stream, syntax, include_reasoning, counts_prompt=i % len(each) == 0,

@@ -260,9 +260,8 @@ def _submit(
 ) -> list[RequestStream]:
     """Submit all of them or none."""
     request_ids = [uuid.uuid4().hex for _ in prompts]
-    for request_id in request_ids:
-        answer_log.expect(request_id)
-    return worker.submit_all(prompts, params, request_ids=request_ids)
+    with answer_log.expected(request_ids):
+        return worker.submit_all(prompts, params, request_ids=request_ids)
 
 
 def resident_to_json(resident: Resident) -> dict[str, Any]:

@@ -206,11 +206,10 @@ def _submit(worker: EngineWorker, asked: Asked, call: Call, answer_log: AnswerLo
     """Tokenize and submit all texts, or none."""
     requests = asked(worker)
     engine_ids = [call.request_id, *(f"{call.request_id}-{i}" for i in range(1, len(requests.prompts)))]
-    for engine_id in engine_ids:
-        answer_log.expect(engine_id)
-    return worker.submit_all(
-        requests.prompts, requests.params, request_ids=engine_ids, arrival_ns=call.arrival_ns
-    )
+    with answer_log.expected(engine_ids):
+        return worker.submit_all(
+            requests.prompts, requests.params, request_ids=engine_ids, arrival_ns=call.arrival_ns
+        )
 
 
 def _inputs(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | Sequence[int]]:

@@ -90,6 +90,7 @@ class RequestLog:
         self.queue: SimpleQueue[dict[str, Any] | RequestText | None] = SimpleQueue()
         self.num_dropped = 0
         self._tickets: weakref.WeakValueDictionary[str, Ticket] = weakref.WeakValueDictionary()
+        self._origins: dict[str, dict[str, str]] = {}  # of requests in flight
         self._writer = RequestWriter(self)
         self._thread = threading.Thread(target=self._writer.run, name="quire-request-log", daemon=True)
         self._thread.start()
@@ -106,13 +107,27 @@ class RequestLog:
         if self.text != "off":
             self.put(RequestText(request_id, prompt, output))
 
-    def expect(self, request_id: str) -> Ticket:
-        """A ticket for the request's row, to be taken before it is submitted and kept until it was waited for."""
+    def expect(self, request_id: str, origin: dict[str, str] | None = None) -> Ticket:
+        """A ticket for the request's row, to be taken before it is submitted and kept until it was waited for.
+
+        `origin`: who asks (`request_context.RequestContext.origin`), as columns of the row.
+        """
+        if origin:
+            self._origins.setdefault(request_id, origin)
         ticket = self._tickets.get(request_id) or Ticket(
             request_id
         )  # an id in use: its second request is refused
         self._tickets[request_id] = ticket
         return ticket
+
+    def forget(self, request_id: str, origin: dict[str, str]) -> None:
+        """The request was not submitted after all. One in flight under the same id, with an origin of its own, keeps that."""
+        if self._origins.get(request_id) is origin:
+            self._origins.pop(request_id, None)
+
+    def origin_of(self, request_id: str) -> dict[str, str]:
+        """Who asked for a request that has ended; told once."""
+        return self._origins.pop(request_id, {})
 
     def status(self) -> RequestLogStatus:
         """A snapshot; never waits for the writer."""

@@ -111,7 +111,8 @@ class RequestWriter:
                 self.rows.append(bare | self._allowed(item))  # the same row again, knowing more
             return
         self._counter += 1
-        row = {"row": f"{self._segment}-{self._counter}", **item, **_times_of_day(item)}
+        origin = self._owner.origin_of(item["request_id"])
+        row = {"row": f"{self._segment}-{self._counter}", **item, **_times_of_day(item), **origin}
         row["error"] = _clean(row["error"])
         text = self._texts.pop(row["request_id"], None)
         if text is not None:
