@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workbench.alias_watcher import AliasWatcher, Lookup, registry_lookup
 from workbench.errors import WorkbenchError
 from workbench.limits import LimitKeeper, LimitStore
+from workbench.observe.trace_export import Destination, destinations
 from workbench.settings import Settings
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Services:
         self.jobs: Jobs | None = None
         self.request_log: RequestLog | None = None
         self.limits = LimitStore(settings.home_dir)
+        self.traces: list[Destination] = []
         self._runner: JobRunner | None = None
         self._watcher: AliasWatcher | None = None
         self._keeper: LimitKeeper | None = None
@@ -59,6 +61,9 @@ class Services:
                 store.close()
                 raise
             self.store, self.jobs = store, Jobs(store, self.settings.home_dir)
+            self.traces = destinations(self.settings)
+            if self.traces:
+                self.request_log.on_row = self._trace
 
     def attach(self, card: ModelCard, worker: EngineWorker) -> None:
         """Log the requests of a worker that is about to start."""
@@ -92,8 +97,14 @@ class Services:
             request_log, store = self.request_log, self.store
         if request_log is not None:
             request_log.close()
+        for destination in self.traces:
+            destination.close()
         if store is not None:
             store.close()
+
+    def _trace(self, row: dict[str, Any]) -> None:
+        for destination in self.traces:
+            destination.put(row)
 
     def _seed(self, lookup: Lookup) -> None:
         """Have the bundled versions registered; nothing when they are. The job itself repeats nothing either."""

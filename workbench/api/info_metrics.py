@@ -8,14 +8,12 @@ Boundary: reads host and request log when somebody scrapes.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from workbench.build_info import build_info
 from workbench.host import EngineHost
 
 if TYPE_CHECKING:
@@ -54,6 +52,16 @@ def info_families(host: EngineHost, services: Services | None) -> Iterator[Metri
             aliases.add_metric([resident.id, alias], 1)
     yield models
     yield aliases
+    if services is not None and services.traces:
+        sent = CounterMetricFamily(f"{PREFIX}traces_sent", "Traced requests", labels=("destination",))
+        lost = CounterMetricFamily(
+            f"{PREFIX}traces_dropped", "Requests whose traces were lost", labels=("destination",)
+        )  # fmt: skip
+        for destination in services.traces:
+            sent.add_metric([destination.name], destination.num_sent)
+            lost.add_metric([destination.name], destination.num_dropped)
+        yield sent
+        yield lost
     if services is not None and services.request_log is not None:
         status = services.request_log.status()
         yield CounterMetricFamily(
@@ -65,24 +73,9 @@ def info_families(host: EngineHost, services: Services | None) -> Iterator[Metri
 
 
 def _build_info() -> Metric:
-    labels = _versions()
+    facts = build_info()
     family = GaugeMetricFamily(
-        f"{PREFIX}build_info", "Versions of this server; always 1", labels=tuple(labels)
+        f"{PREFIX}build_info", "Versions of this server; always 1", labels=tuple(facts)
     )
-    family.add_metric(list(labels.values()), 1)
+    family.add_metric(list(facts.values()), 1)
     return family
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {
-        "version": _version("quire"), "python": platform.python_version(), "torch": _version("torch"),
-        "mlflow": _version("mlflow"),
-    }  # fmt: skip
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return ""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -90,6 +91,9 @@ class RequestLog:
         self.queue: SimpleQueue[dict[str, Any] | RequestText | None] = SimpleQueue()
         self.num_dropped = 0
         self._tickets: weakref.WeakValueDictionary[str, Ticket] = weakref.WeakValueDictionary()
+        self.on_row: Callable[[dict[str, Any]], None] | None = (
+            None  # hears, in the writer's thread, of each written row
+        )
         self._origins: dict[str, dict[str, str]] = {}  # of requests in flight
         self._writer = RequestWriter(self)
         self._thread = threading.Thread(target=self._writer.run, name="quire-request-log", daemon=True)
@@ -169,8 +173,10 @@ class RequestLog:
                 1  # one thread at a time tells a request's end; a lost text is no lost request
             )
 
-    def row_written(self, request_id: str) -> None:
-        ticket = self._tickets.pop(request_id, None)
+    def row_written(self, row: dict[str, Any]) -> None:
+        if self.on_row is not None:
+            self.on_row(row)
+        ticket = self._tickets.pop(row["request_id"], None)
         if ticket is not None:
             ticket.written_now()
 

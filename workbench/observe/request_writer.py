@@ -146,7 +146,7 @@ class RequestWriter:
             log.warning("the request log can be written again")
         self.num_written = self._counter
         for row in rows:
-            self._owner.row_written(row["request_id"])
+            self._owner.row_written(row)
 
     def _bound(self) -> None:
         """Rows that could not be written count against the queue's limit."""
