@@ -29,6 +29,7 @@ from workbench.api.answer_log import AnswerLog
 from workbench.api.disconnect import ClientGone, unless_gone
 from workbench.api.errors import UnauthorizedError, error_response, json_response, on_unexpected_error
 from workbench.api.intake import read_json
+from workbench.api.internal_log import RequestLogRoute
 from workbench.api.internal_pooling import InternalPoolingRoutes
 from workbench.api.pooling import Pool
 from workbench.errors import ApiError, WorkbenchError
@@ -60,6 +61,7 @@ def internal_app(host: EngineHost, token: str, services: Services | None = None)
             Route("/residents", routes.residents, methods=["GET"]),
             Route("/stats", routes.stats, methods=["GET"]),
             Route("/records", routes.records, methods=["GET"]),
+            Route("/rotate_request_log", RequestLogRoute(services).rotate, methods=["POST"]),
             Route("/score", routes.score, methods=["POST"]),
             Route("/token_kl", routes.token_kl, methods=["POST"]),
             Route("/embed", pooling.embed, methods=["POST"]),

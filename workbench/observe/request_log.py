@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from workbench.observe import request_reader, segments
 from workbench.observe.errors import RequestLogError
 from workbench.observe.request_row import failed_row, row_of
-from workbench.observe.request_writer import RequestText, RequestWriter
+from workbench.observe.request_writer import RequestText, RequestWriter, Rotation
 from workbench.observe.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class RequestLog:
             ) from error  # fmt: skip
         self.max_queued = max_queued
         self.max_segment_rows = max_segment_rows
-        self.queue: SimpleQueue[dict[str, Any] | RequestText | None] = SimpleQueue()
+        self.queue: SimpleQueue[dict[str, Any] | RequestText | Rotation | None] = SimpleQueue()
         self.num_dropped = 0
         self._tickets: weakref.WeakValueDictionary[str, Ticket] = weakref.WeakValueDictionary()
         self.on_row: Callable[[dict[str, Any]], None] | None = (
@@ -132,6 +132,17 @@ class RequestLog:
     def origin_of(self, request_id: str) -> dict[str, str]:
         """Who asked for a request that has ended; told once."""
         return self._origins.pop(request_id, {})
+
+    def rotate(
+        self, forget: Callable[[Mapping[str, Any]], bool] | None = None, timeout_s: float = 30.0
+    ) -> bool:
+        """Have all rows of ended requests on closed files, as far as the disk takes them; whether it was done in time.
+
+        `forget`: of which rows no text is to be added any more. Not for an event loop.
+        """
+        order = Rotation(forget or (lambda row: False))
+        self.queue.put(order)
+        return order.done.wait(timeout_s) and order.is_whole
 
     def status(self) -> RequestLogStatus:
         """A snapshot; never waits for the writer."""
