@@ -44,6 +44,7 @@ from workbench.device_lock import DeviceLock
 from workbench.errors import WorkbenchError
 from workbench.guard import die_with_parent
 from workbench.host import EngineHost, HostPhase, OnFatal, WorkerFactory, fake_worker
+from workbench.logs import configure_logging
 from workbench.model_card import ModelCard
 from workbench.ports import bind
 from workbench.run_state import RunState
@@ -323,16 +324,12 @@ def main() -> int:
     try:
         settings = settings_module.load()
         settings_module.prepare_home(settings)
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.log_format)
         listener = socket.socket(fileno=int(listen_fd)) if listen_fd else bind(settings.host, settings.port)
         return serve(settings, with_ui=True, listener=listener, announce=_to_supervisor(ready_fd))
     except WorkbenchError as error:
         print(f"quire: {error}", file=sys.stderr)
         return exit_codes.BAD_INPUT
-
-
-def configure_logging(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def hard_exit_after(seconds: float, code: int = 0) -> None:
@@ -370,6 +367,7 @@ def _uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
+        log_config=None,  # its lines go to the root logger, as all others
         log_level=settings.log_level,
         access_log=False,
         use_colors=False,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.alias_watcher import AliasWatcher, Lookup, registry_lookup
 from workbench.errors import WorkbenchError
 from workbench.limits import LimitKeeper, LimitStore
+from workbench.observe.retention import RetentionKeeper
 from workbench.observe.trace_export import Destination, destinations
 from workbench.settings import Settings
 
@@ -43,6 +44,7 @@ class Services:
         self._runner: JobRunner | None = None
         self._watcher: AliasWatcher | None = None
         self._keeper: LimitKeeper | None = None
+        self._retention: RetentionKeeper | None = None
         self._lock = threading.Lock()
 
     def open(self) -> None:
@@ -84,10 +86,13 @@ class Services:
         self._watcher.start()
         self._keeper = LimitKeeper(host.worker, self.limits)
         self._keeper.start()
+        assert self.store is not None
+        self._retention = RetentionKeeper(self.settings.home_dir, self.store, self.settings.retention_days)
+        self._retention.start()
 
     def stop(self) -> None:
         """End the threads that work by themselves: limits, the alias watcher, and the jobs with their processes."""
-        for part in (self._keeper, self._watcher, self._runner):
+        for part in (self._retention, self._keeper, self._watcher, self._runner):
             if part is not None:
                 part.close()
 

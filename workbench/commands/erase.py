@@ -14,7 +14,7 @@ from workbench import settings as settings_module
 from workbench.errors import NotReadyError
 
 if TYPE_CHECKING:
-    from workbench.observe.erase import Subject
+    from workbench.observe.erase import Kind, Subject
     from workbench.settings import Settings
 
 
@@ -46,11 +46,11 @@ def _erase(arguments: argparse.Namespace) -> int:
 
     settings = settings_module.load(home_dir=arguments.home_dir)
     settings_module.prepare_home(settings)
-    kinds = ("user", "session", "request")
-    kind, name = next((k, getattr(arguments, k)) for k in kinds if getattr(arguments, k) is not None)
+    kinds: tuple[Kind, ...] = ("user", "session", "request")
+    kind = next(each for each in kinds if getattr(arguments, each) is not None)
     with open_store(settings.home_dir) as store:
         done = erase(
-            settings, store, Subject(kind, name), dry_run=arguments.dry_run, rotate=_rotation(settings),
+            settings, store, Subject(kind, getattr(arguments, kind)), dry_run=arguments.dry_run, rotate=_rotation(settings),
             with_mlflow=not arguments.without_mlflow,
         )  # fmt: skip
     said = "Would remove" if done.dry_run else "Removed"

@@ -155,6 +155,21 @@ def tidying(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def last_finish(path: Path) -> datetime:
+    """When the newest request of a Parquet file finished; the end of time where its footer does not say. Raises OSError."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(path)
+    column = schema().names.index("finished_at")
+    latest = datetime.min.replace(tzinfo=UTC)
+    for group in range(metadata.num_row_groups):
+        statistics = metadata.row_group(group).column(column).statistics
+        if statistics is None or not statistics.has_min_max:
+            return datetime.max.replace(tzinfo=UTC)
+        latest = max(latest, statistics.max.astimezone(UTC))
+    return latest
+
+
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     """These columns of a Parquet file, null where an older file lacks them."""
     import pyarrow.parquet as pq

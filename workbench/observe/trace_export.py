@@ -34,7 +34,9 @@ _BATCH_S = 1.0  # the longest that a row waits for others
 _TEXT_S = 2.0  # that a row waits for its text
 _RETRY_S = 5.0
 _GIVE_UP_S = 60.0
-_EXPORT_S = 5.0  # of one request with the exporter's own attempts
+_EXPORT_S = (
+    10.0  # of one request with the exporter's own attempts; MLflow's store takes seconds on a busy machine
+)
 _CLOSE_S = 2.0
 MLFLOW_EXPERIMENT = "quire/requests"
 Row = dict[str, Any]

@@ -169,36 +169,38 @@ def test_files_from_before_the_columns_are_read_and_can_be_erased(tmp_path: Path
 
 
 @pytest.mark.full
-def test_sigkill_at_random_moments_loses_nobody_elses_rows(tmp_path: Path, store: Store) -> None:
-    generator, kept = random.Random(0), set()
+def test_sigkill_in_the_middle_loses_nobody_elses_rows(tmp_path: Path, store: Store) -> None:
+    """Killed when a random number of the files has been rewritten."""
+    generator, users, kept = random.Random(0), ("u0", "u1", "u2", "u3", "stays"), set()
     code = (
         "import sys; from pathlib import Path\n"
         "from workbench.observe.erase import Subject, erase; from workbench.settings import Settings\n"
         "from workbench.store import open_store\n"
-        "home = Path(sys.argv[1]); print('go', flush=True)\n"
+        "home = Path(sys.argv[1])\n"
         "erase(Settings(home_dir=home), open_store(home), Subject('user', sys.argv[2]), with_mlflow=False)\n"
     )
-    for part in range(60):
-        with RequestLog(tmp_path) as log:
-            for user in ("u0", "u1", "u2", "u3", "u4", "u5", "stays"):
+    with RequestLog(tmp_path) as log:
+        for part in range(40):
+            for user in users:
                 log_request(log, f"{user}-{part}x", user)
                 kept |= {f"{user}-{part}x"} if user == "stays" else set()
+            assert log.rotate()
+        files = segments.parquet_files(log.folder)
+    assert len(files) == 40
     num_cut = 0
-    for kill in range(6):
+    for user in users[:4]:
+        before, wanted = [path.stat().st_ino for path in files], generator.randint(1, 30)
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), f"u{kill}"], stdout=subprocess.PIPE,
+            [sys.executable, "-c", code, str(tmp_path), user],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         )  # fmt: skip
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(generator.uniform(0.1, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        while process.poll() is None:
+            if sum(path.stat().st_ino != inode for path, inode in zip(files, before, strict=True)) >= wanted:
+                process.send_signal(signal.SIGKILL)
         rows = request_reader.read(tmp_path).to_pylist()
-        left = sum(row["user"] == f"u{kill}" for row in rows)
-        num_cut += 0 < left < 60
+        left = sum(row["user"] == user for row in rows)
+        num_cut += process.returncode == -signal.SIGKILL and 0 < left < 40
         assert kept <= {row["request_id"] for row in rows}
-        assert erased(tmp_path, store, "user", f"u{kill}").requests == left
+        assert erased(tmp_path, store, "user", user).requests == left
     assert {row["request_id"] for row in request_reader.read(tmp_path).to_pylist()} == kept
     assert num_cut >= 1  # else no kill fell into the work, and nothing was tried
