@@ -80,15 +80,15 @@ class QueuedHandler(logging.handlers.QueueHandler):
 
     def __init__(self, stream: IO[str], formatter: logging.Formatter) -> None:
         self.num_dropped = 0
-        waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_QUEUED)
-        super().__init__(waiting)
+        self._waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_QUEUED)
+        super().__init__(self._waiting)
         writer = logging.StreamHandler(stream)
         writer.setFormatter(formatter)
         self._listener: logging.handlers.QueueListener | None = logging.handlers.QueueListener(
-            waiting, writer
+            self._waiting, writer
         )
         self._listener.start()
-        thread = self._listener._thread  # type: ignore[attr-defined]
+        thread = self._listener._thread
         assert thread is not None
         self.thread: threading.Thread = thread
 
@@ -111,8 +111,8 @@ class QueuedHandler(logging.handlers.QueueHandler):
         listener, self._listener = self._listener, None
         if listener is not None:
             with contextlib.suppress(queue.Empty):
-                while self.queue.full():
-                    self.queue.get_nowait()  # nobody reads: the end must fit in
+                while self._waiting.full():
+                    self._waiting.get_nowait()  # nobody reads: the end must fit in
             listener.enqueue_sentinel()
             self.thread.join(_CLOSE_S)  # QueueListener.stop would wait for ever
         super().close()

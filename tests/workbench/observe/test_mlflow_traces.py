@@ -86,8 +86,12 @@ def test_requests_are_traces_that_take_feedback_and_can_be_erased(settings: Sett
     assert feedback.flush(services.store, client) == 2
     with current_store(client.tracking_uri):
         dataset = client.create_dataset(name="made of traces", experiment_id=[experiment])
-        dataset.merge_records([*traces])
-        assert len(dataset.to_df()) == len({str(t.data.request) for t in traces})
+        dataset.merge_records(
+            [
+                {"inputs": {"question": name}, "source": {"source_type": "TRACE", "source_data": {"trace_id": t.info.trace_id}}}
+                for name, t in told.items()
+            ]
+        )  # fmt: skip
     services.close()
 
     away = settings.model_copy(update={"mlflow_tracking_uri": "http://127.0.0.1:9"})
@@ -96,15 +100,12 @@ def test_requests_are_traces_that_take_feedback_and_can_be_erased(settings: Sett
     planned = erase(settings, services.store, Subject("user", "ada"), dry_run=True)
     done = erase(settings, services.store, Subject("user", "ada"))
     assert (done.requests, done.feedback, done.traces) == (planned.requests, planned.feedback, planned.traces)
-    assert (done.requests, done.feedback, done.traces, done.left) == (2, 1, 2, [])
+    assert (done.requests, done.feedback, done.traces, done.dataset_records, done.left) == (2, 1, 2, 2, [])
     left = client.search_traces(locations=[experiment])
     assert [trace.info.tags["request_id"] for trace in left] == ["r3"]
     assert len(left[0].info.assessments) == 1
     again = erase(settings, services.store, Subject("user", "ada"))
     assert (again.requests, again.feedback, again.traces, again.dataset_records) == (0, 0, 0, 0)
     with current_store(client.tracking_uri):
-        sources = [
-            record["source_id"]
-            for record in client.get_dataset(dataset.dataset_id).to_df().to_dict("records")
-        ]
-    assert all(source not in {told["r1"].info.trace_id, told["r2"].info.trace_id} for source in sources)
+        questions = [each["question"] for each in client.get_dataset(dataset.dataset_id).to_df()["inputs"]]
+    assert questions == ["r3"]
