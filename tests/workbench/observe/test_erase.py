@@ -171,7 +171,7 @@ def test_files_from_before_the_columns_are_read_and_can_be_erased(tmp_path: Path
 @pytest.mark.full
 def test_sigkill_in_the_middle_loses_nobody_elses_rows(tmp_path: Path, store: Store) -> None:
     """Killed when a random number of the files has been rewritten."""
-    generator, users, kept = random.Random(0), ("u0", "u1", "u2", "u3", "stays"), set()
+    generator, users, kept = random.Random(0), ("u0", "u1", "u2", "stays"), set()
     code = (
         "import sys; from pathlib import Path\n"
         "from workbench.observe.erase import Subject, erase; from workbench.settings import Settings\n"
@@ -188,7 +188,7 @@ def test_sigkill_in_the_middle_loses_nobody_elses_rows(tmp_path: Path, store: St
         files = segments.parquet_files(log.folder)
     assert len(files) == 40
     num_cut = 0
-    for user in users[:4]:
+    for user in users[:3]:
         before, wanted = [path.stat().st_ino for path in files], generator.randint(1, 30)
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path), user],
@@ -197,6 +197,7 @@ def test_sigkill_in_the_middle_loses_nobody_elses_rows(tmp_path: Path, store: St
         while process.poll() is None:
             if sum(path.stat().st_ino != inode for path, inode in zip(files, before, strict=True)) >= wanted:
                 process.send_signal(signal.SIGKILL)
+            time.sleep(0.002)
         rows = request_reader.read(tmp_path).to_pylist()
         left = sum(row["user"] == user for row in rows)
         num_cut += process.returncode == -signal.SIGKILL and 0 < left < 40
