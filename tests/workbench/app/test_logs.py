@@ -58,7 +58,7 @@ def test_a_line_is_one_object_with_the_request_and_its_exception() -> None:
         try:
             raise ValueError("two\nlines")
         except ValueError:
-            logging.getLogger("uvicorn.error").exception("it failed: %s", "why")
+            logging.getLogger("workbench.y").exception("it failed: %s", "why")
         request_context.end(token)
         logging.getLogger("workbench.x").info("outside")
         logging.getLogger("workbench.x").debug("too much")
@@ -66,7 +66,7 @@ def test_a_line_is_one_object_with_the_request_and_its_exception() -> None:
     inside, outside = (json.loads(line) for line in lines_of("json", say))
     assert (inside["level"], inside["logger"], inside["message"]) == (
         "error",
-        "uvicorn.error",
+        "workbench.y",
         "it failed: why",
     )
     assert inside["request_id"] == "r-1"
