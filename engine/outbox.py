@@ -282,5 +282,6 @@ class Outbox:
                 grammar_compile_ms=track.request.grammar_compile_ms,
                 lora=None if track.request.lora is None else track.request.lora.name,
                 client=track.request.client,
+                priority=track.request.priority,
             )
         )

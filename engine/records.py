@@ -211,6 +211,7 @@ class RequestRecord:
     grammar_compile_ms: float = 0.0  # before arrival; 0 where there is no grammar, or a cached one
     lora: str | None = None  # the name of the adapter that computed it
     client: str = ""  # whom it counted for
+    priority: int = 0  # lower runs earlier
 
 
 @dataclass(frozen=True, slots=True)

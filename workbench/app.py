@@ -37,6 +37,7 @@ from workbench import exit_codes
 from workbench import settings as settings_module
 from workbench.access import exposure
 from workbench.api.front import front
+from workbench.api.http_metrics import ObservedRequests
 from workbench.api.http_protocol import BoundedHttp
 from workbench.api.metrics import EngineMetrics
 from workbench.api.mlflow_proxy import MlflowProxy
@@ -45,6 +46,7 @@ from workbench.device_lock import DeviceLock
 from workbench.errors import WorkbenchError
 from workbench.guard import die_with_parent
 from workbench.host import EngineHost, HostPhase, OnFatal, WorkerFactory, fake_worker
+from workbench.logs import configure_logging
 from workbench.model_card import ModelCard
 from workbench.ports import bind
 from workbench.run_state import RunState
@@ -160,7 +162,9 @@ def build_app(wiring: Wiring) -> ASGIApp:
 
 
 def _front(wiring: Wiring) -> list[Middleware]:
-    return front(wiring.settings, wiring.services, wiring.token)
+    """What stands before every route, the outermost first."""
+    observed = Middleware(ObservedRequests, wiring.metrics.http)
+    return [observed, *front(wiring.settings, wiring.services, wiring.token)]
 
 
 def _routes(wiring: Wiring, proxy: MlflowProxy) -> list[BaseRoute]:
@@ -336,16 +340,12 @@ def main() -> int:
         settings = settings_module.load()
         exposure.check_pages(settings)
         settings_module.prepare_home(settings)
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.log_format)
         listener = socket.socket(fileno=int(listen_fd)) if listen_fd else bind(settings.host, settings.port)
         return serve(settings, with_ui=True, listener=listener, announce=_to_supervisor(ready_fd))
     except WorkbenchError as error:
         print(f"quire: {error}", file=sys.stderr)
         return exit_codes.BAD_INPUT
-
-
-def configure_logging(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def hard_exit_after(seconds: float, code: int = 0) -> None:
@@ -383,6 +383,7 @@ def _uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
+        log_config=None,  # its lines go to the root logger, as all others
         log_level=settings.log_level,
         access_log=False,
         use_colors=False,

@@ -36,6 +36,7 @@ COMMAND_MODULES = (
     "audit",
     "quantize",
     "users",
+    "erase",
 )
 
 
@@ -130,9 +131,10 @@ def _up(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     settings = _server_settings(arguments)
     from workbench import app
+    from workbench.logs import configure_logging
     from workbench.ports import bind
 
-    app.configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     listener = bind(settings.host, settings.port)
     return app.serve(
         settings, with_ui=False, listener=listener, announce=_announcer(settings, arguments.json)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workbench.access.audit import Audit
 from workbench.access.logins import Logins
 from workbench.alias_watcher import AliasWatcher, Lookup, registry_lookup
 from workbench.errors import WorkbenchError
 from workbench.limits import LimitKeeper, LimitStore
+from workbench.observe.retention import RetentionKeeper
+from workbench.observe.trace_export import Destination, destinations
 from workbench.settings import Settings
 
 if TYPE_CHECKING:
@@ -44,9 +46,11 @@ class Services:
         self.audit = Audit()
         self.limits = LimitStore(settings.home_dir)
         self.logins = Logins(settings)
+        self.traces: list[Destination] = []
         self._runner: JobRunner | None = None
         self._watcher: AliasWatcher | None = None
         self._keeper: LimitKeeper | None = None
+        self._retention: RetentionKeeper | None = None
         self._lock = threading.Lock()
 
     def open(self) -> None:
@@ -68,6 +72,9 @@ class Services:
                 raise
             self.store, self.jobs = store, Jobs(store, self.settings.home_dir)
             self.audit.store, self.keys = store, KeyRing(store)
+            self.traces = destinations(self.settings)
+            if self.traces:
+                self.request_log.on_row = self._trace
 
     def attach(self, card: ModelCard, worker: EngineWorker) -> None:
         """Log the requests of a worker that is about to start, and count them for the keys that ask."""
@@ -90,10 +97,13 @@ class Services:
         self._watcher.start()
         self._keeper = LimitKeeper(host.worker, self.limits)
         self._keeper.start()
+        assert self.store is not None
+        self._retention = RetentionKeeper(self.settings.home_dir, self.store, self.settings.retention_days)
+        self._retention.start()
 
     def stop(self) -> None:
         """End the threads that work by themselves: limits, the alias watcher, and the jobs with their processes."""
-        for part in (self._keeper, self._watcher, self._runner):
+        for part in (self._retention, self._keeper, self._watcher, self._runner):
             if part is not None:
                 part.close()
 
@@ -105,8 +115,14 @@ class Services:
             request_log.close()
         if self.keys is not None:
             self.keys.close()
+        for destination in self.traces:
+            destination.close()
         if store is not None:
             store.close()
+
+    def _trace(self, row: dict[str, Any]) -> None:
+        for destination in self.traces:
+            destination.put(row)
 
     def _seed(self, lookup: Lookup) -> None:
         """Have the bundled versions registered; nothing when they are. The job itself repeats nothing either."""

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     mlflow_port: int = Field(default=5001, ge=1, le=65535, validation_alias="MLFLOW_PORT")
     home_dir: Path = Field(default=Path(".quire"), validation_alias="HOME_DIR")
     mlflow_tracking_uri: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
+    otlp_endpoint: str | None = Field(
+        default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT", pattern=r"^https?://"
+    )  # of a collector; the other OTEL_EXPORTER_OTLP_* are the exporter's
 
     host: str = "127.0.0.1"
     # Who may come in (workbench.access). Off loopback a login is asked for in any case.
@@ -104,6 +107,10 @@ class Settings(BaseSettings):
     routes: str = ""  # public names over several endpoints: name=endpoint:NAME/MODEL,endpoint:NAME/MODEL; …
     demo: bool = True  # register the bundled versions when MLflow answers for the first time
     request_text: Literal["off", "redacted", "full"] = "redacted"  # what the request log keeps of texts
+    # The share of requests that are traced, to the collector and to MLflow. None: every one to the collector, none to MLflow.
+    trace_sample: float | None = Field(default=None, ge=0, le=1)
+    retention_days: float | None = Field(default=None, gt=0)  # of what people wrote, see observe/retention.py
+    log_format: Literal["text", "json"] = "text"
     database_url: str | None = None  # of jobs, schedules and feedback; None: HOME_DIR/quire.db
 
     @property
@@ -235,7 +242,7 @@ def _as_text(value: Any) -> str:
 
 
 _UNPREFIXED = {"port": "PORT", "mlflow_port": "MLFLOW_PORT", "home_dir": "HOME_DIR",
-               "mlflow_tracking_uri": "MLFLOW_TRACKING_URI"}  # fmt: skip
+               "mlflow_tracking_uri": "MLFLOW_TRACKING_URI", "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT"}  # fmt: skip
 
 
 def load(**overrides: Any) -> Settings:

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO, TextIO
 from workbench import exit_codes
 from workbench.child import Child
 from workbench.errors import AlreadyRunningError
+from workbench.logs import line_of
 from workbench.ports import bind, check_free
 from workbench.settings import Settings
 
@@ -241,7 +242,7 @@ class Supervisor:
         self._stopping = True
 
     def _print(self, text: str) -> None:
-        print(text, file=self.say, flush=True)
+        print(line_of(self.settings.log_format, "quire", text), file=self.say, flush=True)
 
 
 def _create_schema(settings: Settings) -> None:

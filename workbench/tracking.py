@@ -31,6 +31,7 @@ EXPERIMENTS = {
     "evaluation": "quire/evaluation",
     "finetune": "quire/finetune",
     "runs": "quire/runs",
+    "requests": "quire/requests",
 }
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",

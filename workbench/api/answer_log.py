@@ -1,4 +1,4 @@
-"""What one API answer tells the request log: its texts, and that the answer waits until its rows are written.
+"""What one API answer tells the request log: who asked, its texts, and that the answer waits until its rows are written.
 
 A client that has the end of its answer can rely on the request being in the log, even if the process is killed then.
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from workbench.observe import request_context
 
 if TYPE_CHECKING:
     from engine.records import Completion
@@ -34,10 +37,21 @@ class AnswerLog:
         """Whether texts are kept at all."""
         return self._log is not None and self._log.text != "off"
 
-    def expect(self, request_id: str) -> None:
-        """Before an engine request is submitted."""
-        if self._log is not None:
-            self._tickets.append(self._log.expect(request_id))
+    @contextmanager
+    def expected(self, request_ids: Sequence[str]) -> Iterator[None]:
+        """Around the submission of engine requests, which takes all or none: what it raises means that none will be logged."""
+        if self._log is None:
+            yield
+            return
+        origin = request_context.current().origin()
+        self._tickets += [self._log.expect(request_id, origin) for request_id in request_ids]
+        try:
+            yield
+        except BaseException:
+            for request_id in request_ids:
+                self._log.forget(request_id, origin)
+            self._tickets.clear()
+            raise
 
     def ended(self, completions: Iterable[Completion]) -> None:
         """After they ended: hand their texts over."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
@@ -29,6 +29,7 @@ from workbench.chat_output.syntax import find_calls
 from workbench.chat_request import settle_output
 from workbench.errors import ApiError, UnknownModelError
 from workbench.host import EngineHost, Resident
+from workbench.observe import request_context
 from workbench.settings import Settings
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Endpoints:
             body.model,
             lambda worker: self.start_chat(worker, body, request_id, arrival_ns),
             user=body.user or body.safety_identifier,
+            metadata=body.metadata,
         )
 
     async def completion(self, request: Request) -> Response:
@@ -75,6 +77,7 @@ class Endpoints:
             body.model,
             lambda worker: self._start_completion(worker, body, request_id, arrival_ns),
             user=body.user or body.safety_identifier,
+            metadata=body.metadata,
         )
 
     async def start_chat(
@@ -220,8 +223,15 @@ async def on_current_worker(
     start: Callable[[EngineWorker], Awaitable[T]],
     *,
     user: str | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> T:
-    """`start` on the model's worker, or the user's; again when that was swapped for another while the prompt was read."""
+    """`start` on the model's worker, or the user's; again when that was swapped for another while the prompt was read.
+
+    `user` and the session that `metadata` names are remembered for the request log.
+    """
+    context = request_context.current()
+    context.user = user
+    context.session = (metadata or {}).get("session_id") or context.session
     worker = host.worker(model, user)
     try:
         return await start(worker)

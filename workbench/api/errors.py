@@ -28,6 +28,7 @@ from engine.errors import (
 from workbench.access.limits import RateLimitError
 from workbench.errors import ApiError, BodyTooLargeError, NotReadyError, UnknownModelError, WorkbenchError
 from workbench.host import ResidentInUseError
+from workbench.observe import request_context
 
 log = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
@@ -162,6 +163,7 @@ def error_response(error: Exception, request_id: str | None = None, *, details: 
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     body = error_body(error, status)
+    request_context.current().refusal = body["error"]["code"]
     if details and isinstance(error, EngineError | WorkbenchError):
         facts = {"value": error.value, "limit": error.limit, "remedy": error.remedy}
         body["error"].update(json.loads(json.dumps(facts, default=str)))

@@ -190,9 +190,9 @@ def submit_choices(
     each = params.each()
     num_requests = len(prompts) * len(each)
     engine_ids = [request_id, *(f"{request_id}-{i}" for i in range(1, num_requests))]
-    for engine_id in engine_ids:
-        (answer_log or NO_LOG).expect(engine_id)
-    with reserved(lambda: _costs(engine_ids, prompts, params, len(each), worker.config.max_model_len)):
+    answer_log = answer_log or NO_LOG
+    costs = reserved(lambda: _costs(engine_ids, prompts, params, len(each), worker.config.max_model_len))
+    with answer_log.expected(engine_ids), costs:
         streams = worker.submit_all(
             prompts, [params] * len(prompts), request_ids=engine_ids, cache_salt=cache_salt, arrival_ns=arrival_ns,
             priority=priority, client=client_in_use(client),

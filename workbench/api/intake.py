@@ -9,21 +9,40 @@ from typing import Any
 
 from starlette.requests import Request
 
+from workbench.access.principal import OWNER, principal_of
 from workbench.api.errors import MediaTypeError
 from workbench.errors import ApiError, BodyTooLargeError
+from workbench.observe import request_context
 
 MAX_DEPTH = 100  # levels; a JSON schema of people's making has a dozen
 MAX_CONTAINERS = 200_000  # lists and objects; an empty one takes 56 bytes
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_OPERATIONS = {  # of OpenTelemetry's gen_ai.operation.name
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
 
 
 def take_request_id(request: Request) -> str:
-    """The caller's ``x-request-id`` where it is usable, else a new one; kept for error handlers."""
+    """The caller's ``x-request-id`` where it is usable, else a new one; kept for error handlers, the log and traces."""
     given = request.headers.get("x-request-id", "")
     request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
     request.state.request_id = request_id
+    _remember(request, request_id)
     return request_id
+
+
+def _remember(request: Request, request_id: str) -> None:
+    """What log lines, the request log and traces say of who asks."""
+    context, principal = request_context.current(), principal_of(request.scope)
+    context.request_id = request_id
+    context.principal = None if principal is OWNER else principal.id
+    context.operation = _OPERATIONS.get(request.url.path)
+    context.traceparent = request.headers.get("traceparent")
+    context.session = request.headers.get("x-session-id")
 
 
 async def read_json(request: Request, max_bytes: int) -> Any:

@@ -30,6 +30,7 @@ from workbench.api.auth import may_administer
 from workbench.api.disconnect import ClientGone, unless_gone
 from workbench.api.errors import UnauthorizedError, error_response, json_response, on_unexpected_error
 from workbench.api.intake import read_json
+from workbench.api.internal_log import RequestLogRoute
 from workbench.api.internal_pooling import InternalPoolingRoutes
 from workbench.api.pooling import Pool
 from workbench.errors import ApiError, WorkbenchError
@@ -61,6 +62,7 @@ def internal_app(host: EngineHost, token: str, services: Services | None = None)
             Route("/residents", routes.residents, methods=["GET"]),
             Route("/stats", routes.stats, methods=["GET"]),
             Route("/records", routes.records, methods=["GET"]),
+            Route("/rotate_request_log", RequestLogRoute(services).rotate, methods=["POST"]),
             Route("/score", routes.score, methods=["POST"]),
             Route("/token_kl", routes.token_kl, methods=["POST"]),
             Route("/embed", pooling.embed, methods=["POST"]),
@@ -259,9 +261,8 @@ def _submit(
 ) -> list[RequestStream]:
     """Submit all of them or none."""
     request_ids = [uuid.uuid4().hex for _ in prompts]
-    for request_id in request_ids:
-        answer_log.expect(request_id)
-    return worker.submit_all(prompts, params, request_ids=request_ids)
+    with answer_log.expected(request_ids):
+        return worker.submit_all(prompts, params, request_ids=request_ids)
 
 
 def resident_to_json(resident: Resident) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 Histograms are filled by a sink on the engine thread, a handful of additions a step and a vectorised one a finished request;
 gauges and counters are read from the engine's statistics when somebody scrapes. Metrics keep their own registry.
 
+``model_name`` is a resident's id, which for a registered version is NAME/VERSION; ``workbench.api.info_metrics`` tells what it is.
+Counters and histograms of a version that was unloaded stay for KEPT_S, so that its last minutes are scraped, and then go.
+
 What counts requests is told by model, an adapter being one. What counts steps, tokens and blocks is told by engine, under the
 name of the model that it was loaded for: an adapter's are its base's.
 
@@ -11,10 +14,11 @@ Source of names: vLLM's metrics design page (docs.vllm.ai, "Metrics").
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,13 +28,20 @@ from prometheus_client.registry import Collector
 
 from engine.records import EngineEvent, RequestRecord, StepRecord
 from engine.request import FinishReason
+from workbench.api.http_metrics import HttpMetrics
 from workbench.host import ModelCard
 
 if TYPE_CHECKING:
     from engine.worker import EngineWorker
 
 PREFIX = "quire:"
+KEPT_S = 300.0  # of what an unloaded version counted
 _LABEL = ("model_name",)
+_PRIORITIES = (
+    "high",
+    "default",
+    "low",
+)  # below, at and above 0: a label of the number itself would be the clients' to make
 _SECONDS = (
     0.001,
     0.005,
@@ -117,14 +128,17 @@ class Histogram:
             self._counts[bucket] += int(buckets[bucket])
         self._sum += float(values.sum())
 
-    def family(self, name: str, text: str, model: str) -> HistogramMetricFamily:
-        """Cumulative buckets, as Prometheus wants them."""
+    def family(
+        self, name: str, text: str, model: str, more: dict[str, str] | None = None
+    ) -> HistogramMetricFamily:
+        """Cumulative buckets, as Prometheus wants them. `more`: further labels."""
         counts, total, rows = list(self._counts), 0, []
         for bound, count in zip((*self._bounds, None), counts):
             total += count
             rows.append(("+Inf" if bound is None else repr(float(bound)), total))
-        family = HistogramMetricFamily(PREFIX + name, text, labels=_LABEL)
-        family.add_metric([model], rows, self._sum)
+        labels = {"model_name": model, **(more or {})}
+        family = HistogramMetricFamily(PREFIX + name, text, labels=tuple(labels))
+        family.add_metric(list(labels.values()), rows, self._sum)
         return family
 
 
@@ -139,6 +153,7 @@ class EngineSink:
         self.tpot = Histogram(_TOKEN_SECONDS)
         self.e2e = Histogram(_REQUEST_SECONDS)
         self.queue = Histogram(_REQUEST_SECONDS)
+        self.queue_by_priority = {name: Histogram(_REQUEST_SECONDS) for name in _PRIORITIES}
         self.inference = Histogram(_REQUEST_SECONDS)
         self.prompt_tokens = Histogram(_TOKENS)
         self.generation_tokens = Histogram(_TOKENS)
@@ -160,7 +175,10 @@ class EngineSink:
         if record.grammar_compile_ms:
             self.grammar_compile.observe(record.grammar_compile_ms / 1e3)
         if record.admitted_ns is not None:
-            self.queue.observe((record.admitted_ns - record.arrival_ns) / 1e9)
+            waited_s = (record.admitted_ns - record.arrival_ns) / 1e9
+            self.queue.observe(waited_s)
+            level = _PRIORITIES[(record.priority > 0) - (record.priority < 0) + 1]
+            self.queue_by_priority[level].observe(waited_s)
             self.inference.observe((record.finished_ns - record.admitted_ns) / 1e9)
         if record.first_token_ns is not None:
             self.ttft.observe((record.first_token_ns - record.arrival_ns) / 1e9)
@@ -193,6 +211,11 @@ class EngineSink:
             ),
         ):
             yield histogram.family(name, text, model)
+        for level, histogram in self.queue_by_priority.items():
+            yield histogram.family(
+                "request_queue_time_by_priority_seconds", "Arrival to admission, by the sign of the request's priority",
+                model, {"priority": level},
+            )  # fmt: skip
         success = CounterMetricFamily(
             PREFIX + "request_success", "Ended requests", labels=(*_LABEL, "finished_reason")
         )
@@ -205,13 +228,21 @@ class EngineSink:
 
 
 class EngineMetrics(Collector):
-    """All engines of a host, as one Prometheus collector in its own registry."""
+    """All engines of a host, and what else `about` and `http` tell, as one Prometheus collector in its own registry."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, kept_s: float = KEPT_S) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
+        self.http = HttpMetrics()
+        self._kept_s = kept_s
         self._lock = threading.Lock()
         self._engines: dict[str, tuple[EngineWorker, EngineSink]] = {}
+        self._gone: dict[str, tuple[float, list[Metric]]] = {}  # until when (monotonic), and the last values
+        self._about: list[Callable[[], Iterable[Metric]]] = []
         self.registry.register(self)
+
+    def about(self, families: Callable[[], Iterable[Metric]]) -> None:
+        """Have `families` asked at each scrape too."""
+        self._about.append(families)
 
     def watch(self, card: ModelCard, worker: EngineWorker) -> None:
         """Count `worker` from now on (an EngineHost's `on_ready`). The same id again replaces the former engine."""
@@ -219,12 +250,20 @@ class EngineMetrics(Collector):
         worker.add_sink(sink)
         with self._lock:
             self._engines[card.id] = (worker, sink)
+            self._gone.pop(card.id, None)
 
     def unwatch(self, card: ModelCard, worker: EngineWorker) -> None:
-        """Forget an engine that was closed (an EngineHost's `on_closed`); its successor of the same id stays."""
+        """An engine was closed (an EngineHost's `on_closed`): its gauges go, its counts a while later.
+
+        Its successor of the same id stays.
+        """
         with self._lock:
-            if self._engines.get(card.id, (None, None))[0] is worker:
-                del self._engines[card.id]
+            known = self._engines.get(card.id)
+            if known is None or known[0] is not worker:
+                return
+            del self._engines[card.id]
+            counts = [family for family in _families(card.id, *known) if family.type != "gauge"]
+            self._gone[card.id] = (time.monotonic() + self._kept_s, counts)
 
     def engines(self) -> list[EngineWorker]:
         """The workers that are engines of their own: adapters are counted with their base."""
@@ -237,22 +276,31 @@ class EngineMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One family a metric, with a sample for each model: the format allows a name to be described once."""
+        now = time.monotonic()
         with self._lock:
             engines = list(self._engines.items())
+            self._gone = {name: kept for name, kept in self._gone.items() if kept[0] > now}
+            gone = [family for _, families in self._gone.values() for family in families]
+        told = [family for model, (worker, sink) in engines for family in _families(model, worker, sink)]
+        others = [family for families in self._about for family in families()]
         found: dict[str, Metric] = {}
-        for model, (worker, sink) in engines:
-            own = () if worker.lora is not None else _stats_families(model, worker)
-            for family in (*own, *sink.families(model)):
-                if family.name in found:
-                    found[family.name].samples += family.samples
-                else:
-                    found[family.name] = family
+        for family in (*told, *gone, *others, *self.http.families(PREFIX)):
+            if family.name not in found:
+                found[family.name] = copy.copy(family)
+                found[family.name].samples = []
+            found[family.name].samples += family.samples
         yield from found.values()
 
 
 def _due_s(worker: EngineWorker) -> float:
     since = worker.awaited_since_ns
     return 0.0 if since is None else (time.monotonic_ns() - since) / 1e9
+
+
+def _families(model: str, worker: EngineWorker, sink: EngineSink) -> Iterator[Metric]:
+    if worker.lora is None:
+        yield from _stats_families(model, worker)
+    yield from sink.families(model)
 
 
 def _stats_families(model: str, worker: EngineWorker) -> Iterator[Metric]:

@@ -207,9 +207,8 @@ def _submit(worker: EngineWorker, asked: Asked, call: Call, answer_log: AnswerLo
     """Tokenize and submit all texts, or none."""
     requests = asked(worker)
     engine_ids = [call.request_id, *(f"{call.request_id}-{i}" for i in range(1, len(requests.prompts)))]
-    for engine_id in engine_ids:
-        answer_log.expect(engine_id)
-    with reserved(lambda: [Cost(*pair, 0) for pair in zip(engine_ids, map(len, requests.prompts))]):
+    costs = reserved(lambda: [Cost(*pair, 0) for pair in zip(engine_ids, map(len, requests.prompts))])
+    with answer_log.expected(engine_ids), costs:
         return worker.submit_all(
             requests.prompts, requests.params, request_ids=engine_ids, arrival_ns=call.arrival_ns, client=client_in_use()
         )  # fmt: skip

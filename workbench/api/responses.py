@@ -83,7 +83,11 @@ class ResponsesRoute:
         with _named_as_here():
             chat = chat_request(body)
             return await on_current_worker(
-                self._host, body.model, start, user=body.user or body.safety_identifier
+                self._host,
+                body.model,
+                start,
+                user=body.user or body.safety_identifier,
+                metadata=body.metadata,
             )
 
 

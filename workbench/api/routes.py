@@ -18,6 +18,7 @@ from engine.errors import EngineError
 from workbench.api.endpoints import Endpoints
 from workbench.api.errors import on_http_exception, on_typed_error, on_unexpected_error
 from workbench.api.feedback import FeedbackRoute
+from workbench.api.info_metrics import info_families
 from workbench.api.internal import internal_app
 from workbench.api.load import DrainGate, LoadRoutes
 from workbench.api.lora import LoraRoutes
@@ -51,6 +52,7 @@ def api_routes(
 
     `token` opens the internal routes. Without `services` nothing is logged and feedback is refused.
     """
+    metrics.about(lambda: info_families(host, services))
     probes = Probes(host, metrics.registry)
     under_v1, *beside_v1 = _public_apps(host, settings, metrics, services)
     return [

@@ -50,6 +50,11 @@ class AppClient(HttpBackend):
         found: dict[str, Any] = self._post("/quire/wake_up", {"id": model})["resident"]
         return found
 
+    def rotate_request_log(self, kind: str, subject_id: str) -> bool:
+        """Have every logged request on closed files, with no more texts to come for this subject's; whether they are."""
+        answer = self._post("/quire/rotate_request_log", {"kind": kind, "id": subject_id})
+        return bool(answer["done"])
+
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return self._answer(lambda: self._client.post(path, json=body))
 

@@ -23,6 +23,7 @@ from workbench import settings as settings_module
 from workbench.bench.errors import BenchmarkError
 from workbench.errors import WorkbenchError
 from workbench.guard import die_with_parent
+from workbench.logs import configure_logging
 from workbench.ports import bind, free_port
 from workbench.settings import Settings
 
@@ -89,7 +90,7 @@ def main() -> int:
     try:
         settings = settings_module.load()
         settings_module.prepare_home(settings)
-        app.configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.log_format)
         listener = bind(settings.host, settings.port)
         return app.serve(settings, with_ui=False, listener=listener, announce=announce)
     except WorkbenchError as error:

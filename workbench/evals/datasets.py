@@ -145,7 +145,7 @@ def log_dataset(dataset: Dataset, settings: Settings) -> str:
     client = tracking.client(settings)
     experiment_id = tracking.experiment(settings, "evaluation")
     name = f"{dataset.name}-{dataset.digest[:8]}"
-    with tracking.reachable(settings), _current_store(client.tracking_uri):
+    with tracking.reachable(settings), current_store(client.tracking_uri):
         known = list(client.search_datasets(filter_string=f"name = '{name}'", max_results=1))
         record = known[0] if known else client.create_dataset(
             name=name, experiment_id=[experiment_id], tags={"digest": dataset.digest}
@@ -163,7 +163,7 @@ def log_dataset(dataset: Dataset, settings: Settings) -> str:
 
 
 @contextmanager
-def _current_store(uri: str) -> Iterator[None]:
+def current_store(uri: str) -> Iterator[None]:
     """MLflow's dataset objects know one store only, the process's current one: ours, for as long as this lasts."""
     import mlflow
 

@@ -34,6 +34,7 @@ from workbench.jobs.model import (
 )
 from workbench.jobs.process_id import ProcessId
 from workbench.jobs.table import PARENT_VARIABLE, Jobs, OnProgress
+from workbench.logs import configure_logging
 from workbench.store import UNREADABLE, StoreError, open_store, to_json
 
 log = logging.getLogger(__name__)
@@ -144,9 +145,7 @@ def main(job_id: str, parent_pid: int | None) -> int:
 
 def _take_and_run(job_id: str, parent_pid: int | None) -> int:
     settings = settings_module.load()
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure_logging(settings.log_level, settings.log_format)
     with open_store(settings.home_dir) as store:
         jobs = Jobs(store, settings.home_dir)
         me = ProcessId.of(os.getpid())

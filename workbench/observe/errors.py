@@ -1,6 +1,7 @@
 """Errors of the observe room.
 
 WorkbenchError
+├── EraseError           nobody was named whose records are to go
 ├── FeedbackError        feedback of an unknown kind, or a value that its kind does not take
 └── RequestLogError      the request log cannot be opened, or was asked for something that it does not know
 """
@@ -14,6 +15,12 @@ class FeedbackError(ApiError, ValueError):
     """Feedback that cannot be stored as it is."""
 
     code = "invalid_feedback"
+
+
+class EraseError(ApiError, ValueError):
+    """What is to be erased is not said."""
+
+    code = "invalid_erase"
 
 
 class RequestLogError(WorkbenchError, ValueError):

@@ -135,7 +135,7 @@ def summary(store: Store) -> FeedbackSummary:
 def flush(store: Store, client: Any, *, limit: int = 200) -> int:
     """Put unsent feedback onto the MLflow traces of its requests; how many were sent.
 
-    A trace is found by its client request id. Feedback without a trace stays unsent, and so does what MLflow refuses. Sending
+    A trace is found by its client request id, or by the tag that traces of `trace_export` have. Feedback without a trace stays unsent, and so does what MLflow refuses. Sending
     twice (a crash between MLflow's answer and our mark) replaces the assessment instead of adding one. `client` is an
     MlflowClient. Slow: not for an event loop. Raises StoreError.
     """
@@ -190,13 +190,13 @@ def _traces_of(client: Any, request_id: str) -> list[Any]:
     if "'" in request_id:
         return []  # MLflow's filter language cannot quote it, and the API hands out no such id
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_traces(
-        locations=experiments,
-        filter_string=f"trace.client_request_id = '{request_id}'",
-        max_results=5,
-        include_spans=False,
-    )
-    return list(found)
+    for filter_string in (f"trace.client_request_id = '{request_id}'", f"tags.request_id = '{request_id}'"):
+        found = client.search_traces(
+            locations=experiments, filter_string=filter_string, max_results=5, include_spans=False
+        )
+        if found:
+            return list(found)
+    return []
 
 
 def _assessed(item: Feedback) -> str | float | bool:

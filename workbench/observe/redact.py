@@ -25,6 +25,7 @@ _TOKENS = re.compile(
     )""",
     re.VERBOSE,
 )
+_USERINFO = re.compile(r"(://[^\s/@:]{0,256}:)[^\s/@]{1,256}@")  # a password in an address
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/-]{12,}=*")
 # A name that says secret, then its value: in assignments, JSON and headers.
 _NAMED = re.compile(
@@ -51,10 +52,21 @@ def redact(text: str) -> str:
     return "".join(_redact_piece(piece) for piece in _pieces(text))
 
 
-def _redact_piece(text: str) -> str:
+def redact_secrets(text: str) -> str:
+    """`text` without keys, tokens and passwords; addresses and numbers stay. For log lines."""
+    if "PRIVATE KEY-----" in text:
+        text = _PRIVATE_KEY.sub("[key]", text)
+    return _USERINFO.sub(r"\1[key]@", "".join(_redact_keys(piece) for piece in _pieces(text)))
+
+
+def _redact_keys(text: str) -> str:
     text = _NAMED.sub(r"\1[key]", text)
     text = _BEARER.sub(r"\1 [key]", text)
-    text = _TOKENS.sub("[key]", text)
+    return _TOKENS.sub("[key]", text)
+
+
+def _redact_piece(text: str) -> str:
+    text = _redact_keys(text)
     if "@" in text:
         text = _EMAIL.sub("[email]", text)
     text = _CARD.sub(_card, text)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from workbench.observe import request_reader, segments
 from workbench.observe.errors import RequestLogError
 from workbench.observe.request_row import failed_row, row_of
-from workbench.observe.request_writer import RequestText, RequestWriter
+from workbench.observe.request_writer import RequestText, RequestWriter, Rotation
 from workbench.observe.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -87,9 +88,13 @@ class RequestLog:
             ) from error  # fmt: skip
         self.max_queued = max_queued
         self.max_segment_rows = max_segment_rows
-        self.queue: SimpleQueue[dict[str, Any] | RequestText | None] = SimpleQueue()
+        self.queue: SimpleQueue[dict[str, Any] | RequestText | Rotation | None] = SimpleQueue()
         self.num_dropped = 0
         self._tickets: weakref.WeakValueDictionary[str, Ticket] = weakref.WeakValueDictionary()
+        self.on_row: Callable[[dict[str, Any]], None] | None = (
+            None  # hears, in the writer's thread, of each written row
+        )
+        self._origins: dict[str, dict[str, str]] = {}  # of requests in flight
         self._writer = RequestWriter(self)
         self._thread = threading.Thread(target=self._writer.run, name="quire-request-log", daemon=True)
         self._thread.start()
@@ -106,13 +111,38 @@ class RequestLog:
         if self.text != "off":
             self.put(RequestText(request_id, prompt, output))
 
-    def expect(self, request_id: str) -> Ticket:
-        """A ticket for the request's row, to be taken before it is submitted and kept until it was waited for."""
+    def expect(self, request_id: str, origin: dict[str, str] | None = None) -> Ticket:
+        """A ticket for the request's row, to be taken before it is submitted and kept until it was waited for.
+
+        `origin`: who asks (`request_context.RequestContext.origin`), as columns of the row.
+        """
+        if origin:
+            self._origins.setdefault(request_id, origin)
         ticket = self._tickets.get(request_id) or Ticket(
             request_id
         )  # an id in use: its second request is refused
         self._tickets[request_id] = ticket
         return ticket
+
+    def forget(self, request_id: str, origin: dict[str, str]) -> None:
+        """The request was not submitted after all. One in flight under the same id, with an origin of its own, keeps that."""
+        if self._origins.get(request_id) is origin:
+            self._origins.pop(request_id, None)
+
+    def origin_of(self, request_id: str) -> dict[str, str]:
+        """Who asked for a request that has ended; told once."""
+        return self._origins.pop(request_id, {})
+
+    def rotate(
+        self, forget: Callable[[Mapping[str, Any]], bool] | None = None, timeout_s: float = 30.0
+    ) -> bool:
+        """Have all rows of ended requests on closed files, as far as the disk takes them; whether it was done in time.
+
+        `forget`: of which rows no text is to be added any more. Not for an event loop.
+        """
+        order = Rotation(forget or (lambda row: False))
+        self.queue.put(order)
+        return order.done.wait(timeout_s) and order.is_whole
 
     def status(self) -> RequestLogStatus:
         """A snapshot; never waits for the writer."""
@@ -154,8 +184,10 @@ class RequestLog:
                 1  # one thread at a time tells a request's end; a lost text is no lost request
             )
 
-    def row_written(self, request_id: str) -> None:
-        ticket = self._tickets.pop(request_id, None)
+    def row_written(self, row: dict[str, Any]) -> None:
+        if self.on_row is not None:
+            self.on_row(row)
+        ticket = self._tickets.pop(row["request_id"], None)
         if ticket is not None:
             ticket.written_now()
 

@@ -65,12 +65,11 @@ def _parquet_tables(folder: Path, earliest: datetime | None, limit: int | None) 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    column = list(_schema().names).index("finished_at")
     tables: list[tuple[str, pa.Table]] = []
     spans: list[tuple[datetime, Path]] = []
     for path in segments.parquet_files(folder):
         try:
-            spans.append((_last_finish(pq.read_metadata(path), column), path))
+            spans.append((segments.last_finish(path), path))
         except (
             pa.ArrowException,
             OSError,
@@ -95,17 +94,6 @@ def _parquet_tables(folder: Path, earliest: datetime | None, limit: int | None) 
 def _nth(finished: dict[str, datetime], n: int) -> datetime:
     """The finish of the n-th newest row."""
     return sorted(finished.values(), reverse=True)[n - 1]
-
-
-def _last_finish(metadata: Any, column: int) -> datetime:
-    """When the file's newest request finished, from its footer."""
-    latest = datetime.min.replace(tzinfo=UTC)
-    for group in range(metadata.num_row_groups):
-        statistics = metadata.row_group(group).column(column).statistics
-        if statistics is None or not statistics.has_min_max:
-            return datetime.max.replace(tzinfo=UTC)
-        latest = max(latest, statistics.max.astimezone(UTC))
-    return latest
 
 
 def _newest(table: pa.Table, earliest: datetime | None, limit: int | None) -> pa.Table:

@@ -43,6 +43,15 @@ COLUMNS: dict[str, str] = {
     "error": "string",
     "prompt": "string",
     "output": "string",
+    # Later columns come last, because the reader finds "finished_at" by its place; older files read as null here.
+    "user": "string",  # the end user, as the caller names them
+    "session": "string",
+    "principal": "string",  # whose key or login it was
+    "operation": "string",  # OpenTelemetry's gen_ai.operation.name
+    "traceparent": "string",  # the caller's trace
+    "num_draft_tokens": "int64",
+    "num_accepted_tokens": "int64",
+    "priority": "int64",
 }
 
 
@@ -84,6 +93,9 @@ def row_of(record: RequestRecord, model: str, version_digest: str) -> dict[str, 
         "grammar_compile_ms": record.grammar_compile_ms,
         "finish_reason": record.finish_reason.value,
         "error": record.error,
+        "num_draft_tokens": record.num_draft_tokens,
+        "num_accepted_tokens": record.num_accepted_tokens,
+        "priority": record.priority,
     }
 
 

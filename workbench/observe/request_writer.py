@@ -8,10 +8,11 @@ Boundary: one thread's work. What others call is `request_log`'s, files are `seg
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,15 @@ class RequestText:
     output: str | None
 
 
+@dataclass(slots=True)
+class Rotation:
+    """Asks for the end of the journal that is being written."""
+
+    forget: Callable[[Mapping[str, Any]], bool]
+    done: threading.Event = field(default_factory=threading.Event)
+    is_whole: bool = False  # all rows that were queued before are on closed files
+
+
 class RequestWriter:
     """The writer thread: from the queue to the journal, from full journals to Parquet."""
 
@@ -51,6 +61,7 @@ class RequestWriter:
         self.error: str | None = None
         self.rows: list[dict[str, Any]] = []  # taken from the queue, not yet on the journal
         self._journal: Journal | None = None
+        self._rotations: list[Rotation] = []
         self._segment = segments.new_name()
         self._counter = 0
         self._texts: OrderedDict[str, RequestText] = OrderedDict()  # came before their record
@@ -68,6 +79,8 @@ class RequestWriter:
             closing = self._collect()
             self._write()
             self._tell_drops()
+            if self._rotations:
+                self._rotate_for_others()
             if self._journal is not None and (closing or self._is_full(self._journal)):
                 self._rotate()
             elif self._journal is not None and time.monotonic() - self._synced >= SYNC_INTERVAL_S:
@@ -102,7 +115,10 @@ class RequestWriter:
             return RETRY_AFTER_S
         return None if self._journal is None else SYNC_INTERVAL_S
 
-    def _take(self, item: dict[str, Any] | RequestText) -> None:
+    def _take(self, item: dict[str, Any] | RequestText | Rotation) -> None:
+        if isinstance(item, Rotation):
+            self._rotations.append(item)
+            return
         if isinstance(item, RequestText):
             bare = self._bare.pop(item.request_id, None)
             if bare is None:
@@ -111,7 +127,8 @@ class RequestWriter:
                 self.rows.append(bare | self._allowed(item))  # the same row again, knowing more
             return
         self._counter += 1
-        row = {"row": f"{self._segment}-{self._counter}", **item, **_times_of_day(item)}
+        origin = self._owner.origin_of(item["request_id"])
+        row = {"row": f"{self._segment}-{self._counter}", **item, **_times_of_day(item), **origin}
         row["error"] = _clean(row["error"])
         text = self._texts.pop(row["request_id"], None)
         if text is not None:
@@ -145,7 +162,7 @@ class RequestWriter:
             log.warning("the request log can be written again")
         self.num_written = self._counter
         for row in rows:
-            self._owner.row_written(row["request_id"])
+            self._owner.row_written(row)
 
     def _bound(self) -> None:
         """Rows that could not be written count against the queue's limit."""
@@ -168,6 +185,18 @@ class RequestWriter:
         self._guarded(journal.close)
         if journal.num_rows:
             self._guarded(lambda: segments.compact(journal.path))
+
+    def _rotate_for_others(self) -> None:
+        rotations, self._rotations = self._rotations, []
+        for order in rotations:
+            for request_id in [name for name, row in self._bare.items() if order.forget(row)]:
+                del self._bare[request_id]
+        if self._journal is not None:
+            self._rotate()
+        self._guarded(lambda: segments.recover(self._owner.folder))
+        for order in rotations:
+            order.is_whole = not self.rows
+            order.done.set()
 
     def _guarded(self, work: Callable[[], object]) -> None:
         """Do `work`; a system that refuses leaves the journal as it is, for the next start."""

@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,13 +119,11 @@ def compact(journal: Path) -> Path | None:
     target = journal.with_name(journal.name.removesuffix(JOURNAL) + PARQUET)
     rows = read_journal(journal)
     if rows and not target.exists():
-        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        aside = _aside(target)
         try:
             with pq.ParquetWriter(aside, schema(), compression="zstd") as writer:
                 writer.write_table(to_table(rows))
-            _sync(aside)
-            os.replace(aside, target)
-            _sync(target.parent)
+            _put_in_place(aside, target)
         finally:
             aside.unlink(missing_ok=True)
     journal.unlink(missing_ok=True)
@@ -143,6 +141,73 @@ def recover(folder: Path) -> list[Path]:
         if time.time() - aside.stat().st_mtime > 60:  # of a process that was killed while it compacted
             aside.unlink(missing_ok=True)
     return made
+
+
+@contextlib.contextmanager
+def tidying(folder: Path) -> Iterator[None]:
+    """Around the rewriting and removing of closed files: one process at a time. Makes the folder. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".tidying.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def last_finish(path: Path) -> datetime:
+    """When the newest request of a Parquet file finished; the end of time where its footer does not say. Raises OSError."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(path)
+    column = schema().names.index("finished_at")
+    latest = datetime.min.replace(tzinfo=UTC)
+    for group in range(metadata.num_row_groups):
+        statistics = metadata.row_group(group).column(column).statistics
+        if statistics is None or not statistics.has_min_max:
+            return datetime.max.replace(tzinfo=UTC)
+        latest = max(latest, statistics.max.astimezone(UTC))
+    return latest
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """These columns of a Parquet file, null where an older file lacks them."""
+    import pyarrow.parquet as pq
+
+    wanted = schema()
+    table = pq.read_table(path, schema=wanted, columns=list(columns))
+    found: list[dict[str, Any]] = table.to_pylist()
+    return found
+
+
+def rewrite(path: Path, columns: Sequence[str], keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Leave those rows of a Parquet file out that `keep`, given `columns`, says no to; how many. Within `tidying`.
+
+    At every moment the file is the old one or the new one; it stays, empty, where nothing is left.
+    """
+    import pyarrow.parquet as pq
+
+    kept = [keep(row) for row in read_rows(path, columns)]
+    if all(kept):
+        return 0
+    table = pq.read_table(path, schema=schema()).filter(kept)
+    aside = _aside(path)
+    try:
+        pq.write_table(table, aside, compression="zstd")
+        _put_in_place(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return len(kept) - sum(kept)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file anew, so that it is the old one or the new one at every moment. Raises OSError."""
+    aside = _aside(path)
+    try:
+        aside.write_bytes(content)
+        _put_in_place(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
@@ -180,6 +245,16 @@ def _if_abandoned(path: Path) -> Iterator[bool]:
             yield path.exists()  # the process that held it may have compacted it just now
     finally:
         os.close(handle)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _put_in_place(aside: Path, target: Path) -> None:
+    _sync(aside)
+    os.replace(aside, target)
+    _sync(target.parent)
 
 
 def _sync(path: Path) -> None:

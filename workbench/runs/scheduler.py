@@ -24,6 +24,7 @@ from workbench import settings as settings_module
 from workbench.guard import die_with_parent
 from workbench.jobs.runner import JobRunner
 from workbench.jobs.table import Jobs
+from workbench.logs import configure_logging
 from workbench.runs.schedules import Schedules
 from workbench.settings import Settings
 from workbench.store import StoreError, open_store
@@ -65,9 +66,7 @@ def main() -> int:
         signal.signal(sig, on_stop)
     settings = settings_module.load()
     settings_module.prepare_home(settings)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure_logging(settings.log_level, settings.log_format)
     with ExitStack() as held:
         store = held.enter_context(open_store(settings.home_dir))
         if arguments.run_jobs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from workbench.api.metrics import Histogram
-from workbench.host import fake_worker
+from engine.sampling_params import SamplingParams
+from workbench.api.metrics import EngineMetrics, Histogram
+from workbench.host import ModelCard, fake_worker
 
 VLLM_NAMES = {
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens", "generation_tokens",
@@ -25,7 +27,11 @@ VLLM_NAMES = {
 def scrape(server: Any) -> dict[str, Any]:
     response = server.http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
-    return {f.name.removeprefix("quire:"): f for f in text_string_to_metric_families(response.text)}
+    return scrape_of(text_string_to_metric_families(response.text))
+
+
+def scrape_of(families: Any) -> dict[str, Any]:
+    return {f.name.removeprefix("quire:"): f for f in families}
 
 
 def value(families: dict[str, Any], sample: str, **labels: str) -> float:
@@ -85,13 +91,92 @@ def test_blocks_that_go_to_host_memory_and_come_back_are_counted(serve: Any) -> 
     assert value(metrics, "kv_cache_host_blocks") == stats.num_host_blocks
 
 
-def test_before_a_model_is_there_the_page_is_empty_and_valid(serve: Any) -> None:
+def test_before_a_model_is_there_the_page_tells_of_the_server_alone(serve: Any) -> None:
     def never(config: Any, **hooks: Any) -> Any:
         raise RuntimeError("no")
 
     with serve(never, wait=False) as server:
         server.host.wait(5)
-        assert scrape(server) == {}
+        families = scrape(server)
+        samples = {sample.name for family in families.values() for sample in family.samples}
+        assert samples == {"quire:build_info"}
+
+
+def test_requests_are_counted_by_status_and_by_the_reason_of_refusals(serve: Any) -> None:
+    with serve(partial(fake_worker, delay_s=0.0)) as server:
+        server.post(max_tokens=2)
+        server.post(max_tokens=-1)
+        server.post(model="nobody")
+        for path in ("/v1/made-up", "/v1/made-up/2", "/elsewhere/1", "/elsewhere/2"):
+            server.http.get(path)
+        metrics = scrape(server)
+    chat = {"method": "POST", "route": "/v1/chat/completions"}
+    assert value(metrics, "http_requests_total", **chat, status="200") == 1
+    assert value(metrics, "http_requests_total", **chat, status="400") == 1
+    assert value(metrics, "http_requests_total", route="/v1/*", status="404") == 2
+    assert value(metrics, "http_requests_total", route="pages", status="404") == 2
+    refused = {s.labels["reason"]: s.value for s in metrics["http_requests_refused"].samples}
+    assert refused == {"invalid_params": 1, "model_not_found": 1}
+
+
+def test_waits_are_told_by_the_sign_of_the_priority(serve: Any) -> None:
+    with serve(partial(fake_worker, delay_s=0.0)) as server:
+        for priority in (-7, 0, 3, 99):
+            server.post(max_tokens=2, priority=priority)
+        metrics = scrape(server)
+    name = "request_queue_time_by_priority_seconds_count"
+    counts = {level: value(metrics, name, priority=level) for level in ("high", "default", "low")}
+    assert counts == {"high": 1, "default": 1, "low": 2}
+
+
+def test_counts_of_an_unloaded_version_stay_a_while_and_then_go() -> None:
+    card = ModelCard("tickets/3", "", "", False, "", "", "", None, None)
+    for kept_s, names in ((60.0, {"tickets/3"}), (0.0, set())):
+        metrics = EngineMetrics(kept_s=kept_s)
+        worker = fake_worker(delay_s=0.0)
+        metrics.watch(card, worker)
+        worker.start()
+        worker.submit("hello", SamplingParams(max_tokens=3)).result()
+        worker.close()
+        metrics.unwatch(card, worker)
+        for _ in range(2):  # a scrape changes nothing of what is kept
+            families = {f.name.removeprefix("quire:"): f for f in metrics.collect()}
+            told = {s.labels["model_name"] for f in families.values() for s in f.samples}
+            assert told == names
+            assert not any(f.samples for f in families.values() if f.type == "gauge")
+        if names:
+            assert value(families, "generation_tokens_total", model_name="tickets/3") == 3
+
+
+def test_the_page_keeps_the_rules_of_the_format(serve: Any) -> None:
+    """What `promtool check metrics` and the exposition format ask, of a server whose every family has samples."""
+    with serve(partial(fake_worker, delay_s=0.0)) as server:
+        server.post(max_tokens=2)
+        server.post(max_tokens=-1)
+        server.http.get("/metrics")
+        text = server.http.get("/metrics").text
+        families = list(text_string_to_metric_families(text))
+    assert value(scrape_of(families), "model_info", model_name="fake-echo") == 1
+    assert value(scrape_of(families), "build_info") == 1
+    seen: set[str] = set()
+    for family in families:
+        assert family.name not in seen, f"{family.name} is described twice"
+        seen.add(family.name)
+        assert family.documentation, f"{family.name} has no HELP"
+        assert family.type in ("counter", "gauge", "histogram"), f"{family.name} has no TYPE"
+        assert re.fullmatch(r"quire:[a-z0-9_]+", family.name)
+        assert not re.search(r"_(ms|milliseconds|minutes|kb|mb|counter|gauge|count|sum)$", family.name)
+        keys = [(s.name, *sorted(s.labels.items())) for s in family.samples]
+        assert len(keys) == len(set(keys)), f"{family.name} tells a series twice"
+        if family.type == "counter":
+            assert all(s.name.endswith("_total") for s in family.samples)
+        if family.type == "gauge":
+            assert not family.name.endswith("_total")
+    for line in text.splitlines():  # the parser takes samples that nothing describes
+        if not line.startswith("#"):
+            name = re.match(r"[a-z_:0-9]+", line)[0]
+            bare = re.sub(r"_(total|bucket|count|sum|created)$", "", name)
+            assert {name, bare} & seen or f"{bare}_total" in seen
 
 
 @pytest.mark.parametrize("many", [False, True])
