@@ -33,9 +33,18 @@ class Shaped:
 
 def stream(*texts: str, model: str = "m") -> Reply:
     """A chat's answer as OpenAI streams it."""
-    chunks = [
-        {"id": "c1", "model": model, "choices": [{"index": 0, "delta": {"content": text}}]} for text in texts
-    ]
-    end = {"id": "c1", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-    usage = {"id": "c1", "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(texts)}}
-    return Reply(events=[*chunks, end, usage])
+
+    def chunk(choices: list[Any], **more: Any) -> dict[str, Any]:
+        return {
+            "id": "c1",
+            "object": "chat.completion.chunk",
+            "created": 1,
+            "model": model,
+            "choices": choices,
+            **more,
+        }
+
+    told = [chunk([{"index": 0, "delta": {"content": text}, "finish_reason": None}]) for text in texts]
+    end = chunk([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+    usage = {"prompt_tokens": 3, "completion_tokens": len(texts), "total_tokens": 3 + len(texts)}
+    return Reply(events=[*told, end, chunk([], usage=usage)])
