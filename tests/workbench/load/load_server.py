@@ -1,4 +1,5 @@
-"""`quire serve` over FakeRunner in a process of its own: ``python load_server.py STEP_SECONDS``, settings from the environment.
+"""`quire serve` over FakeRunner in a process of its own: ``python load_server.py STEP_SECONDS RECORD_SECONDS``, settings from
+the environment.
 
 Every request is answered with numbers in words of six characters, so that a reader sees what is missing or out of its place.
 Ends with its parent.
@@ -9,8 +10,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from functools import partial
+from dataclasses import replace
+from typing import Any
 
+from engine.config import EngineConfig
+from engine.worker import EngineWorker
 from workbench import app
 from workbench import settings as settings_module
 from workbench.guard import die_with_parent
@@ -28,7 +32,12 @@ def main() -> int:
     die_with_parent(os.getppid())
     settings = settings_module.load()
     settings_module.prepare_home(settings)
-    factory = partial(fake_worker, delay_s=float(sys.argv[1]), answer=ANSWER, num_blocks=50_000)
+    step_s, record_seconds = float(sys.argv[1]), int(sys.argv[2])
+
+    def factory(config: EngineConfig, **hooks: Any) -> EngineWorker:
+        config = replace(config, record_seconds=record_seconds)
+        return fake_worker(config, **hooks, delay_s=step_s, answer=ANSWER, num_blocks=50_000)
+
     listener = bind(settings.host, settings.port)
     return app.serve(settings, with_ui=False, listener=listener, announce=announce, factory=factory)
 

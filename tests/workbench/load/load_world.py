@@ -44,12 +44,15 @@ class LoadServer:
 
 
 @contextmanager
-def run_load_server(home: Path, step_s: float, **settings: Any) -> Iterator[LoadServer]:
+def run_load_server(
+    home: Path, step_s: float, record_seconds: int = 600, **settings: Any
+) -> Iterator[LoadServer]:
     port = free_port("127.0.0.1")
     given = Settings(home_dir=home, port=port, follow="", demo=False, fake=True, **settings)
-    env = {**os.environ, **given.to_env()}
+    root = HERE.parents[2]
+    env = {**os.environ, **given.to_env(), "PYTHONPATH": str(root)}
     child = subprocess.Popen(
-        [sys.executable, str(HERE / "load_server.py"), str(step_s)], env=env, cwd=HERE.parents[2],
+        [sys.executable, str(HERE / "load_server.py"), str(step_s), str(record_seconds)], env=env, cwd=root,
         stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert child.stdout is not None
