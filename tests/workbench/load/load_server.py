@@ -7,6 +7,7 @@ Ends with its parent.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -30,6 +31,9 @@ def announce(event: str, **facts: object) -> None:
 
 def main() -> int:
     die_with_parent(os.getppid())
+    # The request log's first Parquet file brings them into memory, 60 MB, some time after the start: here all readings have them.
+    for name in ("pandas", "pyarrow.parquet"):
+        importlib.import_module(name)
     settings = settings_module.load()
     settings_module.prepare_home(settings)
     step_s, record_seconds = float(sys.argv[1]), int(sys.argv[2])
