@@ -71,4 +71,4 @@ bench-gpu:
 	$(BIN)/python -m engine.bench gpu --save
 
 clean:
-	rm -rf $(VENV) .quire .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-outside .quire .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -7,9 +7,9 @@ while the step before it may still be choosing it. Out of blocks, the tail of th
 later; the head always gets its blocks, so that every sequence finishes.
 
 A running sequence whose prefill is not over is the tail, which took what was left of a step's budget, or the one before it, which
-overtakes a long prefill (``engine.long_prefill``). All others decode, never more of them than the budget, as each got a token of it when it was admitted. What each of their steps changes
-stands in columns by row, so that a step changes all rows at once; Python visits a row only where something happens: a
-block begins or is full, a token may end it.
+overtakes a long prefill (``engine.long_prefill``). All others decode, never more of them than the budget, as each got a token of it
+when it was admitted. What each of their steps changes stands in columns by row, so that a step changes all rows at once; Python
+visits a row only where something happens: a block begins or is full, a token may end it.
 
 Boundary: pure Python over counts and ids. No model, no clock, no text (stop texts are the engine's). What can never fit is
 refused before it comes here (``engine.admission``). Costs O(scheduled rows), whatever the contexts' lengths.
@@ -144,7 +144,7 @@ class Scheduler:
         if left > 0 and self.waiting and len(step.preempted) == num_preempted:
             admitted = self._plan_waiting(step, left, long)
             left -= sum(chunk.num_tokens for chunk in step.chunks[len(step.chunks) - len(admitted) :])
-        if long is not None and self.running[-1] is long.seq:
+        if long is not None and long.seq.status is SequenceStatus.RUNNING:
             self._plan_prefill(step, budget - num_kept + left, -1)
         if not len(step.decoding) and not step.chunks:
             assert self.inflight or not self._live, (

@@ -120,6 +120,11 @@ class RequestStream:
         came = self._deltas[0]
         return isinstance(came, StreamDelta) and came.finish_reason is FinishReason.TIMEOUT
 
+    @property
+    def has_more(self) -> bool:
+        """Whether something came that the reader has not taken."""
+        return bool(self._deltas)
+
     def abort(self) -> None:
         """End the request soon; its reader gets a last delta with finish reason ABORT. Nothing happens after the end."""
         if not self._ended:

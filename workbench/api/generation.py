@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from engine.worker import EngineWorker
 
 
+_MAX_WRITE_BYTES = 65536  # of several events; behind it the reader's own speed is heeded
 PLAIN = OutputSyntax()
 NO_LOG = AnswerLog(None)
 log = logging.getLogger(__name__)
@@ -329,17 +330,22 @@ class GenerationResponse(Response):
         await send({"type": "http.response.body", "body": rest + self._wire.done})
 
     async def _pump(self, choice: Choice, send: Send) -> None:
+        """Send what comes. What came while this loop was busy goes out in one write: who is late does not become later."""
+        unsent = b""
         try:
             async for delta in choice.stream:
                 if delta.finish_reason is not None:
                     _raise_if_failed(delta.finish_reason, delta.error)
-                chunk = self._wire.chunk(choice.part(delta))
-                if chunk and not self._gone:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                unsent += self._wire.chunk(choice.part(delta))
+                if choice.stream.has_more and len(unsent) < _MAX_WRITE_BYTES:
+                    continue
+                body, unsent = unsent, b""
+                if body and not self._gone:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
         except (EngineError, WorkbenchError) as error:
             self._failed = True
             if not self._gone:
-                body = self._wire.error_chunk(error_body(error, status_of(error)))
+                body = unsent + self._wire.error_chunk(error_body(error, status_of(error)))
                 await send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def _logged(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from workbench.host import FAKE_ANSWER, fake_worker
 
@@ -24,6 +26,23 @@ def test_whole_answer_has_text_finish_reason_and_usage(server: Any) -> None:
     assert answer.usage.prompt_tokens == len(prompt)
     assert answer.usage.completion_tokens == len(FAKE_ANSWER) + 1  # and the end-of-sequence token
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_the_async_client_reads_whole_answers_and_streams_side_by_side(server: Any) -> None:
+    async def whole(client: AsyncOpenAI) -> str | None:
+        answer = await client.chat.completions.create(model=server.model, messages=USER)
+        return answer.choices[0].message.content
+
+    async def streamed(client: AsyncOpenAI) -> str:
+        stream = await client.chat.completions.create(model=server.model, messages=USER, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def talk() -> list[str | None]:
+        plain = DefaultAsyncHttpxClient(verify=False)
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", http_client=plain) as client:
+            return await asyncio.gather(*(ask(client) for ask in (whole, streamed) * 4))
+
+    assert asyncio.run(talk()) == [FAKE_ANSWER] * 8
 
 
 def test_stream_says_the_same_with_role_first_and_usage_last(server: Any) -> None:

@@ -177,6 +177,44 @@ def test_after_the_grace_requests_end_with_the_reason(serve: Any, eventually: An
         assert eventually(lambda: [r.error for r in worker.records.requests()] == ["the server is stopping"])
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_came_while_the_server_was_busy_goes_out_in_one_write(fails: bool) -> None:
+    """The event loop begins to read when the engine has written everything."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def answer() -> None:
+        response = GenerationResponse(
+            choices, wire, request_id="late", stream=True, include_usage=False, stalled_after_s=5
+        )
+        await asyncio.wait_for(response({"type": "http"}, receive, send), 10)
+
+    worker = fake_worker(
+        delay_s=0.0, answer="0123456789", fail_at={6: RuntimeError("a kernel raised")} if fails else None
+    )
+    worker.start()
+    try:
+        choices = submit_choices(worker, [[1, 2, 3]], SamplingParams(max_tokens=10), request_id="late")
+        choices[0].stream.wait(10)
+        wire = CompletionWire(
+            Head("cmpl-late", 0, "m"), worker.tokenizer.token_text, num_logprobs=None, include_usage=False
+        )
+        asyncio.run(answer())
+    finally:
+        worker.close()
+    bodies = [message["body"] for message in sent if message["type"] == "http.response.body"]
+    assert len(bodies) == 2  # the end of a stream comes by itself
+    events = [json.loads(event.removeprefix(b"data: ")) for event in bodies[0].split(b"\n\n") if event]
+    told = "".join(choice["text"] for event in events for choice in event.get("choices", ()))
+    assert told == ("012345" if fails else "0123456789")
+    assert ("error" in events[-1]) == fails
+
+
 # ── slow readers ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
