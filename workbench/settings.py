@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from workbench.errors import HomeDirError, HostRefusedError, SettingsError
+from workbench.postgres_url import with_driver
 from workbench.traffic import Split, parse_splits
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Settings(BaseSettings):
     mlflow_port: int = Field(default=5001, ge=1, le=65535, validation_alias="MLFLOW_PORT")
     home_dir: Path = Field(default=Path(".quire"), validation_alias="HOME_DIR")
     mlflow_tracking_uri: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
+
+    # The database under the MLflow server that we start; None: HOME_DIR/mlflow/mlflow.db. It may hold a password.
+    mlflow_backend_store_uri: str | None = Field(
+        default=None, validation_alias="MLFLOW_BACKEND_STORE_URI", repr=False
+    )
 
     host: str = "127.0.0.1"
     model: str | None = None  # a folder or a hub id; None: the bundled model
@@ -97,6 +103,12 @@ class Settings(BaseSettings):
     def mlflow_url(self) -> str:
         """Where clients find MLflow: the one named by the environment, or our own child."""
         return self.mlflow_tracking_uri or f"http://{_bracketed(self.host)}:{self.mlflow_port}/mlflow"
+
+    @property
+    def mlflow_store(self) -> str:
+        """The database of our own MLflow server."""
+        file = self.home_dir / "mlflow" / "mlflow.db"
+        return with_driver(self.mlflow_backend_store_uri or "") or f"sqlite:///{file}"
 
     @property
     def run_dir(self) -> Path:
@@ -166,6 +178,8 @@ class Settings(BaseSettings):
         env = {"PORT": str(self.port), "MLFLOW_PORT": str(self.mlflow_port), "HOME_DIR": str(self.home_dir)}
         if self.mlflow_tracking_uri:
             env["MLFLOW_TRACKING_URI"] = self.mlflow_tracking_uri
+        if self.mlflow_backend_store_uri:
+            env["MLFLOW_BACKEND_STORE_URI"] = self.mlflow_backend_store_uri
         for name in type(self).model_fields:
             value = getattr(self, name)
             if name not in _UNPREFIXED and value is not None:
@@ -178,7 +192,7 @@ def _as_text(value: Any) -> str:
 
 
 _UNPREFIXED = {"port": "PORT", "mlflow_port": "MLFLOW_PORT", "home_dir": "HOME_DIR",
-               "mlflow_tracking_uri": "MLFLOW_TRACKING_URI"}  # fmt: skip
+               "mlflow_tracking_uri": "MLFLOW_TRACKING_URI", "mlflow_backend_store_uri": "MLFLOW_BACKEND_STORE_URI"}  # fmt: skip
 
 
 def load(**overrides: Any) -> Settings:
