@@ -31,6 +31,7 @@ COMMAND_MODULES = (
     "schedule",
     "lab",
     "quantize",
+    "deploy",
 )
 
 

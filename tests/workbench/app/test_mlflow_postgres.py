@@ -37,7 +37,9 @@ def test_server_and_direct_access_see_the_same_runs(
     command = _mlflow_command(settings, folder)
     assert not any("postgresql" in word for word in command)  # every user of the machine sees arguments
     with (folder / "log").open("ab") as output:
-        server = subprocess.Popen(command, env=_mlflow_env(settings), stdout=output, stderr=output)
+        server = subprocess.Popen(
+            command, env=_mlflow_env(settings), stdout=output, stderr=output, start_new_session=True
+        )
         try:
             assert eventually(lambda: tracking.answers(tracking.own_server(settings)), 60), (
                 folder / "log"

@@ -1,0 +1,149 @@
+"""`quire deploy ray` with two replicas under load, one of them killed: every accepted request ends, or fails retryably."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from workbench.ports import free_port
+from workbench.worker_factory import FAKE_ANSWER
+
+ROOT = Path(__file__).resolve().parents[3]
+_START_S = 150
+_NUM_REQUESTS = 40
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Processes below `pid` with their titles."""
+    parents, titles = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                titles[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
+    found, new = set(), {pid}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new} - found
+        found |= new
+    return {child: titles.get(child, "") for child in found}
+
+
+def replicas_of(pid: int) -> list[int]:
+    return [child for child, title in descendants(pid).items() if "ServeReplica:quire:Engine" in title]
+
+
+@pytest.fixture
+def deployed(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command, and its address, once both replicas are ready."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("no Ray Serve (pip install 'quire[ray]')")
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="ray-") as short, (tmp_path / "log").open("w") as log:
+        command = [
+            sys.executable,
+            "-m",
+            "workbench.cli",
+            "deploy",
+            "ray",
+            "--replicas",
+            "2",
+            "--cpus",
+            "0.5",
+            "--json",
+        ]
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("QUIRE_", "RAY_"))
+        }
+        environment |= {
+            "PYTHONPATH": str(ROOT), "HOME_DIR": str(tmp_path / "home"), "PORT": str(port), "QUIRE_FAKE": "1",
+            "RAY_TMPDIR": short,  # its sockets' paths must be short
+        }  # fmt: skip
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, (tmp_path / "log").read_text()[-3000:]
+            yield process, json.loads(line)["url"]
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+async def ask(client: httpx.AsyncClient, number: int) -> str:
+    """One request of a hundred tokens; what became of it."""
+    body = {
+        "model": "fake-echo", "messages": [{"role": "user", "content": f"Request {number}"}], "max_tokens": 100,
+        "stream": number % 2 == 0,
+    }  # fmt: skip
+    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        text = (await answer.aread()).decode()
+    if answer.status_code != 200:
+        assert answer.status_code in (429, 503), text
+        assert int(answer.headers["retry-after"]) > 0
+        return "refused"
+    if not body["stream"]:
+        assert json.loads(text)["choices"][0]["message"]["content"] == FAKE_ANSWER[:100]
+        return "whole"
+    events = [
+        json.loads(part.removeprefix("data: "))
+        for part in text.split("\n\n")
+        if part not in ("", "data: [DONE]")
+    ]
+    if "error" in events[-1]:
+        assert events[-1]["error"]["code"] == "replica_lost"
+        return "cut"
+    assert text.endswith("data: [DONE]\n\n")
+    said = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"])
+    assert said == FAKE_ANSWER[:100]
+    return "whole"
+
+
+async def load_and_kill(url: str, victim: int) -> list[str]:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        asked = [asyncio.create_task(ask(client, number)) for number in range(_NUM_REQUESTS)]
+        await asyncio.sleep(1.0)  # an answer takes half a second of steps at least, and they share two cores
+        os.kill(victim, signal.SIGKILL)
+        return await asyncio.gather(*asked)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(360)
+def test_a_killed_replica_costs_no_request_in_silence(deployed: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = deployed
+    victim, *others = replicas_of(process.pid)
+    assert len(others) == 1
+    outcomes = asyncio.run(load_and_kill(url, victim))
+    assert len(outcomes) == _NUM_REQUESTS
+    assert outcomes.count("whole") >= _NUM_REQUESTS // 2, "the other replica's, and what could be asked again"
+    assert all(outcomes[number] != "cut" for number in range(1, _NUM_REQUESTS, 2)), "only streams can be cut"
+
+    deadline = time.monotonic() + _START_S
+    while len(replicas_of(process.pid)) < 2:
+        assert time.monotonic() < deadline, "the killed replica was not replaced"
+        time.sleep(0.5)
+    below = descendants(process.pid)
+    process.terminate()
+    assert process.wait(60) == 0
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in below if Path(f"/proc/{pid}").exists() and "Z" not in _state(pid)]:
+        assert time.monotonic() < deadline, [below[pid] for pid in left]
+        time.sleep(0.2)
+
+
+def _state(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "Z"
