@@ -1,5 +1,5 @@
 # One command each: see README. Everything installs into $(VENV); nothing outside the clone is changed,
-# except that `make test` installs Debian's chromium where it may.
+# except that `make test` installs Debian's chromium and PostgreSQL where it may.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,6 +37,7 @@ $(VENV)/.installed-test: $(BIN)/python pyproject.toml deploy/constraints.txt
 
 browser:
 	@sh tests/browser/install_chromium.sh
+	@sh tests/workbench/install_postgres.sh
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check $(CHECKED)

@@ -71,17 +71,23 @@ def deployed(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
             "PYTHONPATH": str(ROOT), "HOME_DIR": str(tmp_path / "home"), "PORT": str(port), "QUIRE_FAKE": "1",
             "RAY_TMPDIR": short,  # its sockets' paths must be short
         }  # fmt: skip
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
+        for _ in range(3):  # Ray gives its own agent 15 s to start, which a busy machine does not keep
+            process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            )
             assert process.stdout is not None
             line = process.stdout.readline()
-            assert line, (tmp_path / "log").read_text()[-3000:]
+            if line:
+                break
+            process.stdout.close()
+            process.wait(60)
+        assert line, (tmp_path / "log").read_text()[-3000:]
+        try:
             yield process, json.loads(line)["url"]
         finally:
             process.terminate()
             process.wait(60)
-            if process.stdout is not None:
-                process.stdout.close()
+            process.stdout.close()
 
 
 async def ask(client: httpx.AsyncClient, number: int, begun: list[int]) -> str:
