@@ -51,6 +51,6 @@ def test_whole_answers_streams_errors_and_leaving(tmp_path: Path, monkeypatch: p
             assert replica.record_autoscaling_stats() == {"queued_tokens": 0.0}
             await replica.check_health()
         finally:
-            replica.__del__()
+            await replica._open.aclose()  # in Ray the process ends with it
 
     asyncio.run(use())
