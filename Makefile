@@ -1,5 +1,5 @@
 # One command each: see README. Everything installs into $(VENV); nothing outside the clone is changed,
-# except that `make test` installs Debian's chromium where it may.
+# except that `make test` installs Debian's chromium and PostgreSQL where it may.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,6 +37,12 @@ $(VENV)/.installed-test: $(BIN)/python pyproject.toml deploy/constraints.txt
 
 browser:
 	@sh tests/browser/install_chromium.sh
+	@sh tests/workbench/install_postgres.sh
+
+$(VENV)/.installed-full: $(VENV)/.installed-test
+	@echo "Installing Ray for the long proofs (once)"
+	@$(PIP_INSTALL) -e '.[ray]'
+	@touch $@
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check $(CHECKED)
@@ -54,7 +60,7 @@ test:
 	@$(MAKE) --no-print-directory -j2 check browser  # chromium comes while pip unpacks
 	$(BIN)/python -m pytest -m "not full" $(SIDE_BY_SIDE) --durations=15
 
-test-full: test
+test-full: test $(VENV)/.installed-full
 	$(BIN)/python -m pytest -m "full and not alone" $(SIDE_BY_SIDE) --durations=25
 	$(BIN)/python -m pytest -m "full and alone" --durations=25
 

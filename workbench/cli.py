@@ -37,6 +37,7 @@ COMMAND_MODULES = (
     "quantize",
     "users",
     "erase",
+    "deploy",
 )
 
 

@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from workbench.access import exposure
 from workbench.errors import HomeDirError, SettingsError
 from workbench.fleet.routes import Route, parse_routes
+from workbench.postgres_url import with_driver
 from workbench.traffic import Split, parse_splits
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ class Settings(BaseSettings):
     otlp_endpoint: str | None = Field(
         default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT", pattern=r"^https?://"
     )  # of a collector; the other OTEL_EXPORTER_OTLP_* are the exporter's
+
+    # The database under the MLflow server that we start; None: HOME_DIR/mlflow/mlflow.db. It may hold a password.
+    mlflow_backend_store_uri: str | None = Field(
+        default=None, validation_alias="MLFLOW_BACKEND_STORE_URI", repr=False
+    )
 
     host: str = "127.0.0.1"
     # Who may come in (workbench.access). Off loopback a login is asked for in any case.
@@ -158,6 +164,12 @@ class Settings(BaseSettings):
         return self.host if self.is_loopback else "127.0.0.1"
 
     @property
+    def mlflow_store(self) -> str:
+        """The database of our own MLflow server."""
+        file = self.home_dir / "mlflow" / "mlflow.db"
+        return with_driver(self.mlflow_backend_store_uri or "") or f"sqlite:///{file}"
+
+    @property
     def run_dir(self) -> Path:
         return self.home_dir / "run"
 
@@ -230,6 +242,8 @@ class Settings(BaseSettings):
         env = {"PORT": str(self.port), "MLFLOW_PORT": str(self.mlflow_port), "HOME_DIR": str(self.home_dir)}
         if self.mlflow_tracking_uri:
             env["MLFLOW_TRACKING_URI"] = self.mlflow_tracking_uri
+        if self.mlflow_backend_store_uri:
+            env["MLFLOW_BACKEND_STORE_URI"] = self.mlflow_backend_store_uri
         for name in type(self).model_fields:
             value = getattr(self, name)
             if name not in _UNPREFIXED and value is not None:
@@ -242,7 +256,8 @@ def _as_text(value: Any) -> str:
 
 
 _UNPREFIXED = {"port": "PORT", "mlflow_port": "MLFLOW_PORT", "home_dir": "HOME_DIR",
-               "mlflow_tracking_uri": "MLFLOW_TRACKING_URI", "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT"}  # fmt: skip
+               "mlflow_tracking_uri": "MLFLOW_TRACKING_URI", "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",
+               "mlflow_backend_store_uri": "MLFLOW_BACKEND_STORE_URI"}  # fmt: skip
 
 
 def load(**overrides: Any) -> Settings:

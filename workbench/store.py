@@ -1,7 +1,8 @@
 """Store: the workbench's own tables (jobs, schedules, occurrences, feedback, keys, logins, audit log, endpoints) in ``HOME_DIR/quire.db``.
 
 One SQLite file in WAL mode with a busy timeout, so that several processes write at once; ``QUIRE_DATABASE_URL`` names another
-database. A transaction is the unit of truth: what `begin` has left without an error is on the disk, anything else never was.
+database: a PostgreSQL server, which several machines may share. A transaction is the unit of truth: what `begin` has left
+without an error is on the disk, anything else never was.
 
 Boundary: tables, transactions and their errors. What the rows mean is the room's that writes them; versions, runs and metrics
 are MLflow's.
@@ -26,9 +27,15 @@ from typing import Any, Self
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from workbench.errors import WorkbenchError
+from workbench import postgres, store_errors
+from workbench.postgres_url import with_driver
+from workbench.store_errors import DATABASE_URL_VARIABLE
+from workbench.store_errors import StoreBusyError as StoreBusyError  # its types belong to the store
+from workbench.store_errors import StoreError as StoreError
+from workbench.store_errors import StoreFullError as StoreFullError
+from workbench.store_errors import StoreUnreachableError as StoreUnreachableError
+from workbench.store_errors import StoreValueError as StoreValueError
 
-DATABASE_URL_VARIABLE = "QUIRE_DATABASE_URL"
 UNREADABLE = "unreadable"  # the one field of what was stored and is no JSON any more
 log = logging.getLogger(__name__)
 _BUSY_TIMEOUT_MS = 10_000
@@ -172,33 +179,26 @@ endpoints = sa.Table(
 )
 
 
-class StoreError(WorkbenchError):
-    """The store cannot be read or written; nothing of the transaction was kept."""
-
-    code = "store_error"
-
-
-class StoreBusyError(StoreError):
-    """Another process held the write lock for too long."""
-
-    code = "store_busy"
-
-
-class StoreFullError(StoreError):
-    """The disk or the quota of HOME_DIR is full."""
-
-    code = "store_full"
-
-
 class Store:
     """One database. Thread-safe; each process opens its own. Close it, or use it as a context manager."""
 
     def __init__(self, url: str) -> None:
-        self.url = url
-        self.engine = sa.create_engine(url, json_serializer=_dumps, json_deserializer=_loads)
+        """Connects when first used. Raises StoreError: no address of a database, or its driver is not installed."""
+        url = with_driver(url)
+        try:
+            self.engine = sa.create_engine(
+                url, json_serializer=_dumps, json_deserializer=_loads, **postgres.engine_options(url)
+            )
+        except (sa.exc.ArgumentError, ModuleNotFoundError) as error:
+            raise store_errors.of_address(url, error) from None
+        self.url = self.engine.url.render_as_string()  # without the password: errors and logs show it
+        self._read_options: dict[str, Any] = {}
         if self.engine.dialect.name == "sqlite":
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             sa.event.listen(self.engine, "begin", _begin_sqlite)
+        elif self.engine.dialect.name == "postgresql":
+            postgres.prepare(self.engine, write_option=_WRITE, busy_timeout_ms=_BUSY_TIMEOUT_MS)
+            self._read_options = {"isolation_level": "REPEATABLE READ"}
 
     def create_schema(self) -> None:
         """Make what is missing of the tables; several processes may do so at once. Raises StoreError."""
@@ -214,6 +214,7 @@ class Store:
 
         Raises:
             StoreFullError, StoreBusyError, StoreError: nothing of the block was kept.
+            StoreUnreachableError: likewise, unless the server went away during the commit itself.
             sqlalchemy.exc.IntegrityError: a row contradicts another; the caller knows what that means.
         """
         with self._typed_errors(), self.engine.connect() as connection:
@@ -224,8 +225,10 @@ class Store:
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """A consistent view that waits for no writer. Raises StoreError."""
-        with self._typed_errors(), self.engine.connect() as connection, connection.begin():
-            yield connection
+        with self._typed_errors(), self.engine.connect() as connection:
+            reading = connection.execution_options(**self._read_options)
+            with reading.begin():
+                yield reading
 
     def close(self) -> None:
         """Close the connections. A second call does nothing; a use after it opens new ones."""
@@ -243,12 +246,17 @@ class Store:
     def _typed_errors(self) -> Iterator[None]:
         try:
             yield
-        except (sa.exc.OperationalError, sa.exc.DatabaseError) as error:
-            if isinstance(error, sa.exc.IntegrityError | sa.exc.ProgrammingError):
+        except sa.exc.DBAPIError as error:
+            denied = postgres.sqlstate(error) == postgres.DENIED
+            if isinstance(error, sa.exc.IntegrityError | sa.exc.ProgrammingError) and not denied:
                 raise
-            raise _store_error(self.url, str(error.orig)) from error
+            if self.engine.dialect.name == "postgresql":
+                raise store_errors.of_server(self.url, error) from error
+            raise store_errors.of_file(self.url, str(error.orig), _BUSY_TIMEOUT_MS) from error
+        except sa.exc.TimeoutError as error:
+            raise store_errors.of_pool(self.url) from error
         except sqlite3.Error as error:  # of the pragmas, before SQLAlchemy has the connection
-            raise _store_error(self.url, str(error)) from error
+            raise store_errors.of_file(self.url, str(error), _BUSY_TIMEOUT_MS) from error
 
 
 def open_store(home_dir: Path) -> Store:
@@ -258,7 +266,7 @@ def open_store(home_dir: Path) -> Store:
         try:
             home_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _store_error(str(home_dir), str(error)) from error
+            raise store_errors.of_file(str(home_dir), str(error), _BUSY_TIMEOUT_MS) from error
         url = f"sqlite:///{home_dir.absolute() / 'quire.db'}"
     store = Store(url)
     try:
@@ -341,21 +349,3 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     writes = connection.get_execution_options().get(_WRITE, False)
     # A reader that later writes could be refused for good; a writer says so at once and waits its turn.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _store_error(where: str, reason: str) -> StoreError:
-    text = reason.lower()
-    if "full" in text or "no space" in text or "quota" in text:
-        return StoreFullError(
-            f"the store {where} cannot grow: {reason}", value=where, param="HOME_DIR",
-            remedy="Free space on that disk; what was stored before is intact.",
-        )  # fmt: skip
-    if "locked" in text or "busy" in text:
-        return StoreBusyError(
-            f"the store {where} was held by another process for {_BUSY_TIMEOUT_MS / 1000:g} s", value=where,
-            limit=_BUSY_TIMEOUT_MS, param="HOME_DIR", remedy="Try again; if it stays so, end the process that holds it.",
-        )  # fmt: skip
-    return StoreError(
-        f"the store {where} cannot be used: {reason}", value=where, param="HOME_DIR",
-        remedy="Check that HOME_DIR can be written and that the file is a Quire database.",
-    )  # fmt: skip

@@ -104,7 +104,10 @@ class Supervisor:
         folder = self.settings.home_dir / "mlflow"
         folder.mkdir(parents=True, exist_ok=True)
         self._mlflow = Child(
-            "MLflow", _mlflow_command(self.settings, folder), _mlflow_env(), output=self._log_file("mlflow")
+            "MLflow",
+            _mlflow_command(self.settings, folder),
+            _mlflow_env(self.settings),
+            output=self._log_file("mlflow"),
         )
         self._mlflow.start()
 
@@ -258,15 +261,15 @@ def _mlflow_command(settings: Settings, folder: Path) -> list[str]:
         sys.executable, "-m", "workbench.guard", str(os.getpid()), "--",
         sys.executable, "-m", "mlflow", "server",
         "--host", settings.mlflow_host, "--port", str(settings.mlflow_port), "-w", "1",
-        "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
         "--artifacts-destination", str(folder / "artifacts"),
         "--static-prefix", "/mlflow",
     ]  # fmt: skip
 
 
-def _mlflow_env() -> dict[str, str]:
+def _mlflow_env(settings: Settings) -> dict[str, str]:
     return {
         **os.environ,
+        "MLFLOW_BACKEND_STORE_URI": settings.mlflow_store,  # not an argument, which every user of the machine could read
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "50",

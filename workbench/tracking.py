@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from workbench.postgres_url import without_password
 from workbench.versions.errors import RegistryUnreachableError
 
 if TYPE_CHECKING:
@@ -42,18 +43,19 @@ _ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+_DATABASES = ("sqlite:", "postgresql")  # MLflow's stores that need no server
 _PROBE_S = 1.0
 
 
 def tracking_uri(settings: Settings) -> str:
-    """Where to read and write now: the environment's store, our running server, or our SQLite file itself."""
+    """Where to read and write now: the environment's store, our running server, or that server's database itself."""
     if settings.mlflow_tracking_uri and settings.mlflow_tracking_uri != own_server(settings):
         return settings.mlflow_tracking_uri
     if answers(own_server(settings)):
         return own_server(settings)
     folder = settings.home_dir / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return settings.mlflow_store
 
 
 def own_server(settings: Settings) -> str:
@@ -83,8 +85,8 @@ def client(settings: Settings) -> MlflowClient:
     with reachable(uri):
         from mlflow import MlflowClient
 
-        if uri.startswith("sqlite:"):
-            _serve_artifacts_from_files()
+        if uri.startswith(_DATABASES):
+            _serve_artifacts_from_files(settings.home_dir / "mlflow" / "artifacts")
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -100,7 +102,7 @@ def reachable(what: Settings | str) -> Iterator[None]:
     except Exception as error:
         if not _is_unreachable(error):
             raise
-        uri = what if isinstance(what, str) else tracking_uri(what)
+        uri = without_password(what if isinstance(what, str) else tracking_uri(what))
         raise RegistryUnreachableError(
             f"MLflow at {uri} does not answer: {_first_line(error)}", value=uri, param="MLFLOW_TRACKING_URI",
             remedy="Check that it runs, or unset MLFLOW_TRACKING_URI to use Quire's own.",
@@ -119,7 +121,7 @@ def _experiment(mlflow_client: MlflowClient, name: str) -> str:
         found = mlflow_client.get_experiment_by_name(name)
         if found is None:
             # the address that our server would give, so that both ways see the same files
-            direct = mlflow_client.tracking_uri.startswith("sqlite:")
+            direct = mlflow_client.tracking_uri.startswith(_DATABASES)
             location = f"mlflow-artifacts:/{name.replace('/', '-')}" if direct else None
             try:
                 return str(mlflow_client.create_experiment(name, artifact_location=location))
@@ -262,8 +264,9 @@ def link(settings: Settings, run_id: str) -> str:
     return path
 
 
-def _serve_artifacts_from_files() -> None:
-    """With SQLite used directly, `mlflow-artifacts:` means the folder that the server would write to."""
+def _serve_artifacts_from_files(own_folder: Path) -> None:
+    """With a database used directly, `mlflow-artifacts:` means the folder that the server would write to: beside a SQLite
+    file, or `own_folder`."""
     from mlflow.store.artifact import artifact_repository_registry as registry
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
     from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
@@ -271,8 +274,11 @@ def _serve_artifacts_from_files() -> None:
     def open_repository(
         artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None
     ) -> Any:
-        if tracking_uri is not None and tracking_uri.startswith("sqlite:"):
-            folder = Path(tracking_uri.removeprefix("sqlite:///")).parent / "artifacts"
+        if tracking_uri is not None and tracking_uri.startswith(_DATABASES):
+            is_file = tracking_uri.startswith("sqlite:")
+            folder = (
+                Path(tracking_uri.removeprefix("sqlite:///")).parent / "artifacts" if is_file else own_folder
+            )
             below = artifact_uri.removeprefix("mlflow-artifacts:").lstrip("/")
             return LocalArtifactRepository((folder / below).as_uri())
         return MlflowArtifactsRepository(artifact_uri, tracking_uri, registry_uri)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -18,6 +20,11 @@ import pytest
 from workbench.jobs import Jobs
 from workbench.store import Store, open_store
 from workbench.versions.demo.chat_format import BOS, CHAT_TEMPLATE, END, PAD, SPECIAL_TOKENS
+
+sys.path.insert(0, str(Path(__file__).parent))  # postgres_server
+
+if TYPE_CHECKING:
+    from postgres_server import PostgresServer
 
 VOCAB, HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD = 384, 64, 128, 2, 4, 2, 16
 
@@ -77,6 +84,33 @@ def other_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def other_model(other_models: list[Path]) -> Path:
     return other_models[0]
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL server for the whole run, about 2 s to start; the test is skipped where there is none."""
+    from postgres_server import PostgresServer, why_missing
+
+    if reason := why_missing():
+        pytest.skip(reason)
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty PostgreSQL database that this process, and those it starts, take for their store."""
+    url = postgres_server.new_database()  # behind `home`, which clears the environment
+    monkeypatch.setenv("QUIRE_DATABASE_URL", url)
+    return url
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.full)])
+def database(request: pytest.FixtureRequest) -> str:
+    """Which database the store is in: a test that uses this runs with both."""
+    if request.param == "postgresql":
+        request.getfixturevalue("postgres_url")
+    return str(request.param)
 
 
 @pytest.fixture

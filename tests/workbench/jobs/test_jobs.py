@@ -44,6 +44,7 @@ def make_resumable(store: Store, job_id: str) -> None:
         connection.execute(table.update().where(table.c.id == job_id).values(kind="finetune"))
 
 
+@pytest.mark.usefixtures("database")
 def test_a_job_runs_in_a_process_of_its_own(jobs: Jobs, start_runner: Runner) -> None:
     job = jobs.submit("probe", {"steps": 3}, title="Three", device="none")
     assert (job.state, job.title, job.device) == (JobState.QUEUED, "Three", "none")
@@ -96,6 +97,7 @@ def test_cancel_before_the_start_means_it_never_runs(jobs: Jobs, start_runner: R
     assert jobs.cancel(other.id).state is JobState.DONE, "an ended job is left as it is"
 
 
+@pytest.mark.usefixtures("database")
 def test_a_killed_job_is_interrupted_and_its_records_stay(
     jobs: Jobs, start_runner: Runner, eventually: Callable[..., bool], fault: Any
 ) -> None:
@@ -156,6 +158,7 @@ def test_a_killed_runner_takes_its_jobs_with_it(
     assert counted(jobs, job.id) > 2
 
 
+@pytest.mark.usefixtures("database")
 def test_a_resumable_job_goes_on_where_it_was(
     jobs: Jobs, store: Store, eventually: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +241,7 @@ def test_what_a_job_submitted_ends_with_it_unless_it_is_done(
     assert jobs.get(other.id).state is JobState.QUEUED
 
 
+@pytest.mark.usefixtures("database")
 def test_two_claims_one_owner(jobs: Jobs) -> None:
     job = jobs.submit("probe", {})
     me = ProcessId.of(os.getpid())
@@ -252,6 +256,7 @@ def test_two_claims_one_owner(jobs: Jobs) -> None:
         jobs.run_here(job.id)
 
 
+@pytest.mark.usefixtures("database")
 def test_run_here_needs_no_runner(jobs: Jobs) -> None:
     told: list[str] = []
     job = jobs.submit("probe", {"steps": 2, "step_s": 0.0})
@@ -317,6 +322,7 @@ def test_unknown_job_and_timeout_are_typed(jobs: Jobs) -> None:
         jobs.wait(jobs.submit("probe", {}).id, 0.1)
 
 
+@pytest.mark.usefixtures("database")
 def test_list_filters_newest_first(jobs: Jobs) -> None:
     ids = [jobs.submit("probe", {"steps": i + 1}).id for i in range(3)]
     jobs.cancel(ids[1])

@@ -66,6 +66,7 @@ def test_four_processes_with_a_thousand_rows_each_lose_none(home: Path) -> None:
     assert set(found) == {f"w{i}-{j}" for i in range(4) for j in range(1000)}
 
 
+@pytest.mark.usefixtures("database")
 def test_what_a_killed_writer_had_acknowledged_is_there(home: Path) -> None:
     writer = write(home, "w", 100_000)
     assert writer.stdout is not None
@@ -80,6 +81,7 @@ def test_what_a_killed_writer_had_acknowledged_is_there(home: Path) -> None:
     assert len(found) <= max(told) + 2, "at most one row was committed and not told yet"
 
 
+@pytest.mark.usefixtures("database")
 def test_a_block_that_raises_leaves_nothing(store: Store) -> None:
     with pytest.raises(RuntimeError, match="after the insert"), store.begin() as connection:
         row = {"request_id": "r", "created_at": utc_now(), "kind": "comment"}
@@ -178,6 +180,7 @@ def test_another_database_can_be_named(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "home" / "quire.db").exists()
 
 
+@pytest.mark.usefixtures("database")
 def test_readers_do_not_wait_for_a_writer(store: Store) -> None:
     with store.begin() as writing:
         writing.execute(feedback_outbox.insert().values(request_id="r", created_at=utc_now(), kind="thumbs"))

@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def store(tmp_path):
-    with open_store(tmp_path) as opened:
-        yield opened
+def home(tmp_path):
+    return tmp_path
 
 
+@pytest.mark.usefixtures("database")
 def test_what_was_recorded_is_listed_newest_first(store):
     feedback.record(store, "r1", "thumbs", "up", "nice", user="ada")
     feedback.record(store, "r2", "score", 4)
@@ -45,6 +45,7 @@ def test_what_was_recorded_is_listed_newest_first(store):
     ]
 
 
+@pytest.mark.usefixtures("database")
 def test_saying_it_again_replaces_it_for_that_person_alone(store):
     first = feedback.record(store, "r", "thumbs", True, user="ada")
     feedback.record(store, "r", "thumbs", "up", user="bob")
@@ -61,6 +62,7 @@ def test_saying_it_again_replaces_it_for_that_person_alone(store):
     assert (counts.num_up, counts.num_down, counts.num_comments, counts.num_unsent) == (2, 1, 1, 3)
 
 
+@pytest.mark.usefixtures("database")
 def test_summary_of_nothing_has_no_mean(store):
     assert feedback.summary(store).mean_score is None
     feedback.record(store, "a", "score", 2)
@@ -93,6 +95,7 @@ def test_bad_feedback_is_refused_by_name_and_nothing_is_kept(store, given, param
     assert feedback.list_feedback(store) == []
 
 
+@pytest.mark.usefixtures("database")
 def test_equal_votes_at_once_make_one_row_and_no_vote_is_lost(tmp_path):
     problems: list[Exception] = []
 

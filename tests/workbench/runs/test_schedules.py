@@ -117,6 +117,7 @@ def test_what_could_not_run_is_refused_when_it_is_added(schedules: Schedules) ->
 # ── firing ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("database")
 def test_it_fires_when_due_and_only_then(schedules: Schedules, store: Store, jobs: Jobs) -> None:
     made = schedules.add("a", "probe", {"n": 5}, every_s=60, now=NOW)
     assert made.next_due_at == utc_text(at(60))
@@ -132,6 +133,7 @@ def test_it_fires_when_due_and_only_then(schedules: Schedules, store: Store, job
     assert [each.job_state for each in schedules.history("a")] == [JobState.QUEUED, JobState.DONE]
 
 
+@pytest.mark.usefixtures("database")
 def test_missed_times_run_once_within_the_grace(schedules: Schedules) -> None:
     schedules.add("a", "probe", every_s=60, now=NOW)
     (fired,) = schedules.fire_due(at(60 * 10 + 5))  # nobody ran for ten minutes
@@ -179,6 +181,7 @@ def test_too_late_is_written_down_and_does_not_run(schedules: Schedules, jobs: J
     assert schedules.list()[0].next_due_at == utc_text(datetime(2026, 11, 23, 3, 0, tzinfo=UTC))
 
 
+@pytest.mark.usefixtures("database")
 def test_an_overlapping_run_is_skipped_and_written_down(schedules: Schedules, store: Store) -> None:
     schedules.add("a", "probe", every_s=60, now=NOW)
     (first,) = schedules.fire_due(at(60))
@@ -208,6 +211,7 @@ def test_a_notebook_that_is_gone_is_written_down(schedules: Schedules, home: Pat
     assert "no notebook" in refused.reason
 
 
+@pytest.mark.usefixtures("database")
 def test_pause_resume_and_remove(schedules: Schedules) -> None:
     schedules.add("a", "probe", every_s=60, now=NOW)
     schedules.enable("a", False)
@@ -223,6 +227,7 @@ def test_pause_resume_and_remove(schedules: Schedules) -> None:
         schedules.remove("a")
 
 
+@pytest.mark.usefixtures("database")
 def test_many_schedulers_fire_each_time_once(schedules: Schedules, store: Store, home: Path) -> None:
     for i in range(5):
         schedules.add(f"s{i}", "probe", every_s=60, now=NOW)

@@ -1,0 +1,1 @@
+"""Deployment beyond one process: Quire's engine as replicas of a Ray Serve application."""
