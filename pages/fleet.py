@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from workbench.ui import fleet_view, markup, pace, resources
+from workbench.ui import fleet_view, markup, pace, resources, who
 from workbench.ui.components import action_state, endpoint_form, fleet_list, needs, page_errors, top_bar
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def _this_app() -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         told = "Its API refuses new requests until it is resumed; those that run go on, and these pages work."
         st.html(markup.panel("warn", "This app is drained", told), width="stretch")
-        if st.button("Resume this app", key="resume_here", type="primary"):
+        if who.button("Resume this app", key="resume_here", type="primary"):
+            who.require()
             host.is_draining = False
             st.rerun()
 

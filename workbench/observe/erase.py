@@ -13,7 +13,6 @@ Boundary: what is removed where. MLflow's part is in `erase_mlflow`; retention b
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
+from workbench.access import audit
 from workbench.observe import segments
 from workbench.observe.errors import EraseError
 from workbench.observe.request_context import short_id
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from workbench.settings import Settings
     from workbench.store import Store
 
-audit = logging.getLogger("quire.audit")
 Kind = Literal["user", "session", "request"]
 _ANSWER_PREFIXES = ("chatcmpl-", "cmpl-", "resp_")
 _COLUMNS = ("request_id", "user", "session", "principal")
@@ -134,7 +133,7 @@ def erase(
                 segments.rewrite(path, _COLUMNS, lambda row: not subject.owns(row))
     if settings.otlp_endpoint:
         done.left.append(f"traces at the collector {settings.otlp_endpoint}: erase them there")
-    _tell(done)
+    _tell(store, done)
     return done
 
 
@@ -202,12 +201,15 @@ def is_made_of(subject: Subject, request_ids: set[str], tags: Any, example_id: A
     return named or tags.get("request_id") in request_ids or example_id in request_ids
 
 
-def _tell(done: Erasure) -> None:
+def _tell(store: Store, done: Erasure) -> None:
     """Who was erased is not written down again: a digest is enough to answer whether it was done."""
-    if not done.dry_run:
-        digest = blake2b(done.id.encode("utf-8", "replace"), digest_size=8).hexdigest()
-        audit.info(
-            "erased %s %s: %d requests, %d feedback, %d traces, %d dataset records, %d dataset examples, %d left",
-            done.kind, digest, done.requests, done.feedback, done.traces, done.dataset_records,
-            done.dataset_examples, len(done.left),
-        )  # fmt: skip
+    if done.dry_run:
+        return
+    digest = blake2b(done.id.encode("utf-8", "replace"), digest_size=8).hexdigest()
+    counts = ", ".join(
+        f"{value} {name}"
+        for name, value in done.as_dict().items()
+        if isinstance(value, int) and name != "dry_run"
+    )
+    with store.begin() as connection:
+        audit.write(connection, "erase", f"{done.kind} {digest}", detail=f"{counts}, {len(done.left)} left")

@@ -19,6 +19,7 @@ import pytest
 
 from engine.records import RequestRecord
 from engine.request import FinishReason
+from workbench.access import audit
 from workbench.observe import feedback, request_reader, segments
 from workbench.observe.erase import Erasure, Subject, erase
 from workbench.observe.errors import EraseError
@@ -88,6 +89,10 @@ def test_a_user_is_gone_from_closed_files_the_live_journal_feedback_and_datasets
     assert sorted(row["request_id"] for row in rows) == [f"b{number}" for number in range(5)]
     assert {row["output"] for row in rows} == {"answer to bob"}
     assert [item.request_id for item in feedback.list_feedback(store)] == ["b2"]
+    [told] = audit.latest(store)
+    assert (told.act, told.outcome) == ("erase", "ok")
+    assert "4 requests, 2 feedback" in told.detail
+    assert "ada" not in repr(told)
     assert (datasets / "made.jsonl").read_text() == json.dumps(lines[2]) + "\nno example\n"
 
 

@@ -9,6 +9,7 @@ import streamlit as st
 from workbench.backends.discovery import identify
 from workbench.backends.endpoint_kinds import KINDS
 from workbench.backends.endpoints import Endpoint, Endpoints, endpoint
+from workbench.ui import who
 from workbench.ui.components import action_state
 from workbench.ui.components.fleet_list import ACTIONS
 from workbench.ui.fleet_view import FLEET
@@ -36,7 +37,10 @@ def show(services: PageServices) -> None:
         api_version = st.text_input(
             "api-version", key="endpoint_api_version", placeholder="Azure by deployment only"
         )
-        if not st.form_submit_button("Add the endpoint", type="primary"):
+        refused = who.lacks()
+        if not st.form_submit_button(
+            "Add the endpoint", type="primary", help=refused, disabled=refused is not None
+        ):
             return
     given = {"key_env": key_env or None, "model": model or None, "api_version": api_version or None}
 

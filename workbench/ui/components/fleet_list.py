@@ -11,7 +11,7 @@ import streamlit as st
 from workbench.backends.endpoint_kinds import QUIRE
 from workbench.backends.endpoints import Endpoint, Endpoints
 from workbench.fleet.status import DRAINING, READY, Status, drain
-from workbench.ui import formats, markup
+from workbench.ui import formats, markup, who
 from workbench.ui.components import action_state, confirm
 from workbench.ui.fleet_view import DOWN, FLEET, Row
 
@@ -115,7 +115,7 @@ def _drain_button(row: Row) -> None:
         if resume
         else "It takes no more requests; those that run go on. Resume undoes it."
     )
-    if st.button(label, key=f"drain_{endpoint.name}", help=told, disabled=row.state in (DOWN, "asking")):
+    if who.button(label, key=f"drain_{endpoint.name}", help=told, disabled=row.state in (DOWN, "asking")):
         act = partial(drain, endpoint, resume=resume)
         action_state.start(f"{ACTIONS}{endpoint.name}", f"{label} {endpoint.name}", act, forgets=(FLEET,))
         st.rerun()

@@ -9,7 +9,7 @@ from workbench.access.keys import ApiKey, KeyLimits, NewKey
 from workbench.access.principal import Right
 from workbench.errors import WorkbenchError
 from workbench.store import utc_now
-from workbench.ui import formats, markup
+from workbench.ui import formats, markup, who
 from workbench.ui.components import confirm
 from workbench.ui.resources import PageServices
 
@@ -42,6 +42,7 @@ def show(services: PageServices) -> None:
             st.html(as_html(key), width="stretch")
             told = f"Revoke **{key.name}** ({key.id}). Whoever uses it is let in no more, within a second."
             if confirm.show("Revoke", told, f"Revoke {key.name}", key=f"revoke_{key.id}") is not None:
+                who.require()
                 keys.revoke(services.store, key.id)
                 st.rerun()
     if gone := [key for key in found if not key.is_valid(now)]:
@@ -68,9 +69,13 @@ def _form(services: PageServices) -> None:
         days = columns[-1].number_input(
             "Days that it lives", min_value=1, value=None, key="key_days", placeholder="no end"
         )
-        if not st.form_submit_button("Make the key", key="key_make", type="primary"):
+        refused = who.lacks()
+        if not st.form_submit_button(
+            "Make the key", key="key_make", type="primary", help=refused, disabled=refused is not None
+        ):
             return
     try:
+        who.require()
         made = keys.create(services.store, name, chosen, KeyLimits(**given), expires_days=days)
     except WorkbenchError as error:
         st.html(markup.error_panel("No key was made", error))

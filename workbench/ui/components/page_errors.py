@@ -9,17 +9,22 @@ from contextlib import contextmanager
 
 import streamlit as st
 
-from workbench.ui import markup, pace
+from workbench.access.acting import acting_as
+from workbench.ui import markup, pace, who
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Catches what escapes from the block, or from the function that it decorates; Streamlit's own signals pass."""
+    """Catches what escapes from the block, or from the function that it decorates; Streamlit's own signals pass.
+
+    What is done inside is done by who looks at the page (``workbench.access.acting``).
+    """
     pace.yield_to_the_engine()
     try:
-        yield
+        with acting_as(who.principal()):
+            yield
     except Exception:
         number = secrets.token_hex(4)
         log.exception("a page failed, id %s", number)
