@@ -45,6 +45,7 @@ def lag_ms() -> float:
     return (time.monotonic() - started - 0.005) * 1e3
 
 
+@pytest.mark.alone
 @pytest.mark.full
 @pytest.mark.timeout(300)
 def test_the_api_adds_little_to_the_first_token(serve: Any) -> None:

@@ -44,6 +44,7 @@ def hold_whole(streams: list[RawStream], num_tokens: int) -> list[float]:
     return sorted(gaps)
 
 
+@pytest.mark.alone
 @pytest.mark.full
 @pytest.mark.timeout(300)
 def test_five_hundred_streams_on_two_cores(tmp_path: Path) -> None:
