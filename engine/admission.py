@@ -20,6 +20,7 @@ from engine.request import Request
 from engine.request import Sequence as RequestSequence
 from engine.sampling_params import ALL_LOGPROBS, SamplingParams
 
+MAX_TIMEOUT_S = 86_400
 MAX_ROW_VALUES = 2**25  # of the rows of logits that one request may ask for: 128 MiB in float32
 
 
@@ -148,20 +149,23 @@ def make_request(
     compiled: Compiled | None = None,
     priority: int = 0,
     client: str = "",
+    timeout_s: float | None = None,
 ) -> Request:
-    """A checked request with its seed drawn. Safe to call from any thread.
+    """A checked request with its seed drawn. Safe to call from any thread. `timeout_s`: from its arrival on.
 
     Raises:
         InvalidRequestError, PromptTooLongError: naming value, limit and remedy.
     """
     token_ids = _as_token_ids(prompt)
     limits.check(token_ids, params)
+    arrival_ns = time.monotonic_ns() if arrival_ns is None else arrival_ns
     return Request(
         request_id=request_id or uuid4().hex,
         prompt_token_ids=token_ids,
         params=params,
         seed=seeds.getrandbits(63) if params.seed is None else params.seed,
-        arrival_ns=time.monotonic_ns() if arrival_ns is None else arrival_ns,
+        arrival_ns=arrival_ns,
+        deadline_ns=None if timeout_s is None else arrival_ns + _nanoseconds(timeout_s),
         cache_salt=cache_salt,
         priority=priority,
         client=client,
@@ -180,6 +184,15 @@ def make_sequence(request: Request, limits: Limits) -> RequestSequence:
         num_prompt_tokens=num_prompt_tokens,
         max_total_tokens=limits.max_total_tokens(num_prompt_tokens, request.params),
     )
+
+
+def _nanoseconds(timeout_s: float) -> int:
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:  # not a number fails it too
+        raise InvalidRequestError(
+            f"timeout_s={timeout_s!r} is out of range", value=timeout_s, limit=f"above 0, at most {MAX_TIMEOUT_S}",
+            param="timeout_s", remedy="Give seconds, or None for a request that may take what it takes.",
+        )  # fmt: skip
+    return int(timeout_s * 1e9)
 
 
 def _as_token_ids(prompt: Sequence[int]) -> tuple[int, ...]:

@@ -134,7 +134,9 @@ class Engine:
             client_weights=config.client_weights,
             speculator=self._speculator,
         )
-        self._deadlines = QueueDeadlines(config.max_queue_seconds)
+        self._deadlines = QueueDeadlines(
+            config.max_queue_seconds, get=self._scheduler.request, has_begun=self._scheduler.has_begun
+        )
         self._loras = LoraRegistry(lora_store, self._scheduler.loras.num_live)
         self._recorder = Recorder(self._scheduler)
         self._outbox = Outbox(self._recorder)
@@ -160,11 +162,13 @@ class Engine:
         compiled: Compiled | None = None,
         priority: int = 0,
         client: str = "",
+        timeout_s: float | None = None,
     ) -> Request:
         """A checked request with its seed drawn; it is not queued yet. Safe to call from any thread.
 
         `lora`: the name of a loaded adapter; None: the base alone. `compiled`: what ``grammars.grammar_of(params)`` gave; None: it is
-        asked here. `priority`: lower runs earlier. `client`: who gets a fair share of what others get too.
+        asked here. `priority`: lower runs earlier. `client`: who gets a fair share of what others get too. `timeout_s`: since
+        `arrival_ns`, when it ends with TIMEOUT, whether it runs or waits; None: it may take what it takes.
 
         Raises:
             InvalidRequestError, PromptTooLongError: naming value, limit and remedy.
@@ -176,6 +180,7 @@ class Engine:
             prompt_token_ids, with_bad_word_ids(params, self.tokenizer), self._limits, self._seeds, request_id=request_id,
             cache_salt=cache_salt, lora=None if lora is None else self._loras.get(lora), arrival_ns=arrival_ns,
             compiled=compiled or self.grammars.grammar_of(params), priority=priority, client=client,
+            timeout_s=timeout_s,
         )  # fmt: skip
 
     def add(self, request: Request) -> None:
@@ -216,13 +221,13 @@ class Engine:
             self._outbox.put_end(seq, FinishReason.ABORT, reason, time.monotonic_ns())
 
     def _end_overdue(self) -> None:
-        """End requests that have waited for their turn for too long."""
+        """End requests that have waited for their turn for too long, or whose deadline is over."""
         now_ns = time.monotonic_ns()
-        for seq in self._deadlines.take_overdue(now_ns, self._scheduler.get):
-            waited_s = (now_ns - seq.request.arrival_ns) / 1e9
-            why = f"it waited {waited_s:.1f} s for its turn, at most {self.config.max_queue_seconds:g} s are allowed"
+        for overdue in self._deadlines.take_overdue(now_ns):
+            seq = self._scheduler.get(overdue.request_id)
+            assert seq is not None, f"{overdue.request_id} is overdue and has ended"
             self._scheduler.finish(seq, FinishReason.TIMEOUT)
-            self._outbox.put_end(seq, FinishReason.TIMEOUT, why, now_ns)
+            self._outbox.put_end(seq, FinishReason.TIMEOUT, overdue.why, now_ns)
 
     @property
     def backlog(self) -> Backlog:

@@ -20,7 +20,7 @@ class FinishReason(str, enum.Enum):
     LENGTH = "length"  # max_tokens or the context's end
     ABORT = "abort"  # the caller, or the caller's connection, went away
     ERROR = "error"  # the step that served it failed
-    TIMEOUT = "timeout"  # it waited too long for its turn
+    TIMEOUT = "timeout"  # it waited too long for its turn, or its own deadline was over
 
     @property
     def is_failure(self) -> bool:
@@ -43,6 +43,9 @@ class Request:
     params: SamplingParams
     seed: int = 0  # always set: the caller's, or drawn by the engine
     arrival_ns: int = 0  # time.monotonic_ns() at submission
+    deadline_ns: int | None = (
+        None  # when it ends with TIMEOUT, as far as it is; None: it may take what it takes
+    )
     cache_salt: str = ""  # requests share prefix blocks only under the same salt
     priority: int = 0  # lower runs earlier; ties by the clients' shares, then by arrival
     client: str = ""  # whom it counts for: clients get equal or weighted shares

@@ -30,7 +30,7 @@ from engine.lora_queue import LoraQueue
 from engine.plan import RowAdmission, StepPlan, StepResult
 from engine.plan_builder import PlanBuilder
 from engine.planned_step import Chunk, Commit, Finish, PlannedStep, PooledPart, PromptLogprobs
-from engine.request import FinishReason, Sequence, SequenceStatus
+from engine.request import FinishReason, Request, Sequence, SequenceStatus
 from engine.request_queue import RequestQueue
 from engine.speculation import Speculator
 
@@ -93,6 +93,16 @@ class Scheduler:
     def get(self, request_id: str) -> Sequence | None:
         """The live sequence of that request."""
         return self._live.get(request_id)
+
+    def request(self, request_id: str) -> Request | None:
+        """The live request of that id."""
+        seq = self._live.get(request_id)
+        return None if seq is None else seq.request
+
+    def has_begun(self, request: Request) -> bool:
+        """Whether a live request runs, or ran before it was put back."""
+        seq = self._live[request.request_id]
+        return seq.status is not SequenceStatus.WAITING or seq.epoch > 0
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a live sequence now: its blocks and row are free for the next plan, results in flight are dropped."""

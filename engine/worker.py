@@ -177,6 +177,7 @@ class EngineWorker:
         arrival_ns: int | None = None,
         priority: int = 0,
         client: str = "",
+        timeout_s: float | None = None,
     ) -> RequestStream:
         """Queue a request; tokenization and all checks happen here, in the caller's thread.
 
@@ -185,6 +186,7 @@ class EngineWorker:
         `arrival_ns`: when it reached the server (``time.monotonic_ns``), where that was before this call: its TTFT counts
         from there.
         `priority`: lower runs earlier. `client`: whom it counts for; clients get fair shares.
+        `timeout_s`: since `arrival_ns`, when it ends with TIMEOUT and what it has, whether it runs or waits.
 
         Raises:
             InvalidRequestError: the request can never run, or its id is in use.
@@ -194,7 +196,16 @@ class EngineWorker:
         token_ids, compiled = self._prompt_ids(prompt), self._grammar_of(params)
         with self._lock:
             stream = self._open_stream(
-                token_ids, params, request_id, cache_salt, lora, arrival_ns, compiled, priority, client
+                token_ids,
+                params,
+                request_id,
+                cache_salt,
+                lora,
+                arrival_ns,
+                compiled,
+                priority,
+                client,
+                timeout_s,
             )
             return self._queue([stream])[0]
 
@@ -228,6 +239,7 @@ class EngineWorker:
         arrival_ns: int | None = None,
         priority: int = 0,
         client: str = "",
+        timeout_s: float | None = None,
     ) -> list[RequestStream]:
         """Queue requests together: all are checked before any runs, and the first step sees all of them.
 
@@ -254,7 +266,7 @@ class EngineWorker:
             return self._queue(
                 [
                     self._open_stream(
-                        ids, one, name, cache_salt, lora, arrival_ns, compiled, priority, client
+                        ids, one, name, cache_salt, lora, arrival_ns, compiled, priority, client, timeout_s
                     )
                     for (ids, one, lora, compiled), name in zip(each, names, strict=True)
                 ]
@@ -271,6 +283,7 @@ class EngineWorker:
         compiled: Compiled | None = None,
         priority: int = 0,
         client: str = "",
+        timeout_s: float | None = None,
     ) -> RequestStream:
         self._refuse_if_dead()
         if request_id is not None and request_id in self._hub:
@@ -283,7 +296,7 @@ class EngineWorker:
         assert self._engine is not None
         request = self._engine.make_request(
             token_ids, params, request_id=request_id, cache_salt=cache_salt, lora=lora, arrival_ns=arrival_ns,
-            compiled=compiled, priority=priority, client=client,
+            compiled=compiled, priority=priority, client=client, timeout_s=timeout_s,
         )  # fmt: skip
         detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens) if self.tokenizer else None
         return RequestStream(request, self._hub, detokenizer, self.abort)

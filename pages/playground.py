@@ -104,7 +104,8 @@ def _actions(versions: Versions, conversation: Conversation, controls: Controls)
             if messages and fleet_view.endpoint_of(model, resources.services()) is None
         }
         if controls.params and asked:
-            copy_code.show(asked, controls.params, controls.tools or conversation.tools)
+            tools = controls.tools or conversation.tools
+            copy_code.show(asked, controls.params, tools, needs_key=resources.asks_for_keys())
 
 
 def _last_request(conversation: Conversation, model: str, controls: Controls) -> list[dict[str, Any]]:

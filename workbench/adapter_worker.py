@@ -66,12 +66,13 @@ class AdapterWorker(EngineWorker):
         arrival_ns: int | None = None,
         priority: int = 0,
         client: str = "",
+        timeout_s: float | None = None,
     ) -> RequestStream:
         """As the engine's worker does, with this adapter unless `lora` names another one."""
         self._refuse_if_gone()
         return self._on.submit(
             prompt, params, request_id=request_id, cache_salt=cache_salt, lora=lora or self.lora, arrival_ns=arrival_ns,
-            priority=priority, client=client,
+            priority=priority, client=client, timeout_s=timeout_s,
         )  # fmt: skip
 
     def submit_all(
@@ -85,13 +86,14 @@ class AdapterWorker(EngineWorker):
         arrival_ns: int | None = None,
         priority: int = 0,
         client: str = "",
+        timeout_s: float | None = None,
     ) -> list[RequestStream]:
         """As the engine's worker does, with this adapter where `loras` names none."""
         self._refuse_if_gone()
         each = [lora or self.lora for lora in loras or [None] * len(prompts)]
         return self._on.submit_all(
             prompts, params, loras=each, request_ids=request_ids, cache_salt=cache_salt, arrival_ns=arrival_ns,
-            priority=priority, client=client,
+            priority=priority, client=client, timeout_s=timeout_s,
         )  # fmt: skip
 
     @property

@@ -16,6 +16,7 @@ from workbench.access.logins import Logins
 from workbench.alias_watcher import AliasWatcher, Lookup, registry_lookup
 from workbench.errors import WorkbenchError
 from workbench.limits import LimitKeeper, LimitStore
+from workbench.observe.feedback_keeper import FeedbackKeeper
 from workbench.observe.retention import RetentionKeeper
 from workbench.observe.trace_export import Destination, destinations
 from workbench.settings import Settings
@@ -51,6 +52,7 @@ class Services:
         self._watcher: AliasWatcher | None = None
         self._keeper: LimitKeeper | None = None
         self._retention: RetentionKeeper | None = None
+        self._feedback: FeedbackKeeper | None = None
         self._lock = threading.Lock()
 
     def open(self) -> None:
@@ -100,10 +102,12 @@ class Services:
         assert self.store is not None
         self._retention = RetentionKeeper(self.settings.home_dir, self.store, self.settings.retention_days)
         self._retention.start()
+        self._feedback = FeedbackKeeper.of(self.settings, self.store)
+        self._feedback.start()
 
     def stop(self) -> None:
         """End the threads that work by themselves: limits, the alias watcher, and the jobs with their processes."""
-        for part in (self._retention, self._keeper, self._watcher, self._runner):
+        for part in (self._feedback, self._retention, self._keeper, self._watcher, self._runner):
             if part is not None:
                 part.close()
 

@@ -24,6 +24,7 @@ from engine.errors import ConfigError, EngineDeadError, InvalidRequestError
 from engine.grammar import Compiled, GrammarCompiler
 from engine.lora import Lora, LoraWeights
 from engine.pooling import ModelPooling, Pooling, Vector
+from engine.queue_deadlines import QueueDeadlines
 from engine.queue_limit import Backlog
 from engine.records import EngineStats, MemoryLedger, RequestRecord, StepRecord, StreamDelta
 from engine.request import FinishReason, Request
@@ -71,6 +72,9 @@ class EncoderEngine(Engine):
         self._budget, self._most = config.max_batched_tokens, config.max_num_seqs
         self._seeds = Random(config.seed)
         self._waiting: dict[str, Request] = {}  # oldest first
+        self._deadlines = QueueDeadlines(
+            config.max_queue_seconds, get=self._waiting.get, has_begun=lambda request: False
+        )
         self._deltas: list[StreamDelta] = []
         self._records: list[RequestRecord] = []
         self._num_waiting_tokens = 0
@@ -91,6 +95,7 @@ class EncoderEngine(Engine):
         compiled: Compiled | None = None,
         priority: int = 0,
         client: str = "",
+        timeout_s: float | None = None,
     ) -> Request:
         """A checked request; it is not queued yet. Safe to call from any thread.
 
@@ -105,7 +110,7 @@ class EncoderEngine(Engine):
             raise self._no_adapters(lora)
         return admission.make_request(
             prompt_token_ids, params, self._limits, self._seeds, request_id=request_id, cache_salt=cache_salt,
-            arrival_ns=arrival_ns, priority=priority, client=client,
+            arrival_ns=arrival_ns, priority=priority, client=client, timeout_s=timeout_s,
         )  # fmt: skip
 
     def add(self, request: Request) -> None:
@@ -118,6 +123,7 @@ class EncoderEngine(Engine):
             )  # fmt: skip
         self._waiting[request.request_id] = request
         self._num_waiting_tokens += len(request.prompt_token_ids)
+        self._deadlines.add(request)
 
     def abort(self, request_id: str, reason: str | None = None) -> None:
         """End a request that waits; its last delta comes with the next step. Others are ignored."""
@@ -151,15 +157,11 @@ class EncoderEngine(Engine):
         return output
 
     def _end_overdue(self) -> None:
-        """End requests that have waited for too long; the oldest are the first."""
-        longest_s, now_ns = self.config.max_queue_seconds, time.monotonic_ns()
-        while longest_s is not None and self._waiting:
-            request = next(iter(self._waiting.values()))
-            waited_s = (now_ns - request.arrival_ns) / 1e9
-            if waited_s < longest_s:
-                break
-            why = f"it waited {waited_s:.1f} s for its turn, at most {longest_s:g} s are allowed"
-            self._end(self._waiting.pop(request.request_id), FinishReason.TIMEOUT, now_ns, error=why)
+        """End requests that have waited for too long, or whose deadline is over."""
+        now_ns = time.monotonic_ns()
+        for overdue in self._deadlines.take_overdue(now_ns):
+            request = self._waiting.pop(overdue.request_id)
+            self._end(request, FinishReason.TIMEOUT, now_ns, error=overdue.why)
 
     def _next_batch(self) -> list[Request]:
         """The oldest request and those nearest to it in length, within the budget; they wait no more."""

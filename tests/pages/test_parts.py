@@ -188,6 +188,19 @@ def test_python_carries_the_whole_request():
     assert {**given, **extra} == WHOLE
 
 
+def test_where_keys_are_asked_for_the_code_takes_one_from_the_environment():
+    base = "http://127.0.0.1:1/v1"
+    code = copy_code.as_python(base, "m", MESSAGES, PARAMS, needs_key=True)
+    assert "os.environ['QUIRE_API_KEY']" in ast.unparse(ast.parse(code))
+    assert "import os" in code
+    assert "none" not in code.split("answer =")[0]
+    shell = copy_code.as_curl(base, "m", MESSAGES, PARAMS, needs_key=True)
+    words = shlex.split(shell.replace("\\\n", ""))
+    assert "Authorization: Bearer $QUIRE_API_KEY" in words
+    assert json.loads(words[words.index("-d") + 1]) == WHOLE
+    assert '"Authorization: Bearer $QUIRE_API_KEY"' in shell, "the shell fills it in"
+
+
 def test_defaults_are_left_out_of_the_code():
     assert copy_code.settings(SamplingParams(max_tokens=None)) == {"temperature": 1.0}
 

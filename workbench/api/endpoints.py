@@ -23,6 +23,7 @@ from workbench.api.generation import GenerationResponse, submit_choices
 from workbench.api.intake import read_json, take_request_id
 from workbench.api.schema import ChatRequest, CompletionRequest, Message, parse
 from workbench.api.split_entry import route_entry, split_entry
+from workbench.api.timeout import take_timeout
 from workbench.api.tools import offered_tools
 from workbench.api.wire import ChatWire, CompletionWire, Head, Wire
 from workbench.chat_output.syntax import find_calls
@@ -57,12 +58,12 @@ class Endpoints:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         arrival_ns = time.monotonic_ns()
-        request_id = take_request_id(request)
+        request_id, timeout_s = take_request_id(request), take_timeout(request)
         body = parse(ChatRequest, await read_json(request, self._max_body_bytes))
         return await on_current_worker(
             self._host,
             body.model,
-            lambda worker: self.start_chat(worker, body, request_id, arrival_ns),
+            lambda worker: self.start_chat(worker, body, request_id, arrival_ns, timeout_s),
             user=body.user or body.safety_identifier,
             metadata=body.metadata,
         )
@@ -70,12 +71,12 @@ class Endpoints:
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions."""
         arrival_ns = time.monotonic_ns()
-        request_id = take_request_id(request)
+        request_id, timeout_s = take_request_id(request), take_timeout(request)
         body = parse(CompletionRequest, await read_json(request, self._max_body_bytes))
         return await on_current_worker(
             self._host,
             body.model,
-            lambda worker: self._start_completion(worker, body, request_id, arrival_ns),
+            lambda worker: self._start_completion(worker, body, request_id, arrival_ns, timeout_s),
             user=body.user or body.safety_identifier,
             metadata=body.metadata,
         )
@@ -86,6 +87,7 @@ class Endpoints:
         body: ChatRequest,
         request_id: str,
         arrival_ns: int,
+        timeout_s: float | None,
         wire_for: Callable[[TokenizerLike], Wire] | None = None,
     ) -> Response:
         """A conversation's answer, running. `wire_for`: another format than that of chat completions, which tells the usage."""
@@ -118,7 +120,7 @@ class Endpoints:
         choices = submit_choices(  # the last thing that can refuse: nothing runs that is not answered
             worker, [prompt], params, request_id=request_id,
             cache_salt=body.cache_salt or "", priority=body.priority or 0, client=client_of(body), arrival_ns=arrival_ns,
-            answer_log=answer_log,
+            timeout_s=timeout_s, answer_log=answer_log,
             syntax=syntax, include_reasoning=body.include_reasoning is not False,
         )  # fmt: skip
         return GenerationResponse(
@@ -128,7 +130,12 @@ class Endpoints:
         )  # fmt: skip
 
     async def _start_completion(
-        self, worker: EngineWorker, body: CompletionRequest, request_id: str, arrival_ns: int
+        self,
+        worker: EngineWorker,
+        body: CompletionRequest,
+        request_id: str,
+        arrival_ns: int,
+        timeout_s: float | None,
     ) -> Response:
         worker.pooling.require_generation()
         tokenizer = tokenizer_of(worker)
@@ -153,7 +160,7 @@ class Endpoints:
         choices = submit_choices(
             worker, prompts, params, request_id=request_id,
             cache_salt=body.cache_salt or "", priority=body.priority or 0, client=client_of(body), arrival_ns=arrival_ns,
-            answer_log=answer_log, echoes=echoes,
+            timeout_s=timeout_s, answer_log=answer_log, echoes=echoes,
         )  # fmt: skip
         return GenerationResponse(
             choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage,

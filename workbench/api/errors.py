@@ -105,7 +105,7 @@ class RequestAbortedError(WorkbenchError):
 
 
 class QueueTimeoutError(WorkbenchError):
-    """The request waited longer for its turn than this server lets requests wait."""
+    """The request waited longer for its turn than this server lets requests wait, or had no output when its own time was over."""
 
     code = "queue_timeout"
 

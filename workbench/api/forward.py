@@ -15,6 +15,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from math import ceil
 from typing import Any
 
 import httpx
@@ -25,6 +26,8 @@ from engine.errors import EngineError
 from workbench.api.disconnect import ClientGone, unless_gone
 from workbench.api.errors import error_body, error_response
 from workbench.api.intake import read_json, take_request_id
+from workbench.api.timeout import HEADER as TIMEOUT
+from workbench.api.timeout import take_timeout
 from workbench.backends.discovery import client_of
 from workbench.backends.endpoints import Endpoint, Endpoints
 from workbench.errors import NotReadyError, WorkbenchError
@@ -88,8 +91,10 @@ class Forwarder:
             return
         request_id = take_request_id(request)
         try:
+            timeout_s = take_timeout(request)
             await unless_gone(
-                Request(scope, receive), self._forward(route, body, request_id, scope["path"], send)
+                Request(scope, receive),
+                self._forward(route, body, request_id, timeout_s, scope["path"], send),
             )
         except ClientGone:
             return
@@ -97,20 +102,35 @@ class Forwarder:
             await error_response(error, request_id)(scope, receive, send)
 
     async def _forward(
-        self, route: Route, body: dict[str, Any], request_id: str, path: str, send: Send
+        self,
+        route: Route,
+        body: dict[str, Any],
+        request_id: str,
+        timeout_s: float | None,
+        path: str,
+        send: Send,
     ) -> None:
-        """Try the route's targets in order. Raises NoInstanceError, or what the last one refused with, before any byte."""
+        """Try the route's targets in order, as long as the client has time.
+
+        Raises NoInstanceError, or what the last one refused with, before any byte.
+        """
+        until = None if timeout_s is None else time.monotonic() + timeout_s
         await self._fleet.fresh()
         sub_path = next(each for each in PATHS if path.endswith(each))
         prefix = prefix_of(_text_of(body))
         refused: httpx.Response | None = None
         for target in self._router.order(route, prefix):
             self._router.began(target, prefix)
+            headers = {"x-request-id": request_id}
+            if until is not None:
+                headers[TIMEOUT] = str(max(1, ceil((until - time.monotonic()) * 1000)))
             try:
-                async with self._fleet.ask(target, sub_path, body, request_id) as answer:
+                async with self._fleet.ask(target, sub_path, body, headers) as answer:
                     if answer.status_code in _ELSEWHERE:
                         await answer.aread()
                         refused = answer
+                        if until is not None and time.monotonic() >= until:
+                            break  # it is the client whose time is over: nothing is wrong with the instance
                         self._router.failed(target.endpoint, f"answered {answer.status_code}")
                         continue
                     await self._pass_on(answer, target, send)
@@ -186,7 +206,7 @@ class _Fleet:
 
     @contextlib.asynccontextmanager
     async def ask(
-        self, target: Target, path: str, body: dict[str, Any], request_id: str
+        self, target: Target, path: str, body: dict[str, Any], passed_on: dict[str, str]
     ) -> AsyncIterator[httpx.Response]:
         """Send a request; its answer's head. Raises _NotBegunError."""
         endpoint = self._by_name.get(target.endpoint)
@@ -199,7 +219,7 @@ class _Fleet:
         try:
             headers = {
                 **endpoint.headers(),
-                "x-request-id": request_id,
+                **passed_on,
                 ROUTED: "1",
                 "accept-encoding": "identity",
             }

@@ -55,6 +55,12 @@ if TYPE_CHECKING:
     from engine.worker import EngineWorker
 
 
+# OpenAI's reasons; an output that the caller's own timeout cut is told apart by its stop_reason.
+_TOLD: dict[FinishReason | None, str | None] = {
+    None: None,
+    **{reason: reason.value for reason in FinishReason},
+    FinishReason.TIMEOUT: "length",
+}
 _MAX_WRITE_BYTES = 65536  # of several events; behind it the reader's own speed is heeded
 PLAIN = OutputSyntax()
 NO_LOG = AnswerLog(None)
@@ -122,8 +128,8 @@ class Choice:
             logprobs=delta.logprobs,
             text_offset=self.num_chars,
             is_first=not self.started,
-            finish_reason=delta.finish_reason.value if delta.finish_reason is not None else None,
-            stop_reason=delta.stop_reason,
+            finish_reason=_TOLD.get(delta.finish_reason),
+            stop_reason="timeout" if delta.finish_reason is FinishReason.TIMEOUT else delta.stop_reason,
         )
         if not self.started and self.echo is not None:
             part.text = self.echo + part.text
@@ -179,12 +185,14 @@ def submit_choices(
     arrival_ns: int | None = None,
     priority: int = 0,
     client: str = "",
+    timeout_s: float | None = None,
     syntax: OutputSyntax = PLAIN,
     include_reasoning: bool = True,
     answer_log: AnswerLog | None = None,
     echoes: Sequence[str] | None = None,
 ) -> list[Choice]:
-    """Submit a request for each of a prompt's ``params.each()``; all of them or none. `arrival_ns`: when the request came in.
+    """Submit a request for each of a prompt's ``params.each()``; all of them or none. `arrival_ns`: when the request came in;
+    `timeout_s`: what it may take from then on.
 
     `echoes`: what the answers to each prompt begin with.
     """
@@ -196,7 +204,7 @@ def submit_choices(
     with answer_log.expected(engine_ids), costs:
         streams = worker.submit_all(
             prompts, [params] * len(prompts), request_ids=engine_ids, cache_salt=cache_salt, arrival_ns=arrival_ns,
-            priority=priority, client=client_in_use(client),
+            priority=priority, client=client_in_use(client), timeout_s=timeout_s,
         )  # fmt: skip
     return [
         Choice(
@@ -284,8 +292,9 @@ class GenerationResponse(Response):
         try:
             completions = await asyncio.gather(*(choice.stream.aresult() for choice in self._choices))
             await self._logged()
+            has_output = any(completion.token_ids for completion in completions)
             for completion in completions:
-                _raise_if_failed(completion.finish_reason, completion.error)
+                raise_if_failed(completion.finish_reason, completion.error, has_output=has_output)
         except (EngineError, WorkbenchError) as error:
             if not self._gone:
                 await error_response(error, self._request_id)(scope, receive, send)
@@ -335,7 +344,8 @@ class GenerationResponse(Response):
         try:
             async for delta in choice.stream:
                 if delta.finish_reason is not None:
-                    _raise_if_failed(delta.finish_reason, delta.error)
+                    has_output = bool(choice.num_tokens or delta.token_ids)
+                    raise_if_failed(delta.finish_reason, delta.error, has_output=has_output)
                 unsent += self._wire.chunk(choice.part(delta))
                 if choice.stream.has_more and len(unsent) < _MAX_WRITE_BYTES:
                     continue
@@ -368,15 +378,16 @@ class GenerationResponse(Response):
         return usage
 
 
-def _raise_if_failed(reason: FinishReason, error: str | None) -> None:
+def raise_if_failed(reason: FinishReason, error: str | None, *, has_output: bool = False) -> None:
+    """Raise what an answer tells of a request that failed. `has_output`: one whose time was over is answered with what there is."""
     if reason is FinishReason.ERROR:
         raise RequestFailedError(
             f"the step that served this request failed: {error}", value=error,
             remedy="Send it again; if it fails again, the server's log has the cause.",
         )  # fmt: skip
-    if reason is FinishReason.TIMEOUT:
+    if reason is FinishReason.TIMEOUT and not has_output:
         raise QueueTimeoutError(
-            f"the request was not begun: {error}",
+            f"the request has no output: {error}",
             value=error,
             remedy="The server is busy; send it again later.",
         )

@@ -23,6 +23,7 @@ from starlette.responses import Response
 from workbench.access.principal import Right
 from workbench.api import answers, load, responses_schema, schema
 from workbench.api.auth import rights_for
+from workbench.api.timeout import HEADER, MAX_TIMEOUT_MS
 
 _STATUSES = {
     400: "The request cannot be answered as it is: `param` names what is meant, the message the limit and the remedy.",
@@ -70,6 +71,12 @@ class Operation:
 _MODEL = (404, 503)
 _QUEUE = (404, 429, 503)
 _CHUNKS = '`data: {…}` for each chunk, then `data: [DONE]`; an error in between is `data: {"error": …}`.'
+_TIMEOUT = {
+    "name": HEADER, "in": "header", "required": False,
+    "schema": {"type": "integer", "minimum": 1, "maximum": MAX_TIMEOUT_MS},
+    "description": "Milliseconds from its arrival after which the request ends: with 503 while it has no output, else with what it has,"
+    " `finish_reason` \"length\" and `stop_reason` \"timeout\".",
+}  # fmt: skip
 _RERANK = "Documents by relevance to a query, the best first"
 OPERATIONS = (
     Operation("post", "/v1/chat/completions", "An answer to a conversation", answers.ChatCompletion,
@@ -164,6 +171,8 @@ def _operation(each: Operation) -> dict[str, Any]:
         made["security"] = [{"api_key": []}, {}]
     if each.body is not None:
         made["requestBody"] = {"required": True, "content": {_JSON: _ref(each.body)}}
+    if each.refusals == _QUEUE:
+        made["parameters"] = [_TIMEOUT]
     if "{" in each.path:
         made["parameters"] = [
             {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}

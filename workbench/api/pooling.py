@@ -30,13 +30,16 @@ from engine.embedding import (
     search_pairs,
 )
 from engine.pooling import PoolingParams, Vector
+from engine.request import FinishReason
 from workbench.access.limits import Cost, client_in_use, reserved
 from workbench.api.answer_log import AnswerLog
 from workbench.api.disconnect import unless_gone
 from workbench.api.endpoints import on_current_worker
 from workbench.api.errors import json_response
+from workbench.api.generation import raise_if_failed
 from workbench.api.intake import read_json, take_request_id
 from workbench.api.schema import Body, EmbeddingRequest, RerankRequest, ScoreRequest, parse
+from workbench.api.timeout import take_timeout
 from workbench.errors import ApiError
 from workbench.host import EngineHost
 from workbench.settings import Settings
@@ -111,8 +114,9 @@ class PoolingRoutes:
 
     async def _read(self, request: Request, kind: type[Body]) -> tuple[Body, Call]:
         arrival_ns, request_id = time.monotonic_ns(), take_request_id(request)
+        timeout_s = take_timeout(request)
         body = parse(kind, await read_json(request, self._max_body_bytes))
-        return body, Call(request, request_id, arrival_ns, getattr(body, "user", None))
+        return body, Call(request, request_id, arrival_ns, getattr(body, "user", None), timeout_s)
 
     def _answer(self, call: Call, model: str | None, content: dict[str, Any], num_tokens: int) -> Response:
         body = {
@@ -133,6 +137,7 @@ class Call:
     request_id: str
     arrival_ns: int
     user: str | None = None  # whose it is, as the caller says
+    timeout_s: float | None = None  # that it may take from its arrival on
 
 
 class Pool:
@@ -198,6 +203,9 @@ class Pool:
             completions = await unless_gone(call.request, results())
             answer_log.ended(completions)
             await answer_log.written()
+            for completion in completions:
+                if completion.finish_reason is FinishReason.TIMEOUT:
+                    raise_if_failed(completion.finish_reason, completion.error)
             return await asyncio.to_thread(found, worker, completions)
 
         return await on_current_worker(self._host, model, start, user=call.user)
@@ -210,7 +218,8 @@ def _submit(worker: EngineWorker, asked: Asked, call: Call, answer_log: AnswerLo
     costs = reserved(lambda: [Cost(*pair, 0) for pair in zip(engine_ids, map(len, requests.prompts))])
     with answer_log.expected(engine_ids), costs:
         return worker.submit_all(
-            requests.prompts, requests.params, request_ids=engine_ids, arrival_ns=call.arrival_ns, client=client_in_use()
+            requests.prompts, requests.params, request_ids=engine_ids, arrival_ns=call.arrival_ns, client=client_in_use(),
+            timeout_s=call.timeout_s,
         )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from workbench.api.responses_schema import (
 )
 from workbench.api.responses_wire import ResponsesWire
 from workbench.api.schema import ChatRequest, parse
+from workbench.api.timeout import take_timeout
 from workbench.errors import ApiError
 from workbench.host import EngineHost
 from workbench.settings import Settings
@@ -70,7 +71,7 @@ class ResponsesRoute:
     async def create(self, request: Request) -> Response:
         """POST /v1/responses."""
         arrival_ns = time.monotonic_ns()
-        request_id = take_request_id(request)
+        request_id, timeout_s = take_request_id(request), take_timeout(request)
         body = parse(ResponsesRequest, await read_json(request, self._max_body_bytes), UNSERVED)
         head = self._endpoints.head("resp_", request_id, body.model)
 
@@ -78,7 +79,7 @@ class ResponsesRoute:
             return ResponsesWire(head, told_again(body), tokenizer.token_text, wants_logprobs=_logprobs(body))
 
         async def start(worker: EngineWorker) -> Response:
-            return await self._endpoints.start_chat(worker, chat, request_id, arrival_ns, wire)
+            return await self._endpoints.start_chat(worker, chat, request_id, arrival_ns, timeout_s, wire)
 
         with _named_as_here():
             chat = chat_request(body)

@@ -2,8 +2,8 @@
 
 `record` answers only when the row is on the disk, so a vote that was acknowledged is never lost, whether MLflow is up or not.
 One person has one opinion of each kind on a request: saying it again replaces it and sends it again. `flush` puts what was
-not sent yet onto the request's MLflow trace, with a human source; feedback on requests without a trace stays and is tried
-again later.
+not sent yet onto the request's MLflow trace, with a human source; feedback on requests without a trace, of which none can be
+made either, stays and is tried again later. When, is `feedback_keeper`'s affair.
 
 Boundary: rows and their way to MLflow. Who may vote is the API's affair; whether the request existed is not checked here.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -132,20 +132,30 @@ def summary(store: Store) -> FeedbackSummary:
     )
 
 
-def flush(store: Store, client: Any, *, limit: int = 200) -> int:
+def flush(
+    store: Store,
+    client: Any,
+    *,
+    make_trace: Callable[[str], bool] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    page: int = 200,
+) -> int:
     """Put unsent feedback onto the MLflow traces of its requests; how many were sent.
 
-    A trace is found by its client request id, or by the tag that traces of `trace_export` have. Feedback without a trace stays unsent, and so does what MLflow refuses. Sending
-    twice (a crash between MLflow's answer and our mark) replaces the assessment instead of adding one. `client` is an
-    MlflowClient. Slow: not for an event loop. Raises StoreError.
+    A trace is found by its client request id, or by the tag that traces of `trace_export` have; where there is none, `make_trace`
+    may make it from the request's id, and says whether it did. Feedback without a trace stays unsent and is in nobody's way, and so
+    does what MLflow refuses. Sending twice (a crash between MLflow's answer and our mark) replaces the assessment instead of adding
+    one. `client` is an MlflowClient; `stopping` is asked before each. Slow: not for an event loop. Raises StoreError.
     """
-    query = sa.select(outbox).where(outbox.c.sent_at.is_(None)).order_by(outbox.c.id).limit(limit)
-    with store.read() as connection:
-        unsent = [_feedback(row) for row in connection.execute(query).mappings()]
     sent = 0
-    for item in unsent:
+    for item in _unsent(store, page):
+        if stopping():
+            break
         try:
-            if not _send(client, item):
+            was_sent = _send(client, item)
+            if not was_sent and make_trace is not None and make_trace(item.request_id):
+                was_sent = _send(client, item)
+            if not was_sent:
                 continue
         except Exception as error:  # noqa: BLE001 - MLflow raises its own, HTTP's and the database's; all mean: later
             log.warning("feedback was not sent to MLflow, it stays in the outbox: %s", error)
@@ -157,6 +167,26 @@ def flush(store: Store, client: Any, *, limit: int = 200) -> int:
             )
         sent += 1
     return sent
+
+
+def num_unsent(store: Store) -> int:
+    """What waits in the outbox. Raises StoreError."""
+    query = sa.select(sa.func.count()).select_from(outbox).where(outbox.c.sent_at.is_(None))
+    with store.read() as connection:
+        return int(connection.execute(query).scalar_one())
+
+
+def _unsent(store: Store, page: int) -> Iterator[Feedback]:
+    """All of it, the oldest first, read page by page."""
+    last = 0
+    while True:
+        query = sa.select(outbox).where(outbox.c.sent_at.is_(None), outbox.c.id > last)
+        with store.read() as connection:
+            rows = connection.execute(query.order_by(outbox.c.id).limit(page)).mappings().all()
+        if not rows:
+            return
+        last = rows[-1]["id"]
+        yield from map(_feedback, rows)
 
 
 def _send(client: Any, item: Feedback) -> bool:

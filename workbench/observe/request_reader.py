@@ -50,6 +50,25 @@ def read(home_dir: Path, *, since: datetime | str | None = None, limit: int | No
     return _newest(table, earliest, limit)
 
 
+def rows_of(home_dir: Path, request_id: str) -> list[dict[str, Any]]:
+    """What is logged of one request, as `request_writer` writes rows; empty where it is not, or no more. Reads file by file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = segments.folder_of(home_dir)
+    fresh = [
+        row for rows in _journal_rows(folder).values() for row in rows if row["request_id"] == request_id
+    ]
+    tables = [segments.to_table(fresh)]
+    for path in segments.parquet_files(folder):
+        tables.append(pq.read_table(path, schema=_schema(), filters=[("request_id", "=", request_id)]))
+    table = _each_once(pa.concat_tables(tables))
+    for name in ("arrived_at", "finished_at"):  # microseconds, as in a journal
+        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.int64()))
+    found: list[dict[str, Any]] = table.to_pylist()
+    return found
+
+
 def _journal_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for path in segments.journals(folder):

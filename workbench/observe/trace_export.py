@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import ReadableSpan
 
     from workbench.settings import Settings
@@ -153,6 +154,53 @@ class Destination:
         return True
 
 
+def trace_maker(settings: Settings) -> Callable[[str], bool]:
+    """Makes the MLflow trace of a logged request that was not sampled; whether the log had it.
+
+    Raises, when called: ConnectionError, or httpx.HTTPError: MLflow does not take it.
+    """
+
+    def make(request_id: str) -> bool:
+        from workbench.observe.request_reader import rows_of
+
+        rows = rows_of(settings.home_dir, request_id)
+        if not rows:
+            return False
+        spans_for = _mlflow_spans(settings)
+        exporter = mlflow_exporter(settings.mlflow_url)
+        try:
+            if exporter.export([span for row in rows for span in spans_for(row)]).name != "SUCCESS":
+                raise ConnectionError(f"MLflow takes no trace of {request_id}")
+        finally:
+            exporter.shutdown()
+        return True
+
+    return make
+
+
+def _mlflow_spans(settings: Settings) -> Callable[[Row], Sequence[ReadableSpan]]:
+    """A row as a trace that MLflow finds by the request's id."""
+    from workbench.observe.trace_spans import spans_of
+
+    resource, server = _resource(), _server(settings)
+    return lambda row: tuple(
+        spans_of(row, resource, {**server, "mlflow.traceTag.request_id": row["request_id"]})
+    )
+
+
+def _resource() -> Resource:
+    from opentelemetry.sdk.resources import Resource
+
+    from workbench.build_info import build_info
+
+    name = os.environ.get("OTEL_SERVICE_NAME", "quire")  # the SDK would take it for less than our default
+    return Resource.create({"service.name": name, "service.version": build_info()["version"]})
+
+
+def _server(settings: Settings) -> dict[str, Any]:
+    return {"server.address": settings.host, "server.port": settings.port}
+
+
 def destinations(settings: Settings) -> list[Destination]:
     """Where traces go by the settings; nothing is imported where they go nowhere.
 
@@ -163,16 +211,11 @@ def destinations(settings: Settings) -> list[Destination]:
     endpoint, mlflow_url = settings.otlp_endpoint, settings.mlflow_url
     if not endpoint and not share:
         return []
-    from opentelemetry.sdk.resources import Resource
-
-    from workbench.build_info import build_info
     from workbench.observe.trace_spans import is_sampled, parent_of, spans_of, trace_id_of
 
     for noisy in ("opentelemetry.exporter.otlp", "opentelemetry.exporter.http"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # a dead collector is said once, by us
-    name = os.environ.get("OTEL_SERVICE_NAME", "quire")  # the SDK would take it for less than our default
-    resource = Resource.create({"service.name": name, "service.version": build_info()["version"]})
-    server = {"server.address": settings.host, "server.port": settings.port}
+    resource, server, spans_for_mlflow = _resource(), _server(settings), _mlflow_spans(settings)
 
     def for_collector(row: Row) -> Sequence[ReadableSpan]:
         parent = parent_of(row.get("traceparent"))
@@ -183,8 +226,7 @@ def destinations(settings: Settings) -> list[Destination]:
 
     def for_mlflow(row: Row) -> Sequence[ReadableSpan]:
         wanted = is_sampled(trace_id_of(row["request_id"]), share or 0.0)
-        more = {**server, "mlflow.traceTag.request_id": row["request_id"]}
-        return tuple(spans_of(row, resource, more)) if wanted else ()
+        return spans_for_mlflow(row) if wanted else ()
 
     found = []
     if endpoint:

@@ -104,6 +104,18 @@ def _services(
     return PageServices(settings, jobs or Jobs(store, settings.home_dir), store, limits)
 
 
+def asks_for_keys() -> bool:
+    """Whether the API asks for a key: by its settings, or since one was made; seconds old. Raises StoreError."""
+    from workbench.access import keys
+
+    found = services()
+    if found is None:
+        return False
+    return found.settings.require_key or readings().read(
+        "asks for keys", lambda: bool(keys.listed(found.store)), 5.0
+    )
+
+
 def host() -> EngineHost:
     """The host. Raises RuntimeError when no app has provided one."""
     if _provided.host is None:

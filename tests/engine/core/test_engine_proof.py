@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -145,6 +145,7 @@ class Harness:
         )
         self.queue_limit = QueueLimit(MAX_QUEUED, MAX_QUEUED * MAX_MODEL_LEN // 4)
         self.overdue: set[str] = set()  # those that end unless they begin at once
+        self.expired: set[str] = set()  # those that end in the next step, whatever they do
         self.engine = Engine(
             config,
             self.runner,
@@ -225,6 +226,19 @@ class Harness:
         assert request_id not in self.running(), "an aborted request holds a row"
         self.check()
 
+    def expire(self, index: int) -> None:
+        """Let the own deadline of a live request be over."""
+        live = sorted(set(self.expected) - self.aborted)
+        if not live:
+            return
+        request_id = live[index % len(live)]
+        seq = self.engine._scheduler.get(request_id)
+        if seq is not None:
+            self.engine._deadlines.add(replace(seq.request, deadline_ns=0))
+            self.expired.add(request_id)
+            if request_id in self.running():
+                self.seen.add("timeout of one that runs")
+
     def fail_next(self, error: Exception, *, in_submit: bool) -> None:
         self.runner.fail_next(error, in_submit=in_submit)
 
@@ -241,6 +255,8 @@ class Harness:
         if tail is not None and now_running[-1:] == [tail] and now_running[-2:-1] not in ([], before_tail):
             self.seen.add("overtaking")
         self._take(output)
+        assert not self.expired & set(self.expected), "a request outlived its deadline"
+        self.expired.clear()
         self.check()
 
     def _long_prefill(self) -> tuple[Sequence | None, list[Sequence]]:
@@ -290,8 +306,8 @@ class Harness:
             elif delta.finish_reason is FinishReason.ABORT:
                 assert request_id in self.aborted
             elif delta.finish_reason is FinishReason.TIMEOUT:
-                assert request_id in self.overdue, request_id
-                assert not got, f"{request_id} had begun"
+                assert request_id in self.overdue | self.expired, request_id
+                assert request_id in self.expired or not got, f"{request_id} had begun"
             else:
                 ended = (delta.finish_reason, delta.stop_reason, got)
                 assert ended == (expected.reason, expected.stop_reason, expected.token_ids), request_id
@@ -403,7 +419,7 @@ STOP_TEXTS = st.lists(st.text("\x00\x01\x02\x03\x04\x05", min_size=1, max_size=2
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Any order of adding, stepping, aborting and failing."""
+    """Any order of adding, stepping, aborting, expiring and failing."""
 
     harness: Harness
 
@@ -469,6 +485,10 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 9))
     def abort(self, index: int) -> None:
         self.harness.abort(index)
+
+    @rule(index=st.integers(0, 9))
+    def expire(self, index: int) -> None:
+        self.harness.expire(index)
 
     @precondition(lambda self: self.harness.engine.has_work)
     @rule(in_submit=st.booleans(), memory=st.booleans())
@@ -557,6 +577,8 @@ def drive(
                 harness.abort(rng.randrange(16))
             elif roll < 0.265:
                 harness.fail_next(RuntimeError("a kernel raised"), in_submit=rng.random() < 0.5)
+            elif roll < 0.27:
+                harness.expire(rng.randrange(16))
             else:
                 harness.step()
         harness.drain()
@@ -576,6 +598,7 @@ EVERYTHING = {
     "keyframe",
     "scored only",
     "timeout",
+    "timeout of one that runs",
     "refused",
     "overtaking",
 }

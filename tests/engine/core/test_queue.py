@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError, QueueFullError
+from engine.errors import ConfigError, InvalidRequestError, QueueFullError
+from engine.queue_deadlines import QueueDeadlines
 from engine.queue_limit import AUTO_CACHES, AUTO_ROWS, Backlog, QueueLimit
-from engine.request import FinishReason
+from engine.request import FinishReason, Request
 from engine.sampling_params import SamplingParams
 
 SECOND = 1_000_000_000
@@ -45,6 +46,62 @@ def test_one_that_was_preempted_is_not_ended_for_waiting(make_rig: Callable[...,
     time.sleep(0.06)
     rig.run()
     assert rig.last("b").finish_reason is FinishReason.LENGTH
+
+
+# ── deadlines of requests' own ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_deadline_ends_a_request_whether_it_waits_or_runs(make_rig: Callable[..., Any]) -> None:
+    rig = make_rig(max_num_seqs=2)
+    now = time.monotonic_ns()
+    params = SamplingParams(max_tokens=500, ignore_eos=True)
+    for name, timeout_s in (("runs", 1000.0), ("goes on", None), ("waits", 1000.0), ("is late", 5.0)):
+        request = rig.engine.make_request(
+            [1, 2, 3], params, request_id=name, arrival_ns=now - 6 * SECOND, timeout_s=timeout_s
+        )
+        rig.engine.add(request)
+    for _ in range(5):
+        rig.step()
+    assert "is late" in rig.requests
+    for name in ("runs", "waits"):  # their time is over from now on
+        seq = rig.engine._scheduler.get(name)
+        rig.engine._deadlines.add(replace(seq.request, deadline_ns=now))
+    rig.run()
+    ends = {name: rig.last(name).finish_reason.value for name in ("runs", "goes on", "waits", "is late")}
+    assert ends == {"runs": "timeout", "goes on": "length", "waits": "timeout", "is late": "timeout"}
+    assert rig.requests["runs"].num_output_tokens > 0
+    assert (rig.requests["waits"].admitted_ns, rig.requests["is late"].admitted_ns) == (None, None)
+    assert rig.last("runs").error == "its 6 s were over while it ran"
+    assert rig.last("is late").error == "its 5 s were over while it waited for its turn"
+    assert rig.engine.stats().num_free_blocks == rig.engine.stats().num_blocks
+
+
+def test_an_id_that_was_used_again_is_not_ended_by_the_deadline_of_its_first_request() -> None:
+    first = Request("again", (1,), SamplingParams(), arrival_ns=0, deadline_ns=10)
+    second = replace(first, arrival_ns=5, deadline_ns=None)
+    deadlines = QueueDeadlines(None, get={"again": second}.get, has_begun=lambda request: True)
+    deadlines.add(first)
+    assert deadlines.take_overdue(20) == []
+
+
+def test_requests_that_ended_before_their_deadline_are_forgotten() -> None:
+    live: dict[str, Request] = {}
+    deadlines = QueueDeadlines(None, get=live.get, has_begun=lambda request: True)
+    for i in range(10_000):
+        request = Request(f"r{i}", (1,), SamplingParams(), arrival_ns=i, deadline_ns=10**15 + i)
+        live[request.request_id] = request
+        deadlines.add(request)
+        live.pop(f"r{i - 10}", None)
+    assert len(deadlines._deadlines) <= 64
+    ended = deadlines.take_overdue(10**16)
+    assert [each.request_id for each in ended] == [f"r{i}" for i in range(9_990, 10_000)]
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan"), float("inf"), 86_401.0])
+def test_a_timeout_out_of_range_is_refused(make_rig: Callable[..., Any], timeout_s: float) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        make_rig().engine.make_request([1], SamplingParams(), timeout_s=timeout_s)
+    assert refused.value.param == "timeout_s"
 
 
 # ── order ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from engine.config import EngineConfig
 from engine.embedding import cosine
+from engine.encoder.engine import EncoderEngine
 from engine.errors import (
     ConfigError,
     CorruptWeightsError,
@@ -24,7 +27,7 @@ from engine.errors import (
     UnsupportedModelError,
 )
 from engine.llm import LLM
-from engine.pooling import PoolingParams
+from engine.pooling import ModelPooling, Pooling, PoolingParams
 from engine.sampling_params import SamplingParams
 from tests.engine.encoder.conftest import ENCODERS
 
@@ -245,6 +248,36 @@ def test_positions_of_the_roberta_family_begin_behind_the_padding(
         np.testing.assert_allclose(found.vector, formula(states_of(model, ids), "mean"), rtol=0, atol=EXACT)
         with pytest.raises(PromptTooLongError):
             llm.embed(words(62), use_tqdm=False)
+
+
+def test_texts_that_waited_too_long_are_not_computed() -> None:
+    class Zeros:
+        def encode(self, texts: Any, poolings: Any) -> list[NDArray[np.float64]]:
+            return [np.zeros(2) for _ in texts]
+
+    config = EngineConfig(model="m", max_model_len=8, max_batched_tokens=8, max_queue_seconds=60)
+    engine = EncoderEngine(
+        config, Zeros(), pooling=ModelPooling(task="embed", poolings=("mean",)), vocab_size=9, tokenizer=None
+    )  # fmt: skip
+    now = time.monotonic_ns()
+    for name, age_s, timeout_s in (
+        ("late", 61, None),
+        ("over", 3, 2.0),
+        ("new", 0, None),
+        ("in time", 3, 50.0),
+    ):
+        params = SamplingParams(max_tokens=0, pooling=Pooling("mean"))
+        arrival_ns = now - age_s * 1_000_000_000
+        request = engine.make_request(
+            [1, 2], params, request_id=name, arrival_ns=arrival_ns, timeout_s=timeout_s
+        )
+        engine.add(request)
+    ended = {delta.request_id: delta for delta in engine.step().deltas}
+    reasons = {name: delta.finish_reason.value for name, delta in ended.items()}
+    assert reasons == {"late": "timeout", "over": "timeout", "new": "length", "in time": "length"}
+    assert "at most 60 s are allowed" in ended["late"].error
+    assert ended["over"].error == "its 2 s were over while it waited for its turn"
+    assert not engine.backlog.num_requests
 
 
 def test_what_an_encoder_does_not_do_is_refused_by_name(encoder: Make, words: Words, tmp_path: Path) -> None:

@@ -155,6 +155,22 @@ def test_what_begins_alike_goes_where_it_is_cached_and_the_rest_where_there_is_r
     assert again == holders
 
 
+def test_a_clients_timeout_goes_with_its_request_and_is_no_fault_of_the_instance(fleet: Fleet) -> None:
+    body = {"model": "chat", "messages": [{"role": "user", "content": "x"}], "max_tokens": 300}
+
+    def ask(timeout_ms: int) -> httpx.Response:
+        headers = {"x-request-timeout-ms": str(timeout_ms)}
+        return fleet.front.http.post("/v1/chat/completions", json=body, headers=headers)
+
+    cut = ask(200).json()
+    assert cut["choices"][0]["stop_reason"] == "timeout"
+    assert 0 < cut["usage"]["completion_tokens"] < 300
+    late = [ask(1) for _ in range(3)]
+    assert 503 in {each.status_code for each in late}, "none was late: the test proves nothing"
+    assert {fleet.ask(f"after {i}")[0] for i in range(4)} == {"one", "two"}
+    assert ask(0).status_code == 400
+
+
 def test_a_drained_instance_gets_nothing_and_what_runs_there_goes_on(fleet: Fleet, eventually: Any) -> None:
     one = fleet.one
     with one.openai.chat.completions.create(

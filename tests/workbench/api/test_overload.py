@@ -112,6 +112,68 @@ def test_who_waits_too_long_gets_503_and_may_come_again(serve: Any, eventually: 
         assert server.post(max_tokens=2, stream=stream).status_code == 200
 
 
+# ── timeouts of requests' own ───────────────────────────────────────────────────────────────────────────────────────
+
+SHORT = {"x-request-timeout-ms": "150"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_waits_at_its_timeout_gets_503(busy: Any, stream: bool) -> None:
+    body = {"model": busy.model, "prompt": "a", "max_tokens": 4, "stream": stream}
+    late = busy.http.post("/v1/completions", json=body, headers=SHORT)
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "queue_timeout")
+    assert "its 0.15 s were over while it waited" in late.json()["error"]["message"]
+    assert busy.worker.num_live == 2  # those without a timeout
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_runs_at_its_timeout_is_answered_with_what_there_is(
+    serve: Any, path: str, stream: bool
+) -> None:
+    inputs = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]}, "/v1/responses": {"input": "a"}
+    }  # fmt: skip
+    with serve(partial(fake_worker, delay_s=0.01), small()) as server:
+        body = {
+            "model": server.model,
+            "stream": stream,
+            "ignore_eos": True,
+            **inputs.get(path, {"prompt": "a"}),
+        }
+        body["max_output_tokens" if path == "/v1/responses" else "max_tokens"] = 1500
+        cut = server.http.post(path, json=body, headers=SHORT)
+        [record] = server.worker.records.requests()
+    assert cut.status_code == 200
+    assert record.finish_reason is FinishReason.TIMEOUT
+    assert 0 < record.num_output_tokens < 1500
+    if path == "/v1/responses":
+        assert '"max_output_tokens"' in cut.text
+        assert '"incomplete"' in cut.text
+    elif stream:
+        assert '"finish_reason":"length","stop_reason":"timeout"' in cut.text
+        assert '"error"' not in cut.text
+    else:
+        [choice] = cut.json()["choices"]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "timeout")
+        assert cut.json()["usage"]["completion_tokens"] == record.num_output_tokens
+
+
+def test_an_embedding_that_waits_at_its_timeout_gets_503(busy: Any) -> None:
+    late = busy.http.post("/v1/embeddings", json={"model": busy.model, "input": "a"}, headers=SHORT)
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "queue_timeout")
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "soon", "", "86400001", "1e3", "٣"])
+def test_a_timeout_that_is_none_is_refused_by_name(server: Any, given: str) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank"):
+        refused = server.http.post(
+            path, json={"model": server.model}, headers=[(b"x-request-timeout-ms", given.encode())]
+        )
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-request-timeout-ms")
+    assert server.worker.num_live == 0
+
+
 def test_priority_and_end_user_reach_the_queue(busy: Any, eventually: Any) -> None:
     body = {"max_tokens": 2, "priority": -3, "user": "ann", "stream": True}
     asked = threading.Thread(target=lambda: busy.post(**body))

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from workbench.observe import feedback
 from workbench.observe.errors import FeedbackError
+from workbench.observe.feedback_keeper import FeedbackKeeper
 from workbench.store import Store, open_store
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -206,3 +209,80 @@ def test_mlflow_being_down_keeps_feedback_in_the_outbox(store, caplog, fault):
         "MLflow is down: feedback", fails="nothing: feedback is acknowledged by the store", goes_on="all",
         afterwards="feedback stays in the outbox until it is on its trace",
     )  # fmt: skip
+
+
+class Mlflow:
+    """MLflow's client as far as the outbox needs it before it sends: there is no trace, or it does not answer."""
+
+    tracking_uri = "http://127.0.0.1:9"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.is_down = False
+
+    def search_experiments(self) -> list[object]:
+        if self.is_down:
+            raise ConnectionError("connection refused")
+        return []
+
+    def search_traces(self, *, filter_string: str, **more: object) -> list[object]:
+        self.asked.append(filter_string)
+        return []
+
+
+def test_feedback_without_a_trace_is_in_nobodys_way(store):
+    for number in range(5):
+        feedback.record(store, f"r{number}", "thumbs", "up")
+    mlflow, made = Mlflow(), []
+    assert feedback.flush(store, mlflow, make_trace=lambda name: bool(made.append(name)), page=2) == 0
+    assert made == [f"r{number}" for number in range(5)]
+    assert feedback.num_unsent(store) == 5
+
+
+def test_the_keeper_connects_only_for_what_waits_and_waits_longer_in_vain(store, eventually):
+    connected: list[float] = []
+    mlflow = Mlflow()
+
+    def connect() -> Mlflow:
+        connected.append(time.monotonic())
+        return mlflow
+
+    keeper = FeedbackKeeper(store, connect, every_s=0.01)
+    keeper.start()
+    try:
+        time.sleep(0.1)
+        assert connected == []
+        mlflow.is_down = True
+        feedback.record(store, "first", "thumbs", "up")
+        assert eventually(lambda: len(connected) >= 5)
+        gaps = [later - earlier for earlier, later in pairwise(connected[:5])]
+        assert all(
+            gap >= least for gap, least in zip(gaps, (0.015, 0.03, 0.06, 0.12))
+        )  # they double from 0.02 s
+        mlflow.is_down = False
+        feedback.record(store, "second", "thumbs", "up")
+        assert eventually(
+            lambda: any("second" in each for each in mlflow.asked)
+        )  # long before the next retry
+    finally:
+        keeper.close()
+    assert feedback.num_unsent(store) == 2
+
+
+def test_an_mlflow_that_hangs_does_not_keep_the_keeper_from_closing(store, eventually):
+    hanging, asked = threading.Event(), threading.Event()
+
+    def connect() -> None:
+        asked.set()
+        hanging.wait(30)
+
+    feedback.record(store, "r", "thumbs", "up")
+    keeper = FeedbackKeeper(store, connect, every_s=0.01)
+    keeper.start()
+    assert asked.wait(10)
+    began = time.monotonic()
+    keeper.close()
+    waited_s = time.monotonic() - began
+    hanging.set()
+    keeper._thread.join(10)
+    assert waited_s < 10, "it waited for MLflow"  # 2 s on a machine at rest

@@ -15,6 +15,7 @@ from workbench.evals.datasets import current_store
 from workbench.model_card import ModelCard
 from workbench.observe import feedback
 from workbench.observe.erase import Subject, erase
+from workbench.observe.feedback_keeper import FeedbackKeeper
 from workbench.ports import bind
 from workbench.services import Services
 from workbench.settings import Settings
@@ -32,7 +33,7 @@ def settings(tmp_path: Path) -> Iterator[Settings]:
     made = Settings(home_dir=tmp_path, mlflow_port=port, trace_sample=1, request_text="full", fake=True)
     folder = tmp_path / "mlflow"
     folder.mkdir()
-    command, env = supervisor._mlflow_command(made, folder), supervisor._mlflow_env()
+    command, env = supervisor._mlflow_command(made, folder), supervisor._mlflow_env(made)
     with (tmp_path / "mlflow.log").open("wb") as output:
         server = subprocess.Popen(  # a group of its own, which its guard takes along when it ends
             command, env=env, stdout=output, stderr=output, start_new_session=True
@@ -62,6 +63,10 @@ def test_requests_are_traces_that_take_feedback_and_can_be_erased(settings: Sett
         services.request_log.expect(request_id, {"user": user, "session": f"of {user}", "operation": "chat"})
         worker.submit("hello", SamplingParams(max_tokens=4), request_id=request_id).result()
         services.request_log.add_text(request_id, '[{"role": "user", "content": "hello"}]', f"hi {user}")
+    services.request_log.on_row = None  # as where a request is not sampled
+    services.request_log.expect("r4", {"user": "cy", "operation": "chat"})
+    worker.submit("hello", SamplingParams(max_tokens=4), request_id="r4").result()
+    services.request_log.add_text("r4", '[{"role": "user", "content": "hello"}]', "hi cy")
     worker.close()
     deadline = time.monotonic() + 30
     while services.traces[0].num_sent < 3 and time.monotonic() < deadline:
@@ -83,7 +88,20 @@ def test_requests_are_traces_that_take_feedback_and_can_be_erased(settings: Sett
 
     feedback.record(services.store, "r1", "thumbs", "down", user="ada")
     feedback.record(services.store, "r3", "thumbs", "up", user="bob")
-    assert feedback.flush(services.store, client) == 2
+    feedback.record(services.store, "r4", "thumbs", "up", user="cy")
+    feedback.record(services.store, "never asked", "thumbs", "up")
+    keeper = FeedbackKeeper.of(settings, services.store)
+    keeper.start()
+    deadline = time.monotonic() + 60
+    while feedback.num_unsent(services.store) > 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    keeper.close()
+    unsent = [each.request_id for each in feedback.list_feedback(services.store) if each.sent_at is None]
+    assert unsent == ["never asked"]
+    [made] = client.search_traces(locations=[experiment], filter_string="tags.request_id = 'r4'")
+    assert {span.name for span in made.data.spans} == {"chat tickets/3", "queue", "prefill", "decode"}
+    assert abs(made.info.request_time / 1000 - time.time()) < 600, "its times are those of the log"
+    assert [each.value for each in made.info.assessments] == [True]
     with current_store(client.tracking_uri):
         dataset = client.create_dataset(name="made of traces", experiment_id=[experiment])
         dataset.merge_records(
@@ -102,8 +120,8 @@ def test_requests_are_traces_that_take_feedback_and_can_be_erased(settings: Sett
     assert (done.requests, done.feedback, done.traces) == (planned.requests, planned.feedback, planned.traces)
     assert (done.requests, done.feedback, done.traces, done.dataset_records, done.left) == (2, 1, 2, 2, [])
     left = client.search_traces(locations=[experiment])
-    assert [trace.info.tags["request_id"] for trace in left] == ["r3"]
-    assert len(left[0].info.assessments) == 1
+    assert sorted(trace.info.tags["request_id"] for trace in left) == ["r3", "r4"]
+    assert [len(trace.info.assessments) for trace in left] == [1, 1]
     again = erase(settings, services.store, Subject("user", "ada"))
     assert (again.requests, again.feedback, again.traces, again.dataset_records) == (0, 0, 0, 0)
     with current_store(client.tracking_uri):

@@ -1,6 +1,7 @@
 """The conversation as a request that others can send: curl and Python, for the same server, model and settings.
 
-Both texts are complete: pasted into a shell or a file they run. Values are quoted for their language.
+Both texts are complete: pasted into a shell or a file they run; where the server asks for API keys, with the one in QUIRE_API_KEY.
+Values are quoted for their language.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def show(
     asked: Mapping[str, Sequence[Mapping[str, Any]]],
     params: SamplingParams,
     tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    needs_key: bool = False,
 ) -> None:
     """A popover with both texts, each with its copy button; `asked` has the messages for each version that can be chosen."""
     with st.popover("Copy as code", help="The same request over the API, as curl or Python"):
@@ -46,10 +49,10 @@ def show(
             model = st.selectbox("Version", list(asked), key="copy_for")
         in_shell, in_python = st.tabs(["curl", "Python"])
         base = base_url(st.context.url)
-        in_shell.code(as_curl(base, model, asked[model], params, tools), language="bash", wrap_lines=True)
-        in_python.code(
-            as_python(base, model, asked[model], params, tools), language="python", wrap_lines=True
-        )
+        shell = as_curl(base, model, asked[model], params, tools, needs_key=needs_key)
+        in_shell.code(shell, language="bash", wrap_lines=True)
+        python = as_python(base, model, asked[model], params, tools, needs_key=needs_key)
+        in_python.code(python, language="python", wrap_lines=True)
 
 
 def base_url(page_url: str | None) -> str:
@@ -91,6 +94,8 @@ def as_curl(
     messages: Sequence[Mapping[str, Any]],
     params: SamplingParams,
     tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    needs_key: bool = False,
 ) -> str:
     body = {
         "model": model,
@@ -99,7 +104,8 @@ def as_curl(
         **({"tools": list(tools)} if tools else {}),
     }
     data = shlex.quote(json.dumps(body, ensure_ascii=False, indent=2))
-    return f"curl {base}/chat/completions \\\n  -H 'Content-Type: application/json' \\\n  -d {data}"
+    key = ' \\\n  -H "Authorization: Bearer $QUIRE_API_KEY"' if needs_key else ""
+    return f"curl {base}/chat/completions \\\n  -H 'Content-Type: application/json'{key} \\\n  -d {data}"
 
 
 def as_python(
@@ -108,6 +114,8 @@ def as_python(
     messages: Sequence[Mapping[str, Any]],
     params: SamplingParams,
     tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    needs_key: bool = False,
 ) -> str:
     given = settings(params)
     extra = {name: given.pop(name) for name in _OURS if name in given}
@@ -116,12 +124,14 @@ def as_python(
         arguments["tools"] = [dict(tool) for tool in tools]
     if extra:
         arguments["extra_body"] = extra
+    key = 'os.environ["QUIRE_API_KEY"]' if needs_key else "'none'"
     lines = [f"    {name}={value!r}," for name, value in arguments.items()]
     return "\n".join(
         [
+            *(["import os", ""] if needs_key else []),
             "from openai import OpenAI",
             "",
-            f"client = OpenAI(base_url={base!r}, api_key='none')",
+            f"client = OpenAI(base_url={base!r}, api_key={key})",
             "answer = client.chat.completions.create(",
             *lines,
             ")",
