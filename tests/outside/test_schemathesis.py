@@ -10,9 +10,14 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from workbench.access import keys
+from workbench.access.principal import Right
+from workbench.store import open_store
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "workbench" / "load"))
 from load_world import run_load_server
@@ -37,23 +42,54 @@ def outside() -> Path:
     return folder / "bin"
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What schemathesis said: whether it found nothing, how many cases it made, and its words."""
+
+    is_clean: bool
+    num_cases: int
+    told: str
+
+
+def schemathesis(outside: Path, folder: Path, port: int, *options: str) -> Ran:
+    """One run over the document of the server at `port`."""
+    seed = os.environ.get("QUIRE_PROOF_SEED", str(time.time_ns() % 2**32))
+    ran = subprocess.run(
+        [
+            str(outside / "schemathesis"), "run", f"http://127.0.0.1:{port}/openapi.json", "--mode", "all",
+            "--seed", seed, "--checks", CHECKS, "--continue-on-failure", "--generation-database", "none",
+            "--request-timeout", "60", "--no-color", *options,
+        ],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    told = f"QUIRE_PROOF_SEED={seed}\n{ran.stdout[-8000:]}{ran.stderr[-2000:]}"
+    found = re.search(r"([\d,]+) generated", ran.stdout)
+    assert found is not None, told
+    print(f"{found[1]} cases, QUIRE_PROOF_SEED={seed}")
+    return Ran(ran.returncode == 0, int(found[1].replace(",", "")), told)
+
+
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_ten_thousand_cases_get_documented_answers(outside: Path, tmp_path: Path) -> None:
-    seed = os.environ.get("QUIRE_PROOF_SEED", str(time.time_ns() % 2**32))
+    # A drained server would answer every case after it with the same 503.
+    options = [
+        "--phases", "coverage,fuzzing,stateful", "--max-examples", str(EXAMPLES), "--exclude-path", "/drain",
+    ]  # fmt: skip
     with run_load_server(tmp_path / "home", 0.0) as server:
-        ran = subprocess.run(
-            [
-                str(outside / "schemathesis"), "run", f"http://127.0.0.1:{server.port}/openapi.json", "--mode", "all",
-                "--phases", "coverage,fuzzing,stateful", "--max-examples", str(EXAMPLES), "--seed", seed, "--checks", CHECKS,
-                "--continue-on-failure", "--generation-database", "none", "--request-timeout", "60", "--no-color",
-            ],
-            cwd=tmp_path, capture_output=True, text=True,
-        )  # fmt: skip
-    told = f"QUIRE_PROOF_SEED={seed}\n{ran.stdout[-8000:]}{ran.stderr[-2000:]}"
-    assert ran.returncode == 0, told
-    found = re.search(r"([\d,]+) generated", ran.stdout)
-    assert found is not None, told
-    num_cases = int(found[1].replace(",", ""))
-    print(f"{num_cases} cases, QUIRE_PROOF_SEED={seed}")
-    assert EXAMPLES < 600 or num_cases >= MIN_CASES, told
+        ran = schemathesis(outside, tmp_path, server.port, *options)
+    assert ran.is_clean, ran.told
+    assert EXAMPLES < 600 or ran.num_cases >= MIN_CASES, ran.told
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_a_key_without_admin_gets_documented_answers_on_every_route(outside: Path, tmp_path: Path) -> None:
+    """/drain is among them: it is refused."""
+    home = tmp_path / "home"
+    with open_store(home) as store:
+        key = keys.create(store, "schemathesis", (Right.INFER, Right.READ))
+    with run_load_server(home, 0.0) as server:
+        options = ["--phases", "fuzzing", "--max-examples", "20", "-H", f"Authorization: Bearer {key.text}"]
+        ran = schemathesis(outside, tmp_path, server.port, *options)
+    assert ran.is_clean, ran.told

@@ -113,6 +113,9 @@ def _made(param: str, values: dict[str, Any]) -> StructuredOutputsParams:
 def check_strict(schema: dict[str, Any], where: str) -> None:
     """Refuse a schema that OpenAI's strict mode refuses: objects must be closed, and all of their properties required.
 
+    One is taken that OpenAI refuses: an object of free names whose values follow a schema. It is followed as any other, and
+    MLflow's judges ask for it, who would go on without a schema.
+
     Source: OpenAI, Structured Outputs, "Supported schemas". Raises ApiError by the path of the object.
     """
     if schema.get("type") != "object":
@@ -121,10 +124,10 @@ def check_strict(schema: dict[str, Any], where: str) -> None:
         properties = part.get("properties")
         if part.get("type") != "object" and not isinstance(properties, dict):
             continue
-        if part.get("additionalProperties") is not False:
-            raise _not_strict(
-                path, "must say additionalProperties: false", part.get("additionalProperties"), False
-            )
+        others = part.get("additionalProperties")
+        is_map = isinstance(others, dict) and others and not properties
+        if others is not False and not is_map:
+            raise _not_strict(path, "must say additionalProperties: false", others, False)
         names = sorted(properties) if isinstance(properties, dict) else []
         required = part["required"] if isinstance(part.get("required"), list) else []
         missing = [name for name in names if name not in required]
@@ -152,7 +155,7 @@ def schemas_in(schema: dict[str, Any], where: str) -> Iterator[tuple[str, dict[s
             waiting += (
                 [(f"{path}.{key}.{i}", s) for i, s in enumerate(inner)] if isinstance(inner, list) else []
             )
-        waiting.append((f"{path}.items", part.get("items")))
+        waiting += [(f"{path}.{key}", part.get(key)) for key in ("items", "additionalProperties")]
 
 
 def _not_strict(where: str, what: str, value: Any, limit: Any) -> ApiError:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from workbench.api.errors import PATHS
 from workbench.observe import request_context
 
-_KNOWN_PATHS = frozenset((*PATHS, "/healthz", "/readyz", "/metrics"))
+_KNOWN_PATHS = frozenset((*PATHS, "/healthz", "/health", "/readyz", "/metrics"))
 _ROOMS = ("/v1/models/", "/v1", "/quire", "/mlflow")
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _UNANSWERED = 499  # the client left before there was a status, as nginx has it

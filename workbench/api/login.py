@@ -25,7 +25,7 @@ from workbench.api.errors import ForbiddenError, UnauthorizedError, error_respon
 from workbench.api.login_page import login_page, logout_page, own_path
 from workbench.errors import WorkbenchError
 
-OPEN = frozenset({"/healthz", "/readyz"})
+OPEN = frozenset({"/healthz", "/health", "/readyz"})
 API = (
     "/v1",
     "/v2",

@@ -98,6 +98,7 @@ OPERATIONS = (
     Operation("post", "/v1/load_lora_adapter", "Serve an adapter", None, schema.LoadLoraRequest, (404, 409, 422, 503)),
     Operation("post", "/v1/unload_lora_adapter", "Serve it no longer", None, schema.UnloadLoraRequest, (404, 409, 503)),
     Operation("get", "/healthz", "Whether the process is alive: restarting it would not help", answers.ProbeAnswer, other=(503,)),
+    Operation("get", "/health", "The same by vLLM's name, which its clients ask first", answers.ProbeAnswer, other=(503,)),
     Operation("get", "/readyz", "Whether a request would be answered now", answers.ProbeAnswer, other=(503,)),
     Operation("get", "/metrics", "Prometheus metrics"),
     Operation("get", "/load", "How much room there is: slots, tokens, blocks", load.LoadAnswer),

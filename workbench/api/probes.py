@@ -1,7 +1,8 @@
 """/healthz, /readyz and /metrics: what an orchestrator and a dashboard ask.
 
 /healthz says whether restarting the process would help: it fails only when the engine is dead or stalled, or its load
-failed. /readyz says whether a request would be answered now. Both answer with the facts, whatever the status.
+failed. /health is the same by vLLM's name. /readyz says whether a request would be answered now. All answer with the facts,
+whatever the status.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ def api_routes(
     under_v1, *beside_v1 = _public_apps(host, settings, metrics, services)
     return [
         Route("/healthz", probes.healthz),
+        Route("/health", probes.healthz),
         Route("/readyz", probes.readyz),
         Route("/metrics", probes.metrics),
         Route("/v1", _no_such_path, methods=_METHODS),

@@ -76,6 +76,10 @@ CASES = [
         CHAT, json_schema({**CLOSED, "properties": {}, "$defs": {"D": {"anyOf": [{"type": "object"}]}}}),
         400, "invalid_request", f"{FORMAT}.schema.$defs.D.anyOf.0", ["additionalProperties"],
     ),
+    (
+        CHAT, json_schema({"type": "object", "additionalProperties": {"type": "object"}}),
+        400, "invalid_request", f"{FORMAT}.schema.additionalProperties", ["additionalProperties"],
+    ),
     (CHAT, {"guided_json": "{", "max_tokens": 1}, 400, "invalid_params", "guided_json", ["JSON schema"]),
     (CHAT, {"guided_choice": []}, 400, "invalid_params", "guided_choice", ["empty"]),
     (TEXT, {"prompt": "a", "guided_regex": ""}, 400, "invalid_params", "guided_regex", ["empty"]),

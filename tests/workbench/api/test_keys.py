@@ -112,7 +112,7 @@ def test_whatever_is_no_key_is_refused(guarded: Any, make: Make, given: str | No
 
 def test_every_documented_route_has_its_right_and_others_need_admin() -> None:
     open_to_all = {path for path in document()["paths"] if rights_for(path) is None}
-    assert open_to_all == {"/healthz", "/readyz"}
+    assert open_to_all == {"/healthz", "/health", "/readyz"}
     assert set(RIGHTS) <= set(document()["paths"])
     for path in ("/v1", "/v1/", "/v1/new", "/v1/chat/completions/", "/quire/load"):
         assert rights_for(path) == (Right.ADMIN,), path

@@ -36,6 +36,16 @@ def test_a_stream_cut_by_length_says_so(script: Any) -> None:
     assert script.last_params().structured_outputs == StructuredOutputsParams(json_object=True)
 
 
+def test_a_strict_schema_may_leave_names_open_whose_values_it_describes(script: Any) -> None:
+    """As MLflow's judges ask for a dict."""
+    script.says('{"ok": true}')
+    schema = {"type": "object", "additionalProperties": {"type": "boolean"}}
+    named = {"name": "s", "strict": True, "schema": schema}
+    answer = script.ask(response_format={"type": "json_schema", "json_schema": named})
+    assert answer.choices[0].message.content == '{"ok": true}'
+    assert json.loads(script.last_params().structured_outputs.json) == schema
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize(
     ("body", "asked"),
