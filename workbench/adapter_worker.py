@@ -127,6 +127,14 @@ class AdapterWorker(EngineWorker):
     def health(self) -> Health:
         return self._on.health()
 
+    @property
+    def awaited_since_ns(self) -> int | None:
+        return self._on.awaited_since_ns
+
+    def give_up(self, error: EngineDeadError) -> None:
+        """The whole engine is given up."""
+        self._on.give_up(error)
+
     def compile_grammar(self, structured: StructuredOutputsParams) -> None:
         self._on.compile_grammar(structured)
 

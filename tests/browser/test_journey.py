@@ -51,11 +51,14 @@ def test_first_minutes(app, visit, screenshots):
 
     # a long answer, watched on the Engine page
     long = f"{app}/playground?max_tokens=1900&ignore_eos=true&temperature=0.9"
+    engine = here.open("/engine")
+    chip_says(engine, "idle")
+    page.bring_to_front()
     page.goto(long)
     ask(page, "Tell me a story about a fox and a lamp.")
     expect(page.locator("[aria-busy=true]")).to_be_visible()
     expect(page.get_by_text(re.compile(r"\d+ tokens so far"))).to_be_visible()
-    engine = here.open("/engine")
+    engine.bring_to_front()
     chip_says(engine, "busy")
     expect(engine.locator(".map canvas")).to_have_attribute("aria-label", re.compile("held by 1 sequence"))
     before = summary_of(engine)

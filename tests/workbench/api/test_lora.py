@@ -135,7 +135,9 @@ def test_a_request_is_its_adapters_in_log_and_metrics(
             (sample.name.removeprefix("quire:"), sample.labels["model_name"]): sample.value
             for family in families
             for sample in family.samples
-            if sample.labels.get("finished_reason", "length") == "length" and "le" not in sample.labels
+            if "model_name" in sample.labels
+            and sample.labels.get("finished_reason", "length") == "length"
+            and "le" not in sample.labels
         }
 
     before = told()

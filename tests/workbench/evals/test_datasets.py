@@ -113,7 +113,7 @@ def test_is_an_mlflow_evaluation_dataset_with_every_row(write_dataset: Write, sh
     assert datasets.log_dataset(read, settings) == identity
     assert mlflow.get_tracking_uri() == before
     client = tracking.client(settings)
-    with datasets._current_store(client.tracking_uri):
+    with datasets.current_store(client.tracking_uri):
         frame = client.get_dataset(identity).to_df()
     assert len(frame) == 450
     assert {row["id"] for row in frame["inputs"]} == {f"e{i}" for i in range(450)}
