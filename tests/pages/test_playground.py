@@ -15,8 +15,12 @@ from engine.fake_runner import scripted
 from engine.request import FinishReason
 from engine.sampling_params import SamplingParams
 from engine.worker import EngineWorker
+from workbench.access import keys
+from workbench.access.principal import Right
 from workbench.chat_output import OutputSyntax
 from workbench.resident import HostPhase, HostState, Resident
+from workbench.settings import Settings
+from workbench.store import open_store
 from workbench.ui import resources
 from workbench.ui.answers import Answer, Begun, follow
 from workbench.ui.components import chat_message
@@ -331,6 +335,19 @@ def test_a_task_s_own_system_prompt_wins():
     assert conversation.messages("m", "ours", then=task) == list(task)
     assert [m["content"] for m in conversation.messages("m", "ours", then=task[1:])] == ["ours", "hi"]
     assert conversation.messages("m", "ours") == []
+
+
+def test_copied_code_takes_a_key_once_one_was_made(ready_host, open_page, tmp_path):
+    host, settings = ready_host().host, Settings(home_dir=tmp_path)
+    with open_store(tmp_path) as store:
+        for needs_key in (False, True):
+            resources.provide(host, settings=settings, store=store)  # also forgets what was read
+            at = open_page("playground")
+            say(at, "Hello")
+            codes = "\n".join(block.value for block in at.code)
+            assert ("OpenAI(" in codes, 'os.environ["QUIRE_API_KEY"]' in codes) == (True, needs_key)
+            assert ("Bearer $QUIRE_API_KEY" in codes) == needs_key
+            keys.create(store, "mine", [Right.INFER])
 
 
 def test_resources_without_an_app_say_so():

@@ -63,15 +63,15 @@ def test_requests_are_traces_that_take_feedback_and_can_be_erased(settings: Sett
         services.request_log.expect(request_id, {"user": user, "session": f"of {user}", "operation": "chat"})
         worker.submit("hello", SamplingParams(max_tokens=4), request_id=request_id).result()
         services.request_log.add_text(request_id, '[{"role": "user", "content": "hello"}]', f"hi {user}")
+    deadline = time.monotonic() + 30
+    while services.traces[0].num_sent < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert services.traces[0].num_dropped == 0
     services.request_log.on_row = None  # as where a request is not sampled
     services.request_log.expect("r4", {"user": "cy", "operation": "chat"})
     worker.submit("hello", SamplingParams(max_tokens=4), request_id="r4").result()
     services.request_log.add_text("r4", '[{"role": "user", "content": "hello"}]', "hi cy")
     worker.close()
-    deadline = time.monotonic() + 30
-    while services.traces[0].num_sent < 3 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert services.traces[0].num_dropped == 0
 
     client = tracking.client(settings)
     experiment = tracking.experiment(settings, "requests")
