@@ -149,10 +149,15 @@ def test_the_openai_client_is_answered_through_the_route(fleet: Fleet) -> None:
 
 
 def test_what_begins_alike_goes_where_it_is_cached_and_the_rest_where_there_is_room(fleet: Fleet) -> None:
-    holders = {i: fleet.ask(f"{i} {LONG}")[0] for i in range(4)}
-    assert set(holders.values()) == {"one", "two"}, "equally free: in turn"
-    again = {i: fleet.ask(f"{i} {LONG} and more, number {j}")[0] for i in range(4) for j in range(2)}
-    assert again == holders
+    for attempt in range(3):  # on a busy machine a reading that comes late has an instance rest for a second
+        texts = [f"{attempt} {i} {LONG}" for i in range(4)]
+        holders = [fleet.ask(text)[0] for text in texts]
+        again = [[fleet.ask(f"{text} and more, number {j}")[0] for text in texts] for j in range(2)]
+        if set(holders) == {"one", "two"} and again == [holders, holders]:
+            return
+        time.sleep(1.5)
+    assert set(holders) == {"one", "two"}, "equally free: in turn"
+    assert again == [holders, holders]
 
 
 def test_a_clients_timeout_goes_with_its_request_and_is_no_fault_of_the_instance(fleet: Fleet) -> None:
