@@ -235,6 +235,7 @@ class GenerationResponse(Response):
         request_id: str,
         stream: bool,
         include_usage: bool,
+        continuous_usage: bool = False,
         answer_log: AnswerLog | None = None,
         best_of: SamplingParams | None = None,
         stalled_after_s: float = STALLED_AFTER_S,
@@ -250,6 +251,7 @@ class GenerationResponse(Response):
         self._request_id = request_id
         self._stream = stream
         self._include_usage = include_usage
+        self._continuous_usage = continuous_usage  # each chunk tells the usage so far
         self._stalled_after_s = stalled_after_s
         self._gone = False
         self._failed = False
@@ -336,7 +338,10 @@ class GenerationResponse(Response):
             async for delta in choice.stream:
                 if delta.finish_reason is not None:
                     _raise_if_failed(delta.finish_reason, delta.error)
-                unsent += self._wire.chunk(choice.part(delta))
+                part = choice.part(delta)
+                if self._continuous_usage:
+                    part.usage = self._usage()
+                unsent += self._wire.chunk(part)
                 if choice.stream.has_more and len(unsent) < _MAX_WRITE_BYTES:
                     continue
                 body, unsent = unsent, b""
