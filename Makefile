@@ -77,4 +77,4 @@ bench-gpu:
 	$(BIN)/python -m engine.bench gpu --save
 
 clean:
-	rm -rf $(VENV) .venv-outside .quire .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-outside .venv-guidellm .quire .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -126,6 +126,7 @@ class Endpoints:
         return GenerationResponse(
             choices, wire, request_id=request_id, stream=bool(body.stream),
             include_usage=include_usage or wire_for is not None, answer_log=answer_log,
+            continuous_usage=include_usage and _continuous_usage(body),
             stalled_after_s=self._stalled_after_s,
         )  # fmt: skip
 
@@ -164,6 +165,7 @@ class Endpoints:
         )  # fmt: skip
         return GenerationResponse(
             choices, wire, request_id=request_id, stream=bool(body.stream), include_usage=include_usage,
+            continuous_usage=include_usage and _continuous_usage(body),
             answer_log=answer_log, best_of=params, stalled_after_s=self._stalled_after_s,
         )  # fmt: skip
 
@@ -367,6 +369,11 @@ def _include_usage(body: ChatRequest | CompletionRequest) -> bool:
             remedy="Send stream=true, or leave it out.",
         )
     return bool(body.stream_options and body.stream_options.include_usage)
+
+
+def _continuous_usage(body: ChatRequest | CompletionRequest) -> bool:
+    """Whether each chunk tells it, as vLLM's do; asked for only with `include_usage`."""
+    return bool(body.stream_options and body.stream_options.continuous_usage_stats)
 
 
 def template_message(message: Message) -> dict[str, Any]:

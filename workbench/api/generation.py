@@ -243,6 +243,7 @@ class GenerationResponse(Response):
         request_id: str,
         stream: bool,
         include_usage: bool,
+        continuous_usage: bool = False,
         answer_log: AnswerLog | None = None,
         best_of: SamplingParams | None = None,
         stalled_after_s: float = STALLED_AFTER_S,
@@ -258,6 +259,7 @@ class GenerationResponse(Response):
         self._request_id = request_id
         self._stream = stream
         self._include_usage = include_usage
+        self._continuous_usage = continuous_usage  # each chunk tells the usage so far
         self._stalled_after_s = stalled_after_s
         self._gone = False
         self._failed = False
@@ -344,9 +346,17 @@ class GenerationResponse(Response):
         try:
             async for delta in choice.stream:
                 if delta.finish_reason is not None:
+<<<<<<< HEAD
                     has_output = bool(choice.num_tokens or delta.token_ids)
                     raise_if_failed(delta.finish_reason, delta.error, has_output=has_output)
                 unsent += self._wire.chunk(choice.part(delta))
+=======
+                    _raise_if_failed(delta.finish_reason, delta.error)
+                part = choice.part(delta)
+                if self._continuous_usage:
+                    part.usage = self._usage()
+                unsent += self._wire.chunk(part)
+>>>>>>> outside-work
                 if choice.stream.has_more and len(unsent) < _MAX_WRITE_BYTES:
                     continue
                 body, unsent = unsent, b""

@@ -24,7 +24,7 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool = False
-    continuous_usage_stats: Literal[False] = False
+    continuous_usage_stats: bool = False  # vLLM's: with include_usage, each chunk tells the usage so far
 
 
 class TextPart(_Strict):

@@ -52,6 +52,7 @@ class ChoicePart:
     is_first: bool = False
     prompt_token_ids: Sequence[int] = ()  # where `text` begins with the prompt's
     prompt_logprobs: Sequence[TokenLogprobs] = ()  # of its tokens but the first
+    usage: Usage | None = None  # of the answer so far, where each chunk tells it
 
 
 @dataclass(slots=True)
@@ -135,6 +136,10 @@ class _Base:
     def begin(self) -> bytes:
         return b""
 
+    def _end(self, part: ChoicePart) -> str:
+        """Of a chunk, behind its choice."""
+        return self._suffix if part.usage is None else f'],"usage":{_json(part.usage.as_dict())}}}\n\n'
+
     def usage_chunk(self, usage: Usage) -> bytes:
         return f'{self._prefix}"choices":[],"usage":{_json(usage.as_dict())}}}\n\n'.encode()
 
@@ -196,7 +201,7 @@ class ChatWire(_Base):
         logprobs = _json(self._logprobs(part)) if self.wants_logprobs and part.logprobs else "null"
         return (
             f'{self._prefix}"choices":[{{"index":{part.index},"delta":{delta},"logprobs":{logprobs},'
-            f'"finish_reason":{_finish(part)}}}{self._suffix}'
+            f'"finish_reason":{_finish(part)}}}{self._end(part)}'
         ).encode()
 
     def whole(self, parts: Sequence[ChoicePart], usage: Usage) -> dict[str, Any]:
@@ -250,7 +255,7 @@ class CompletionWire(_Base):
         logprobs = _json(self._logprobs(part)) if wanted else "null"
         return (
             f'{self._prefix}"choices":[{{"index":{part.index},"text":{quote(part.text)},"logprobs":{logprobs},'
-            f'"finish_reason":{_finish(part)}}}{self._suffix}'
+            f'"finish_reason":{_finish(part)}}}{self._end(part)}'
         ).encode()
 
     def whole(self, parts: Sequence[ChoicePart], usage: Usage) -> dict[str, Any]:

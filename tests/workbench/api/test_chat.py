@@ -45,6 +45,21 @@ def test_the_async_client_reads_whole_answers_and_streams_side_by_side(server: A
     assert asyncio.run(talk()) == [FAKE_ANSWER] * 8
 
 
+def test_each_chunk_tells_the_usage_so_far_where_that_is_asked_for(server: Any) -> None:
+    """vLLM's continuous_usage_stats; guidellm sends it."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(
+        server.openai.chat.completions.create(
+            model=server.model, messages=USER, stream=True, max_tokens=5, stream_options=options
+        )
+    )
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == chunks[-2].usage.completion_tokens == 5
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {chunks[-1].usage.prompt_tokens}
+    assert [bool(chunk.choices) for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+
+
 def test_stream_says_the_same_with_role_first_and_usage_last(server: Any) -> None:
     chunks = list(
         server.openai.chat.completions.create(
