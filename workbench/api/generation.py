@@ -346,17 +346,12 @@ class GenerationResponse(Response):
         try:
             async for delta in choice.stream:
                 if delta.finish_reason is not None:
-<<<<<<< HEAD
                     has_output = bool(choice.num_tokens or delta.token_ids)
                     raise_if_failed(delta.finish_reason, delta.error, has_output=has_output)
-                unsent += self._wire.chunk(choice.part(delta))
-=======
-                    _raise_if_failed(delta.finish_reason, delta.error)
                 part = choice.part(delta)
                 if self._continuous_usage:
                     part.usage = self._usage()
                 unsent += self._wire.chunk(part)
->>>>>>> outside-work
                 if choice.stream.has_more and len(unsent) < _MAX_WRITE_BYTES:
                     continue
                 body, unsent = unsent, b""
