@@ -12,6 +12,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from engine.errors import (
     ConfigError,
@@ -26,6 +27,7 @@ from engine.errors import (
     StepFailedError,
 )
 from workbench.access.limits import RateLimitError
+from workbench.api.timeout import HEADER
 from workbench.errors import ApiError, BodyTooLargeError, NotReadyError, UnknownModelError, WorkbenchError
 from workbench.host import ResidentInUseError
 from workbench.observe import request_context
@@ -48,6 +50,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
 )
 _RETRY_AFTER_S = "2"
 _PASSING = frozenset({"store_busy", "store_full"})  # by code: their module would bring SQLAlchemy along
+_TIMEOUT = HEADER.encode()
 
 
 class MediaTypeError(ApiError):
@@ -105,9 +108,15 @@ class RequestAbortedError(WorkbenchError):
 
 
 class QueueTimeoutError(WorkbenchError):
-    """The request waited longer for its turn than this server lets requests wait, or had no output when its own time was over."""
+    """The request waited longer for its turn than this server lets requests wait."""
 
     code = "queue_timeout"
+
+
+class RequestTimeoutError(WorkbenchError):
+    """The request had no output when the time was over that its caller gives it (``workbench.api.timeout``)."""
+
+    code = "request_timeout"
 
 
 def status_of(error: Exception) -> int:
@@ -116,7 +125,7 @@ def status_of(error: Exception) -> int:
         return 415
     if isinstance(error, HeadersTooLargeError):
         return 431
-    if isinstance(error, SlowBodyError):
+    if isinstance(error, SlowBodyError | RequestTimeoutError):
         return 408
     if isinstance(error, UnauthorizedError):
         return 401
@@ -134,6 +143,13 @@ def status_of(error: Exception) -> int:
     ):  # another room's: the caller's mistake says so by its type
         known = 404 if isinstance(error, LookupError) else 400 if isinstance(error, ValueError) else None
     return known or 500
+
+
+def as_asked(error: Exception, scope: Scope) -> Exception:
+    """`error` as the caller of this request is to see it: time that he gave it himself is not the server's limit."""
+    if isinstance(error, QueueTimeoutError) and any(name == _TIMEOUT for name, _ in scope["headers"]):
+        return RequestTimeoutError(error.message, value=error.value, remedy="Give it more time, or none.")
+    return error
 
 
 def error_body(error: Exception, status: int) -> dict[str, Any]:
@@ -180,7 +196,7 @@ def json_response(body: Any, status: int = 200, headers: dict[str, str] | None =
 
 
 async def on_typed_error(request: Request, error: Exception) -> Response:
-    return error_response(error, getattr(request.state, "request_id", None))
+    return error_response(as_asked(error, request.scope), getattr(request.state, "request_id", None))
 
 
 async def on_unexpected_error(request: Request, error: Exception) -> Response:

@@ -29,6 +29,7 @@ from workbench.api.errors import (
     QueueTimeoutError,
     RequestAbortedError,
     RequestFailedError,
+    as_asked,
     error_body,
     error_response,
     json_response,
@@ -299,7 +300,7 @@ class GenerationResponse(Response):
                 raise_if_failed(completion.finish_reason, completion.error, has_output=has_output)
         except (EngineError, WorkbenchError) as error:
             if not self._gone:
-                await error_response(error, self._request_id)(scope, receive, send)
+                await error_response(as_asked(error, scope), self._request_id)(scope, receive, send)
             return
         body = self._wire.whole(self._parts(completions), self._usage())
         await json_response(body, headers={"x-request-id": self._request_id})(scope, receive, send)

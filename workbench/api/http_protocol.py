@@ -9,12 +9,15 @@ Boundary: bytes of a request's head on one connection.
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10
-_ANSWER = b"HTTP/1.1 %s\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
+_ANSWER = (
+    b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
+)
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -59,8 +62,19 @@ class BoundedHttp(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
 
+    def send_400_response(self, msg: str) -> None:
+        """What cannot be parsed as HTTP."""
+        self._refuse(b"400 Bad Request", msg.encode())
+
     def _refuse(self, status: bytes, told: bytes, *_: Any) -> None:
         self._head_is_whole()
         if not self.transport.is_closing():
-            self.transport.write(_ANSWER % (status, len(told), told))
+            error = {
+                "message": told.decode(),
+                "type": "invalid_request_error",
+                "param": None,
+                "code": "invalid_http",
+            }
+            body = json.dumps({"error": error}).encode()
+            self.transport.write(_ANSWER % (status, len(body), body))
             self.transport.close()

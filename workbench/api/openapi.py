@@ -30,10 +30,12 @@ _STATUSES = {
     401: "No API key, or one that opens nothing, on a server that asks for keys.",
     403: "An API key without the right to it, another site's page, a foreign Host header, or something that is not allowed here.",
     404: "There is no such model, adapter or request here.",
+    408: "The body came too slowly, or there was no output when the time that `x-request-timeout-ms` gives was over.",
     409: "It is in use.",
     413: "The body is over the limit.",
     415: "The body is not declared as application/json.",
     422: "The files cannot be served.",
+    431: "The request's headers are over the limit.",
     429: "As much waits as may wait, or the API key has used up a limit; `retry-after` says when there may be room.",
     500: "A step failed; send it again.",
     503: "No model can answer now, the API keys cannot be read, the request waited too long, or the server stops; `retry-after` says when to try again.",
@@ -57,10 +59,10 @@ class Operation:
     @property
     def statuses(self) -> tuple[int, ...]:
         """Of its refusals."""
-        of_bodies = (400, 413, 415) if self.body is not None else ()
+        of_bodies = (400, 408, 413, 415) if self.body is not None else ()
         of_keys = (401, 503) if self.rights else ()
         of_limits = (429,) if self.rights == (Right.INFER,) else ()
-        return tuple(sorted({403, 500, *of_bodies, *of_keys, *of_limits, *self.refusals}))
+        return tuple(sorted({403, 431, 500, *of_bodies, *of_keys, *of_limits, *self.refusals}))
 
     @property
     def rights(self) -> tuple[Right, ...]:
@@ -74,7 +76,7 @@ _CHUNKS = '`data: {…}` for each chunk, then `data: [DONE]`; an error in betwee
 _TIMEOUT = {
     "name": HEADER, "in": "header", "required": False,
     "schema": {"type": "integer", "minimum": 1, "maximum": MAX_TIMEOUT_MS},
-    "description": "Milliseconds from its arrival after which the request ends: with 503 while it has no output, else with what it has,"
+    "description": "Milliseconds from its arrival after which the request ends: with 408 while it has no output, else with what it has,"
     " `finish_reason` \"length\" and `stop_reason` \"timeout\".",
 }  # fmt: skip
 _RERANK = "Documents by relevance to a query, the best first"

@@ -1,6 +1,6 @@
 """x-request-timeout-ms: how long a request may take, counted from its arrival, on every route that runs the engine.
 
-While it waits or reads its prompt, its end is 503; once it has output, that is its answer, with `finish_reason` "length" and
+While it waits or reads its prompt, its end is 408; once it has output, that is its answer, with `finish_reason` "length" and
 `stop_reason` "timeout". Embeddings and ratings have no part of an answer.
 
 OpenAI's ``x-stainless-timeout`` is not heeded: it is the longest silence that a client bears, which no stream's length is, and who

@@ -118,10 +118,10 @@ SHORT = {"x-request-timeout-ms": "150"}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_request_that_waits_at_its_timeout_gets_503(busy: Any, stream: bool) -> None:
+def test_a_request_that_waits_at_its_timeout_gets_408(busy: Any, stream: bool) -> None:
     body = {"model": busy.model, "prompt": "a", "max_tokens": 4, "stream": stream}
     late = busy.http.post("/v1/completions", json=body, headers=SHORT)
-    assert (late.status_code, late.json()["error"]["code"]) == (503, "queue_timeout")
+    assert (late.status_code, late.json()["error"]["code"]) == (408, "request_timeout")
     assert "its 0.15 s were over while it waited" in late.json()["error"]["message"]
     assert busy.worker.num_live == 2  # those without a timeout
 
@@ -159,9 +159,9 @@ def test_a_request_that_runs_at_its_timeout_is_answered_with_what_there_is(
         assert cut.json()["usage"]["completion_tokens"] == record.num_output_tokens
 
 
-def test_an_embedding_that_waits_at_its_timeout_gets_503(busy: Any) -> None:
+def test_an_embedding_that_waits_at_its_timeout_gets_408(busy: Any) -> None:
     late = busy.http.post("/v1/embeddings", json={"model": busy.model, "input": "a"}, headers=SHORT)
-    assert (late.status_code, late.json()["error"]["code"]) == (503, "queue_timeout")
+    assert (late.status_code, late.json()["error"]["code"]) == (408, "request_timeout")
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "1.5", "soon", "", "86400001", "1e3", "٣"])
