@@ -11,6 +11,7 @@ Boundary: files. Which rows there are, and when a segment ends, is `request_log`
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -127,7 +128,19 @@ def compact(journal: Path) -> Path | None:
         finally:
             aside.unlink(missing_ok=True)
     journal.unlink(missing_ok=True)
-    return target if rows else None
+    has_rows = bool(rows)
+    del rows
+    _give_memory_back()
+    return target if has_rows else None
+
+
+def _give_memory_back() -> None:
+    """To the system: the allocators would keep what a segment's rows took for the next one, minutes later."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def recover(folder: Path) -> list[Path]:
