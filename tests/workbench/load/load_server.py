@@ -1,5 +1,5 @@
-"""`quire serve` over FakeRunner in a process of its own: ``python load_server.py STEP_SECONDS RECORD_SECONDS``, settings from
-the environment.
+"""`quire serve` over FakeRunner in a process of its own: ``python load_server.py STEP_SECONDS RECORD_SECONDS BLOCKS``,
+settings from the environment.
 
 Every request is answered with numbers in words of six characters, so that a reader sees what is missing or out of its place.
 Ends with its parent.
@@ -36,11 +36,11 @@ def main() -> int:
         importlib.import_module(name)
     settings = settings_module.load()
     settings_module.prepare_home(settings)
-    step_s, record_seconds = float(sys.argv[1]), int(sys.argv[2])
+    step_s, record_seconds, num_blocks = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
     def factory(config: EngineConfig, **hooks: Any) -> EngineWorker:
         config = replace(config, record_seconds=record_seconds)
-        return fake_worker(config, **hooks, delay_s=step_s, answer=ANSWER, num_blocks=50_000)
+        return fake_worker(config, **hooks, delay_s=step_s, answer=ANSWER, num_blocks=num_blocks)
 
     listener = bind(settings.host, settings.port)
     return app.serve(settings, with_ui=False, listener=listener, announce=announce, factory=factory)

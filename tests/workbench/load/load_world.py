@@ -45,14 +45,14 @@ class LoadServer:
 
 @contextmanager
 def run_load_server(
-    home: Path, step_s: float, record_seconds: int = 600, **settings: Any
+    home: Path, step_s: float, record_seconds: int = 600, num_blocks: int = 50_000, **settings: Any
 ) -> Iterator[LoadServer]:
     port = free_port("127.0.0.1")
     given = Settings(home_dir=home, port=port, follow="", demo=False, fake=True, **settings)
     root = HERE.parents[2]
     env = {**os.environ, **given.to_env(), "PYTHONPATH": str(root)}
     child = subprocess.Popen(
-        [sys.executable, str(HERE / "load_server.py"), str(step_s), str(record_seconds)], env=env, cwd=root,
+        [sys.executable, str(HERE / "load_server.py"), str(step_s), str(record_seconds), str(num_blocks)], env=env, cwd=root,
         stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert child.stdout is not None
