@@ -48,6 +48,8 @@ def test_counters_and_histograms_agree_with_the_usage(serve: Any, eventually: An
         usages = [server.post("/v1/completions", prompt=p, max_tokens=8).json()["usage"] for p in prompts]
         assert eventually(lambda: len(server.worker.records.requests()) == 3)
         assert eventually(lambda: server.worker.stats().finished.get("length") == 3)
+        # The engine thread tells one sink after the other, and the histograms one after the other.
+        assert eventually(lambda: value(scrape(server), "inter_token_latency_seconds_count") == 3 * 7)
         metrics = scrape(server)
     assert set(metrics) >= VLLM_NAMES
     assert value(metrics, "generation_tokens_total", model_name="fake-echo") == 24
